@@ -1,0 +1,98 @@
+"""The one place where a backend is chosen: each operation runs its Triton kernel or its torch reference."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import fastgpt_kernels
+import torch
+from fastgpt_kernels import KernelUnavailableError, reference
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+_selected = _checked(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the operations inside the block on one backend.
+
+    name: "torch" is the reference, "triton" the kernels (raises where one cannot run), "auto" the kernels on a GPU
+    where they can run and the reference elsewhere. The choice holds for the whole process, not for one thread.
+    Raises ValueError on another name.
+    """
+    global _selected
+    previous, _selected = _selected, _checked(name, "fastgpt.backend")
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def selected_backend() -> str:
+    """The backend in force: "auto", "torch" or "triton"."""
+    return _selected
+
+
+def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
+    """Which backend `operation` takes for tensors on `device`, and why.
+
+    Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and there
+    is none.
+    """
+    if _selected == "torch":
+        return "torch", "asked for by name"
+    if _selected == "triton":
+        fastgpt_kernels.kernel(operation)
+        return "triton", "asked for by name"
+    if torch.device(device).type != "cuda":
+        return "torch", f"no kernel runs on {torch.device(device).type}"
+    try:
+        fastgpt_kernels.kernel(operation)
+    except KernelUnavailableError as error:
+        return "torch", str(error)
+    return "triton", "kernel available"
+
+
+def _implementation(operation: str, x: Tensor) -> Callable:
+    if _selected != "triton" and not x.is_cuda:
+        return getattr(reference, operation)
+    name, _ = explain(operation, x.device)
+    return fastgpt_kernels.kernel(operation) if name == "triton" else getattr(reference, operation)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """See `fastgpt_kernels.reference.layer_norm`."""
+    return _implementation("layer_norm", x)(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """See `fastgpt_kernels.reference.add_layer_norm`."""
+    return _implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """See `fastgpt_kernels.reference.causal_attention`."""
+    return _implementation("causal_attention", q)(q, k, v, **options)
+
+
+def gelu_mlp(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, activation: str = "gelu_new"
+) -> Tensor:
+    """See `fastgpt_kernels.reference.gelu_mlp`."""
+    return _implementation("gelu_mlp", x)(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
+    """See `fastgpt_kernels.reference.linear_cross_entropy`."""
+    return _implementation("linear_cross_entropy", hidden)(hidden, weight, labels, **options)
