@@ -7,12 +7,10 @@ from .modeling import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    patch,
-    unpatch,
 )
 from .ops import backend
+from .patching import patch, unpatch
 
-__version__ = "0.1.0"
 
 __all__ = [
     "GPT2DoubleHeadsModel",

@@ -38,6 +38,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
             f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({n_channels},), "
             f"the last axis of x {tuple(x.shape)}"
         )
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and torch.is_grad_enabled():
+        # torch sums the gradients of weight and bias in x's dtype here: of 8192 rows, bfloat16 loses most.
+        return F.layer_norm(x.float(), (n_channels,), weight.float(), bias.float(), eps).to(x.dtype)
     return F.layer_norm(x, (n_channels,), weight, bias, eps)
 
 
@@ -85,7 +88,8 @@ def causal_attention(
     if q.numel() == 0:
         return q.clone()
 
-    if dropout_p == 0.0 and key_padding_mask is None and (n_queries == n_keys or n_queries == 1):
+    # torch multiplies the -inf of hidden scores by scale here, which gives NaN for 0 and +inf below it.
+    if dropout_p == 0.0 and key_padding_mask is None and (n_queries == 1 or (n_queries == n_keys and scale > 0)):
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=n_queries > 1)
 
     visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
@@ -159,9 +163,7 @@ def dropout_keep_mask(
     Returns the (B, H, Tq, Tk) bool mask and the factor that keeps the expectation.
     """
     n_batch, n_heads, n_queries, n_keys = shape
-    if seed is None:
-        seed = torch.randint(2**63 - 1, (), device=device)
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    seed = seed_tensor(seed, device)
     # key = 16 * k_tile + 8 * k_word + 2 * k_pair + half,  query = 16 * q_tile + 8 * q_word + q_row
     n_q_tiles, n_k_tiles = -(-n_queries // 16), -(-n_keys // 16)
     batch_head = torch.arange(n_batch * n_heads, device=device).view(-1, 1, 1)
@@ -173,6 +175,22 @@ def dropout_keep_mask(
     draws = draws.permute(3, 4, 5, 0, 6, 7, 1, 8, 2).reshape(n_batch, n_heads, n_q_tiles * 16, n_k_tiles * 16)
     threshold = dropout_threshold(dropout_p)
     return draws[:, :, :n_queries, :n_keys] >= threshold, 65536 / (65536 - threshold)
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """The 64 bits of a dropout seed as a 0-d int64 tensor; drawn from torch's generator when seed is None.
+
+    seed: an integer in [-2**63, 2**64), or a tensor that holds one. Raises ValueError on anything else.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.is_floating_point():
+            raise ValueError(f"dropout seed must hold one integer, not {tuple(seed.shape)} of {seed.dtype}")
+        return seed.to(device, torch.int64).reshape(())
+    if not -(2**63) <= seed < 2**64 or int(seed) != seed:
+        raise ValueError(f"dropout seed must be an integer of 64 bits, not {seed}")
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -190,11 +208,15 @@ def gelu_mlp(
 
     x: (..., C). fc_weight: (C, F), fc_bias: (F,), proj_weight: (F, C), proj_bias: (C,): (in, out), as Conv1D stores
     them. activation: a key of `ACTIVATIONS`.
-    Returns (..., C). Raises ValueError on an unknown activation.
+    Returns (..., C). Raises ValueError on an unknown activation and when the shapes do not fit.
     Source: Language Models are Unsupervised Multitask Learners; GELU, arXiv 1606.08415.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"gelu_mlp: unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    n_hidden, n_out = proj_weight.shape[0], proj_weight.shape[-1]
+    if (fc_weight.shape, fc_bias.shape) != ((x.shape[-1], n_hidden), (n_hidden,)) or proj_bias.shape != (n_out,):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, fc_weight, fc_bias, proj_weight, proj_bias))
+        raise ValueError(f"gelu_mlp: x must be (..., C), the rest (C, F), (F,), (F, C) and (C,), not {shapes}")
     rows = x.reshape(-1, x.shape[-1])
     hidden = ACTIVATIONS[activation](torch.addmm(fc_bias, rows, fc_weight))  # (N, F)
     return torch.addmm(proj_bias, hidden, proj_weight).view(*x.shape[:-1], proj_weight.shape[1])
@@ -212,8 +234,8 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
     hidden: (N, C). weight: (V, C). labels: (N,) int64 in [0, V) or ignore_index. reduction: mean (over the labels that
-    count; NaN when none does), sum, or none. Logits are rounded to hidden's dtype, as a separate head would leave
-    them, and the loss is computed in float32 (float64 for float64 inputs).
+    count; NaN, with gradients of zero, when none does), sum, or none. Logits are rounded to hidden's dtype, as a
+    separate head would leave them, and the loss is computed in float32 (float64 for float64 inputs).
     Returns a scalar, or (N,) with zeros at ignored labels for none.
     Raises ValueError when shapes do not fit or a label is out of range (off the CPU, its loss is NaN instead).
     Source: Cut Your Losses, arXiv 2411.09009.
@@ -221,15 +243,17 @@ def linear_cross_entropy(
     check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
     n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
     if reduction == "none":
-        if hidden.shape[0] == 0:
-            return _accumulator(hidden.sum(-1))
         chunks = [
             checkpoint(_row_losses, rows, weight, row_labels, ignore_index, use_reentrant=False)
             for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
         ]
         return torch.cat(chunks)
     total = _SummedLinearCrossEntropy.apply(hidden, weight, labels, ignore_index, n_chunk_rows)
-    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+    if reduction == "sum":
+        return total
+    n_counted = (labels != ignore_index).sum()
+    # As in torch, a batch in which no label counts has gradients of zero, so that it does not spoil the weights.
+    return torch.where(n_counted > 0, total / n_counted.clamp(min=1), float("nan"))
 
 
 def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, ignore_index: int) -> None:
@@ -239,6 +263,8 @@ def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
             "linear_cross_entropy: hidden must be (N, C), weight (V, C) and labels (N,), "
             f"not {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}"
         )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: labels must be int64, not {labels.dtype}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: unknown reduction {reduction!r}: choose one of mean, sum, none")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -291,7 +317,8 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         (dtotal,) = grads
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else dhidden * dtotal.to(dhidden.dtype),
+            # dtotal in half precision would overflow under loss scaling and shift every gradient alike.
+            None if dhidden is None else (_accumulator(dhidden) * dtotal).to(dhidden.dtype),
             None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),
             None,
             None,

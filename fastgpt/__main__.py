@@ -1,0 +1,5 @@
+"""python -m fastgpt"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,326 @@
+"""What a checkpoint directory holds and what is wrong with it, read from file headers alone.
+
+Nothing here builds a model or reads a weight, so a broken checkpoint costs milliseconds whatever its size. Problems
+are collected as exceptions: loading raises the first, `verify_checkpoint` lists them all.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A header of GPT-2 xl takes 60 kB. Parsing this much costs half a second; more is refused unread.
+MAX_JSON_BYTES = 4_000_000
+
+SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
+PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be loaded as it is."""
+
+
+class CheckpointFileError(CheckpointError, OSError):
+    """A file or model id that cannot be found or read: an OSError too, as from transformers."""
+
+
+class CheckpointShapeError(CheckpointError, RuntimeError):
+    """A tensor of another shape than the model's: a RuntimeError too, as from transformers."""
+
+
+Problems = list[CheckpointError]
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of another library's error on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def shown(name: object) -> str:
+    """A name from a file as it may stand in a message: quoted, on one line, not too long."""
+    text = repr(name)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def raise_first(problems: Problems, path: object) -> None:
+    """Raise the first problem of the checkpoint in `path`, if there is one, and say how to see the others."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        first, n_more = problems[0], len(problems) - 1
+        raise type(first)(f"{first} (and {n_more} more: see them with fastgpt verify {path})") from first
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises CheckpointFileError when it cannot be read, CheckpointError when it is no JSON object, repeats a key or
+    is larger than MAX_JSON_BYTES.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointFileError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+    return _parse_object(data, str(path))
+
+
+def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+    repeated: list[str] = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            repeated.extend(key for key, _ in pairs if key in seen or seen.add(key))
+        return result
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=to_dict)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFileError(f"{where}: not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: must hold a JSON object, not {type(value).__name__}")
+    if repeated:
+        raise CheckpointError(f"{where}: JSON key appears more than once: {', '.join(map(shown, repeated[:5]))}")
+    return value
+
+
+# --- safetensors ----------------------------------------------------------------------------------------------------
+
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_MAX_AXES = 64  # torch's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, dtype by its name in safetensors."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_safetensors(path: Path, problems: Problems) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; what is wrong with the file is added to `problems`."""
+    try:
+        with path.open("rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            n_header_bytes = int.from_bytes(file.read(8), "little")
+            if n_bytes < 8:
+                raise CheckpointError(f"{path}: truncated: {n_bytes} bytes cannot hold a safetensors header")
+            if n_header_bytes > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"{path}: its header claims {n_header_bytes} bytes, more than the {MAX_JSON_BYTES} allowed: "
+                    "not a safetensors file, or a corrupt one"
+                )
+            if 8 + n_header_bytes > n_bytes:
+                raise CheckpointError(f"{path}: truncated: {n_bytes} bytes cannot hold a header of {n_header_bytes}")
+            header = _parse_object(file.read(n_header_bytes), f"{path}: header")
+    except CheckpointError as error:
+        problems.append(error)
+        return {}
+    except OSError as error:
+        problems.append(CheckpointFileError(f"{path}: cannot be read: {error.strerror}"))
+        return {}
+
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(CheckpointError(f"{path}: header: '__metadata__' must map names to strings"))
+    for name, entry in header.items():
+        wrong = _wrong_with(entry)
+        if wrong:
+            problems.append(CheckpointError(f"{path}: header: tensor {shown(name)} {wrong}"))
+        else:
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]))
+            spans.append((*entry["data_offsets"], name))
+    if len(tensors) == len(header):
+        problems.extend(_layout_problems(path, sorted(spans), n_bytes - 8 - n_header_bytes))
+    return tensors
+
+
+def _wrong_with(entry: object) -> str | None:
+    """What is wrong with a tensor's entry in the header, taken by itself."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "needs exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        return f"has the unknown dtype {shown(dtype)}"
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        return f"has no valid shape: {shown(shape)}"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"has no valid data_offsets: {shown(offsets)}"
+    n_stored, n_bits = offsets[1] - offsets[0], math.prod(shape) * _BITS[dtype]
+    if n_stored * 8 != n_bits:
+        return f"of shape {tuple(shape)} and dtype {dtype} takes {n_bits // 8} bytes, but its offsets span {n_stored}"
+    return None
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _layout_problems(path: Path, spans: list[tuple[int, int, str]], n_data_bytes: int) -> Iterator[CheckpointError]:
+    """Overlaps, holes and a wrong end among the sorted (start, stop, name) of all tensors."""
+    end, previous = 0, "the header"
+    for start, stop, name in spans:
+        if start < end:
+            yield CheckpointError(f"{path}: header: tensor {shown(name)} overlaps {previous} by {end - start} bytes")
+        elif start > end:
+            yield CheckpointError(f"{path}: header: hole of {start - end} bytes before tensor {shown(name)}")
+        if stop > n_data_bytes:
+            yield CheckpointError(
+                f"{path}: truncated: tensor {shown(name)} ends at byte {stop} of the data, the file at {n_data_bytes}"
+            )
+            return
+        end, previous = max(end, stop), f"tensor {shown(name)}"
+    if end < n_data_bytes:
+        yield CheckpointError(f"{path}: {n_data_bytes - end} bytes after the last tensor belong to none")
+
+
+# --- pickle ---------------------------------------------------------------------------------------------------------
+
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def read_pickle(path: Path, problems: Problems) -> dict[str, StoredTensor]:
+    """The tensors of a torch.save file by name, unpickled without the right to run code and without their values."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # an unpickler meets damage anywhere and raises anything
+        problems.append(CheckpointError(f"{path}: holds more than plain weights, or is corrupt: {one_line(error)}"))
+        return {}
+    if not isinstance(content, dict):
+        problems.append(CheckpointError(f"{path}: must hold a dict of tensors, not {type(content).__name__}"))
+        return {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = StoredTensor(path, _DTYPE_NAMES.get(value.dtype, str(value.dtype)), tuple(value.shape))
+        else:
+            problems.append(CheckpointError(f"{path}: entry {shown(name)} is not a tensor"))
+    return tensors
+
+
+# --- directory ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """source: the file or index that names all the rest. files: the weight files. tensors: by name, as stored."""
+
+    source: Path
+    files: list[Path] = field(default_factory=list)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    problems: Problems = field(default_factory=list)
+
+
+def find_weights(
+    path: Path, *, use_safetensors: bool | None = None, variant: str | None = None, named: str | None = None
+) -> Path:
+    """The file or index that transformers would load from this directory, or from this one file.
+
+    use_safetensors: False asks for pickle files, which are found in no other way. variant: "fp16" for
+    model.fp16.safetensors. named: the file's name, when the configuration fixes it.
+    Raises CheckpointFileError, with the names that were looked for, when there is none or only pickle files.
+    """
+    pickles = [_with_variant(name, variant) for name in PICKLE_NAMES]
+    names = [_with_variant(name, variant) for name in SAFETENSORS_NAMES] if use_safetensors is not False else pickles
+    if named:
+        names = [named]
+        if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointFileError(f"{path}: transformers_weights {shown(named)} is no safetensors file in there")
+    if path.is_file() and (path.suffix == ".safetensors" or use_safetensors is False):
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    for pickle in (path, *(path / name for name in pickles)):
+        if pickle.is_file():
+            raise CheckpointFileError(
+                f"{pickle}: a pickle file can run code, so it is loaded only with use_safetensors=False "
+                "(save_pretrained then makes a safetensors file of it)"
+            )
+    raise CheckpointFileError(f"{path}: holds no weights: looked for {' and '.join(names)}")
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def inspect_weights(source: Path) -> Checkpoint:
+    """Read the headers of a weight file, or of every shard that an index names, and note what is wrong."""
+    checkpoint = Checkpoint(source)
+    problems = checkpoint.problems
+    if source.suffix != ".json":
+        read = read_safetensors if source.suffix == ".safetensors" else read_pickle
+        checkpoint.files.append(source)
+        checkpoint.tensors.update(read(source, problems))
+        return checkpoint
+
+    suffix, read = (".safetensors", read_safetensors) if ".safetensors." in source.name else (".bin", read_pickle)
+    for shard, names in _read_index(source, problems).items():
+        path = source.parent / shard
+        if Path(shard).name != shard or path.suffix != suffix:
+            problems.append(CheckpointError(f"{source}: shard {shown(shard)} must be a {suffix} file beside the index"))
+        elif not path.is_file():
+            problems.append(CheckpointFileError(f"{source}: names the shard {shown(shard)}, which does not exist"))
+        else:
+            n_problems = len(problems)
+            tensors = read(path, problems)
+            absent = [name for name in names if name not in tensors] if len(problems) == n_problems else []
+            problems.extend(
+                CheckpointError(f"{path}: has no tensor {shown(n)}, but {source.name} says so") for n in absent
+            )
+            for name in tensors.keys() & checkpoint.tensors.keys():
+                other = checkpoint.tensors[name].file.name
+                problems.append(CheckpointError(f"{path}: tensor {shown(name)} is in {other} too"))
+            checkpoint.files.append(path)
+            checkpoint.tensors.update(tensors)
+    return checkpoint
+
+
+def _read_index(path: Path, problems: Problems) -> dict[str, list[str]]:
+    """The names of the tensors in each shard."""
+    shards: dict[str, list[str]] = {}
+    try:
+        index = read_json(path)
+    except CheckpointError as error:
+        problems.append(error)
+        return shards
+    for key in ("metadata", "weight_map"):
+        if not isinstance(index.get(key), dict):
+            problems.append(CheckpointError(f"{path}: needs {key!r}, a JSON object"))
+            return shards
+    for name, shard in index["weight_map"].items():
+        if isinstance(shard, str):
+            shards.setdefault(shard, []).append(name)
+        else:
+            problems.append(CheckpointError(f"{path}: tensor {shown(name)} must name a file, not {shown(shard)}"))
+    if not shards:
+        problems.append(CheckpointError(f"{path}: 'weight_map' names no tensor"))
+    return shards

@@ -1,0 +1,172 @@
+"""The command line. Results go to standard output, progress and notes to standard error.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage. An error is one line; --debug adds the traceback.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="GPT-2 with Hugging Face weights on fused Triton kernels, and on plain torch where there is no GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# click's UsageError, wherever this version of typer keeps it.
+UsageError: Any = typer.BadParameter.__base__
+notes = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU when there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command; --debug may stand anywhere."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = "demo",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Above 0; 0 takes the most likely token (greedy).")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 for all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, streaming it as it comes; tokens/s go to standard error."""
+    from .generation import stream_text
+
+    result = stream_text(
+        prompt,
+        model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        write=None if as_json else _write_now,
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    notes.print(result.summary(), style="dim")
+
+
+@app.command()
+def bench(
+    model: Model = "gpt2",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build the model from its configuration alone.")
+    ] = False,
+    workload: Annotated[str, typer.Option(help="prefill, decode, train; comma-separated.")] = "prefill,decode",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt or training sequence.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode adds.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    baselines: Annotated[
+        str, typer.Option(help="hf-eager, hf-sdpa, hf-compile; comma-separated.")
+    ] = "hf-eager,hf-sdpa",
+    runs: Annotated[int, typer.Option(min=5, help="Timed runs of each contender.")] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the result as a PNG.")] = None,
+) -> None:
+    """Measure tokens/s beside transformers with the same weights, after a parity check."""
+    from . import benchmark
+
+    raise NotImplementedError(benchmark)
+
+
+@app.command()
+def params(
+    name: Annotated[str, typer.Argument(help="A preset (gpt2, gpt2-xl, gpt3-175b, ...) or a directory.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time, for memory and decoding.")] = 1,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context; n_positions by default.")] = None,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in bytes/s, for the ceilings.")] = 4.3e12,
+    matrix_rate: Annotated[float, typer.Option(help="Matrix rate in FLOP/s, for the ceilings.")] = 7.9e14,
+    as_json: AsJson = False,
+) -> None:
+    """Count parameters, storage, FLOPs and the physical limits of a model, from its configuration alone."""
+    from . import accounting
+
+    report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
+    if as_json:
+        _print_json(report)
+    else:
+        accounting.render(report, Console())
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A directory with config.json and weights.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a checkpoint: configuration, keys, shapes, finite values; and print the sha256 of its files."""
+    from .checkpoint import verify_checkpoint
+
+    raise NotImplementedError(verify_checkpoint)
+
+
+@app.command()
+def doctor(device: Device = None, as_json: AsJson = False) -> None:
+    """Show versions, the device, which backend every operation takes and why, and check parity here."""
+    from . import doctor as checks
+
+    diagnosis = checks.diagnose(device)
+    if as_json:
+        _print_json(diagnosis)
+    else:
+        checks.render(diagnosis, Console())
+    if not diagnosis["parity"]["passed"]:
+        raise typer.Exit(1)
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line on `arguments` (sys.argv by default) and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    transformers.logging.set_verbosity_error()
+    try:
+        code = app([word for word in arguments if word != "--debug"], prog_name="fastgpt", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fastgpt"
+        _fail(f"{error.format_message()} (see {command} --help)", code=2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", code=130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(" ".join(str(error).split()) or type(error).__name__, code=1)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

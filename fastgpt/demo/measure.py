@@ -1,0 +1,60 @@
+"""How well a text is predicted: the model's loss, and that of a bigram model over the same tokens to hold it against.
+
+A text is `ids` (n + 1,) int64: n tokens behind an end-of-text token; all n are predicted. V is the vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastgpt
+
+
+@torch.no_grad()
+def model_loss(model: fastgpt.GPT2LMHeadModel, ids: Tensor) -> float:
+    """The model's mean negative log-likelihood of ids[1:], in nats per token.
+
+    Each token is predicted once, from at least half a context of tokens before it where the text has them.
+    """
+    half = model.config.n_positions // 2
+    total = 0.0
+    for start in range(0, len(ids) - 1, half):
+        window = ids[max(0, start - half) : start + half + 1].to(model.device)
+        labels = ids[start + 1 : start + half + 1].to(model.device)
+        logits = model(window[None, :-1]).logits[0, -len(labels) :]  # (at most half, V)
+        total += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+class Bigram:
+    """Counted pairs of tokens, smoothed by the unigram: p(b | a) = (n(a, b) + strength p(b)) / (n(a) + strength)."""
+
+    def __init__(self, ids: Tensor, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        tokens = ids[1:]
+        # One more of each token, so that none is impossible.
+        self.unigram = (tokens.bincount(minlength=vocab_size) + 1).double() / (len(tokens) + vocab_size)  # (V,)
+        self.context_counts = ids[:-1].bincount(minlength=vocab_size)  # (V,)
+        self.pairs, self.pair_counts = torch.unique(self._pairs(ids), return_counts=True)
+
+    def _pairs(self, ids: Tensor) -> Tensor:
+        return ids[:-1] * self.vocab_size + ids[1:]
+
+    def loss(self, ids: Tensor, strength: float) -> float:
+        """The bigram's mean negative log-likelihood of ids[1:], in nats per token. strength: > 0, in counts."""
+        pairs = self._pairs(ids)
+        index = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
+        counts = torch.where(self.pairs[index] == pairs, self.pair_counts[index], 0)
+        p = (counts + strength * self.unigram[ids[1:]]) / (self.context_counts[ids[:-1]] + strength)
+        return -p.log().mean().item()
+
+    def best_strength(self, ids: Tensor) -> float:
+        """The strength with the lowest loss on ids, among the fourth roots of two's powers from 2**-4 to 2**16."""
+        return min((2 ** (i / 4) for i in range(-16, 65)), key=lambda strength: self.loss(ids, strength))
+
+
+def bits_per_byte(loss: float, ids: Tensor, text: str) -> float:
+    """A loss in nats per token of `ids` in bits per byte of `text` in UTF-8: the same for every tokenizer."""
+    return loss * (len(ids) - 1) / math.log(2) / len(text.encode())

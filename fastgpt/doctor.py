@@ -1,0 +1,104 @@
+"""What this machine has, which backend each operation takes here, and whether the answers are right."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import transformers
+from fastgpt_kernels import OPERATIONS, KernelUnavailableError
+from rich.console import Console
+from rich.table import Table
+
+from . import ops
+from .generation import default_device
+from .patching import patch
+
+PACKAGES = ("fastgpt", "torch", "triton", "transformers", "safetensors", "peft", "accelerate")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions by package, None where a package is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def check_parity(device: str) -> dict[str, Any]:
+    """Logits, loss and gradients of a tiny model beside transformers' with the same weights, in float32.
+
+    Returns {"passed", "largest_error", "allowed"}: errors relative to the largest value.
+    """
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=131, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").to(device)  # type: ignore[call-arg]
+        ids = torch.randint(0, 131, (2, 33), device=device)
+    results = []
+    for change in (lambda model: model, patch):
+        change(model).train().zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        results.append(
+            [output.logits, output.loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
+    largest_error = max(
+        ((ours - theirs).abs().max() / theirs.abs().max()).item() for theirs, ours in zip(*results, strict=True)
+    )
+    allowed = 2e-5
+    return {"passed": largest_error <= allowed, "largest_error": largest_error, "allowed": allowed}
+
+
+def diagnose(device: str | None = None) -> dict[str, Any]:
+    """Everything `fastgpt doctor` says, ready for JSON."""
+    device = default_device() if device is None else device
+    operations = {}
+    for operation in OPERATIONS:
+        try:
+            backend, reason = ops.explain(operation, device)
+        except KernelUnavailableError as error:
+            backend, reason = "none", str(error)
+        operations[operation] = {"backend": backend, "reason": reason}
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "backend_setting": ops.selected_backend(),
+        "operations": operations,
+        "generate": "transformers' loop over fastgpt's blocks",
+        "parity": check_parity(device),
+    }
+
+
+def render(diagnosis: dict[str, Any], console: Console) -> None:
+    """Print a diagnosis as tables."""
+    table = Table("what", "is", title="This machine", title_justify="left")
+    for name, found in diagnosis["versions"].items():
+        table.add_row(name, found or "not installed")
+    for name in ("platform", "device", "device_name", "threads", "backend_setting"):
+        table.add_row(name.replace("_", " "), str(diagnosis[name]))
+    console.print(table)
+
+    table = Table("operation", "backend", "why", title="Where each operation runs", title_justify="left")
+    for name, choice in diagnosis["operations"].items():
+        table.add_row(name, choice["backend"], choice["reason"])
+    table.add_row("generate()", "", diagnosis["generate"])
+    console.print(table)
+
+    parity = diagnosis["parity"]
+    verdict = "[green]passed[/]" if parity["passed"] else "[red]FAILED[/]"
+    console.print(
+        f"Parity with transformers (logits, loss and gradients of a tiny model, float32): {verdict}, "
+        f"largest relative error {parity['largest_error']:.1e}, allowed {parity['allowed']:.0e}"
+    )

@@ -1,0 +1,164 @@
+"""What a GPT-2 needs: of its configuration, of the tensors that are stored for it, and of their values.
+
+Shapes: C channels, F hidden width, V vocabulary, P positions.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .checkpoint import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor, shown
+
+PREFIX = "transformer."
+# Causal masks that old releases of transformers saved among the weights.
+OLD_BUFFER = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"
+_CROSS_ATTENTION = re.compile(r"h\.\d+\.(crossattention|ln_cross_attn)\.")
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def config_problems(config: PreTrainedConfig) -> Iterator[str]:
+    """Why no GPT-2 can be built from this configuration."""
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    if config.n_inner is not None:
+        sizes["n_inner"] = config.n_inner
+    bad_sizes = {name: size for name, size in sizes.items() if not isinstance(size, int) or not 0 < size < 2**31}
+    for name, size in bad_sizes.items():
+        yield f"{name} must be a whole number from 1 to 2**31 - 1, not {shown(size)}"
+    if not bad_sizes.keys() & {"n_embd", "n_head"} and config.n_embd % config.n_head:
+        yield f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}"
+    if not 0 < config.layer_norm_epsilon < math.inf:
+        yield f"layer_norm_epsilon must be a finite number above 0, not {config.layer_norm_epsilon}"
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if not 0 <= getattr(config, name) <= 1:
+            yield f"{name} must be a probability, not {getattr(config, name)}"
+    if config.activation_function not in ACT2FN:
+        yield f"unknown activation_function {shown(config.activation_function)}: GPT-2's own is 'gelu_new'"
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise ValueError when no GPT-2 can be built from this configuration."""
+    for problem in config_problems(config):
+        raise ValueError(problem)
+
+
+# --- names and shapes -----------------------------------------------------------------------------------------------
+
+Named = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def body_shapes(config: PreTrainedConfig) -> Named:
+    """Names and shapes of all tensors of a GPT2Model, without the prefix they have in models with a head."""
+    C, V, P = config.n_embd, config.vocab_size, config.n_positions
+    F = 4 * C if config.n_inner is None else config.n_inner
+
+    def linear(name: str, n_in: int, n_out: int) -> Named:
+        yield f"{name}.weight", (n_in, n_out)  # as Conv1D stores it
+        yield f"{name}.bias", (n_out,)
+
+    def norm(name: str) -> Named:
+        yield f"{name}.weight", (C,)
+        yield f"{name}.bias", (C,)
+
+    yield "wte.weight", (V, C)
+    yield "wpe.weight", (P, C)
+    for layer in range(config.n_layer):
+        block = f"h.{layer}"
+        yield from norm(f"{block}.ln_1")
+        yield from linear(f"{block}.attn.c_attn", C, 3 * C)
+        yield from linear(f"{block}.attn.c_proj", C, C)
+        yield from norm(f"{block}.ln_2")
+        if config.add_cross_attention:
+            yield from linear(f"{block}.crossattention.c_attn", C, 2 * C)
+            yield from linear(f"{block}.crossattention.c_proj", C, C)
+            yield from linear(f"{block}.crossattention.q_attn", C, C)
+            yield from norm(f"{block}.ln_cross_attn")
+        yield from linear(f"{block}.mlp.c_fc", C, F)
+        yield from linear(f"{block}.mlp.c_proj", F, C)
+    yield from norm("ln_f")
+
+
+def head_shapes(architecture: str, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a GPT-2 class has besides its body; none for an unknown class."""
+    C, V, n_labels = config.n_embd, config.vocab_size, config.num_labels or 0
+    n_choices = 1 if config.summary_proj_to_labels else C
+    summary = {"weight": (n_choices, C), "bias": (n_choices,)} if config.summary_use_proj else {}
+    heads: dict[str, dict[str, tuple[int, ...]]] = {
+        "GPT2LMHeadModel": {"lm_head.weight": (V, C)},
+        "GPT2DoubleHeadsModel": {
+            "lm_head.weight": (V, C),
+            **{f"multiple_choice_head.summary.{name}": shape for name, shape in summary.items()},
+        },
+        "GPT2ForSequenceClassification": {"score.weight": (n_labels, C)},
+        "GPT2ForTokenClassification": {"classifier.weight": (n_labels, C), "classifier.bias": (n_labels,)},
+        "GPT2ForQuestionAnswering": {"qa_outputs.weight": (2, C), "qa_outputs.bias": (2,)},
+    }
+    return heads.get(architecture, {})
+
+
+def by_model_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The stored tensors by their names in a model without the prefix of the body."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.tensors.items()}
+
+
+def missing_from_body(stored: Collection[str], config: PreTrainedConfig) -> Iterator[str]:
+    """The names of the body that are not among `stored`; cross-attention may be missing, as a whole.
+
+    A language model gets new cross-attention when it becomes a decoder of images or speech.
+    """
+    has_cross_attention = any(_CROSS_ATTENTION.match(name) for name in stored)
+    # A configuration can claim any number of layers: a surplus of a hundred names has shown enough of them missing.
+    for name, _ in islice(body_shapes(config), len(stored) + 100):
+        if name not in stored and (has_cross_attention or not _CROSS_ATTENTION.match(name)):
+            yield name
+
+
+def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig) -> Iterator[CheckpointError]:
+    """Tensors of the body that are missing or stored twice."""
+    stored = by_model_name(checkpoint)
+    for name in checkpoint.tensors:
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) in checkpoint.tensors:
+            yield CheckpointError(f"{checkpoint.source}: stores {shown(name)} a second time, without {PREFIX!r}")
+    for name in missing_from_body(stored, config):
+        yield CheckpointError(f"{checkpoint.source}: has no tensor {name!r}, which the configuration asks for")
+
+
+def shape_problems(
+    checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str, *, ignore_mismatched_sizes: bool = False
+) -> Iterator[CheckpointError]:
+    """Tensors of a model of this configuration that are stored with another shape, or not as floating-point numbers."""
+    stored = by_model_name(checkpoint)
+    body = islice(body_shapes(config), len(stored) + 100)
+    for name, shape in (*body, *head_shapes(architecture, config).items()):
+        tensor = stored.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape != shape and not ignore_mismatched_sizes:
+            yield CheckpointShapeError(
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, but the configuration asks for {shape}"
+            )
+        if tensor.dtype not in FLOATS:
+            yield CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def not_finite(tensor: Tensor) -> str | None:
+    """'NaN' or 'Inf' when the tensor holds one; one pass that allocates nothing of its size."""
+    if hasattr(tensor, "to_local"):  # a DTensor: each process answers for its own part
+        tensor = tensor.to_local()  # type: ignore[operator]
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return None
+    if tensor.element_size() == 1:  # float8 has no aminmax, and bfloat16 holds its whole range
+        tensor = tensor.to(torch.bfloat16)
+    lowest, highest = (bound.item() for bound in torch.aminmax(tensor.detach()))
+    if math.isnan(lowest) or math.isnan(highest):
+        return "NaN"
+    return None if math.isfinite(lowest) and math.isfinite(highest) else "Inf"

@@ -1,0 +1,103 @@
+"""Changing sides: a GPT-2 runs on fastgpt when its modules have fastgpt's classes.
+
+The classes add no state to transformers' own, so assigning `__class__` is the whole change: parameters, hooks,
+adapters and settings stay where they are.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.gpt2 import modeling_gpt2 as hf
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+# The name under which our attention is registered with transformers: config._attn_implementation.
+ATTENTION = "fastgpt"
+
+Module = TypeVar("Module", bound=nn.Module)
+Class = TypeVar("Class", bound=type[nn.Module])
+Replacements = dict[type[nn.Module], type[nn.Module]]
+
+_TO_FASTGPT: Replacements = {}
+# Classes that other models use too change only as attributes of a GPT-2 module: name -> (theirs, ours).
+_PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {}
+
+
+def replaces(theirs: type[nn.Module], parts: tuple[str, ...] = ()) -> Callable[[Class], Class]:
+    """Declare a class as the replacement of transformers' or torch's; with `parts`, only under those names."""
+
+    def register(ours: Class) -> Class:
+        if parts:
+            _PARTS.update({name: (theirs, ours) for name in parts})
+        else:
+            _TO_FASTGPT[theirs] = ours
+        if issubclass(ours, PreTrainedModel):
+            # transformers looks up what to record (hidden states, attentions) by the name of the model's class.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(ours), ours._can_record_outputs)
+        return ours
+
+    return register
+
+
+def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:
+    """Change the class of every GPT-2 module in `model` and of its parts: all of them or none.
+
+    Returns how many modules changed.
+    """
+    table = _TO_FASTGPT if to_fastgpt else {ours: theirs for theirs, ours in _TO_FASTGPT.items()}
+    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+    for module in model.modules():
+        if type(module) not in _TO_FASTGPT and type(module) not in _TO_FASTGPT.values():
+            continue
+        swaps += [(module, table[type(module)])] if type(module) in table else []
+        for name, (theirs, ours) in _PARTS.items():
+            before, after = (theirs, ours) if to_fastgpt else (ours, theirs)
+            part = module._modules.get(name)
+            swaps += [(part, after)] if part is not None and type(part) is before else []
+
+    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, new_class in swaps:
+            old_class = type(module)
+            module.__class__ = new_class
+            done.append((module, old_class))
+    except BaseException:
+        for module, old_class in done:
+            module.__class__ = old_class
+        raise
+    return len(swaps)
+
+
+def patch(model: Module) -> Module:
+    """Make a transformers GPT-2, or a model that contains one, run on fastgpt; in place.
+
+    Weights, hooks, adapters and settings stay as they are. transformers' default attention ("sdpa") gives way to
+    ours; one that was chosen ("eager", "flex_attention", ...) is kept. Undone by `unpatch`.
+    Returns the model. Raises ValueError, the model untouched, when it holds no GPT-2 or runs on fastgpt already.
+    """
+    if any(type(module) in _TO_FASTGPT.values() for module in model.modules()):
+        raise ValueError(f"this {type(model).__name__} runs on fastgpt already")
+    if not swap_classes(model, to_fastgpt=True):
+        raise ValueError(f"no transformers GPT-2 module in {type(model).__name__}: nothing to patch")
+    _change_attention(model, "sdpa", ATTENTION)
+    return model
+
+
+def unpatch(model: Module) -> Module:
+    """Give a model that runs on fastgpt its transformers classes and transformers' default attention back; in place.
+
+    Returns the model. Raises ValueError, the model untouched, when nothing in it runs on fastgpt.
+    """
+    if not swap_classes(model, to_fastgpt=False):
+        raise ValueError(f"nothing in {type(model).__name__} runs on fastgpt: nothing to unpatch")
+    _change_attention(model, ATTENTION, "sdpa")
+    return model
+
+
+def _change_attention(model: nn.Module, before: str, after: str) -> None:
+    for module in model.modules():
+        if isinstance(module, hf.GPT2PreTrainedModel | hf.GPT2Attention):
+            config = module.config
+            if config._attn_implementation == before:
+                config._attn_implementation = after

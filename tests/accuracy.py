@@ -1,0 +1,96 @@
+"""How accurate is accurate: a result may err little more than plain torch does in the same dtype.
+
+The truth is a formula in float64 on the very same values, "eager" the same formula in the dtype under test.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "padded", "transposed", "strided"]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal float64 values that depend on the shape and the seed alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def relayout(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; the gaps hold NaN, so that reading one shows."""
+    if layout == "contiguous" or x.ndim == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    if layout == "transposed":
+        return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+    step, n_extra = {"padded": (1, 3), "strided": (2, 0)}[layout]
+    memory = x.new_full((*x.shape[:-1], x.shape[-1] * step + n_extra), float("nan"))
+    view = memory[..., : x.shape[-1] * step : step]
+    return view.copy_(x)
+
+
+def max_error(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference; NaN when there is a NaN, 0 when there are no elements."""
+    assert value.shape == truth.shape, f"shape {tuple(value.shape)}, not {tuple(truth.shape)}"
+    return (value.double() - truth.double()).abs().max().item() if value.numel() else 0.0
+
+
+def assert_as_accurate(fused: Tensor, eager: Tensor, truth: Tensor, factor: float = 1.25, n_ulps: float = 1) -> None:
+    """`fused` may err `factor` times as much as eager torch in the same dtype, plus `n_ulps` of the largest value.
+
+    truth: the formula on float64 inputs. eager: the formula in fused's own dtype.
+    """
+    if fused.dtype == torch.float64:  # where the truth errs too
+        n_ulps = 1000 * n_ulps
+    assert fused.dtype == eager.dtype, f"dtype {fused.dtype}, not {eager.dtype}"
+    eager_error, error = max_error(eager, truth), max_error(fused, truth)
+    largest = truth.abs().max().item() if truth.numel() else 0.0
+    allowed = factor * eager_error + n_ulps * torch.finfo(fused.dtype).eps * largest
+    assert allowed < float("inf"), "eager torch or the truth is not finite here: nothing can be said"
+    assert error <= allowed, (
+        f"error {error:.3g}, allowed {allowed:.3g} (eager {eager_error:.3g}, largest {largest:.3g})"
+    )
+
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def forward(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of `function`, always as a tuple."""
+    outputs = function(*inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def gradients(function: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of every input; upstream: the gradient of every output."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = forward(function, inputs)
+    upstream = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
+    return torch.autograd.grad(outputs, inputs, upstream)
+
+
+def assert_parity(
+    fused: Function,
+    formula: Function,
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor] | None = None,
+    *,
+    slack: float = 1.0,
+) -> None:
+    """`assert_as_accurate` on every output and on the gradient of every input.
+
+    inputs: floating tensors in the dtype under test. upstream: the gradient of every output, random when None.
+    slack: how many times the usual error is allowed, for random tests: they find the cases where eager has luck.
+    """
+    exact = [x.double() for x in inputs]
+    truth, eager, actual = (forward(f, x) for f, x in ((formula, exact), (formula, inputs), (fused, inputs)))
+    if upstream is None:
+        # Values of the dtype under test, or else their rounding would count as an error.
+        upstream = [random(*y.shape, seed=99).to(inputs[0].dtype) for y in truth]
+    for ours, theirs, true in zip(actual, eager, truth, strict=True):
+        assert_as_accurate(ours, theirs, true, 1.25 * slack, slack)
+
+    truth, eager = gradients(formula, exact, upstream), gradients(formula, inputs, upstream)
+    for ours, theirs, true in zip(gradients(fused, inputs, upstream), eager, truth, strict=True):
+        assert_as_accurate(ours, theirs, true, 1.5 * slack, slack)

@@ -1,0 +1,158 @@
+"""The command line: results on standard output, one-line errors on standard error, exit codes 0, 1 and 2."""
+
+import json
+
+import pytest
+from models import tiny_config
+
+import fastgpt
+from fastgpt import cli
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def run_command(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(list(arguments))
+        captured = capsys.readouterr()
+        assert isinstance(exit_info.value.code, int)
+        return Result(exit_info.value.code, captured.out, captured.err)
+
+    return run_command
+
+
+def assert_one_line_error(result: Result, code: int, *words: str) -> None:
+    assert result.code == code
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err
+    assert result.out == ""
+
+
+def test_generate_streams_the_prompt_and_its_continuation(run) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "30", "--dtype", "float32")
+    assert result.code == 0
+    assert result.out.startswith("ROMEO:")
+    assert len(result.out) > 40
+    assert "tokens/s" in result.err
+    assert "torch path on cpu" in result.err
+    again = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "30")
+    assert again.out == result.out
+    other = run("generate", "ROMEO:", "--seed", "2", "--max-new-tokens", "30")
+    assert other.out != result.out
+
+
+def test_generate_json_holds_the_same_text(run) -> None:
+    streamed = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20")
+    result = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json")
+    fields = json.loads(result.out)
+    assert fields["prompt"] + fields["text"] == streamed.out.removesuffix("\n")
+    assert fields["n_new_tokens"] <= 20
+    assert fields["seed"] == 3
+    assert fields["prefill_tokens_per_s"] > 0
+    assert fields["decode_tokens_per_s"] > 0
+
+
+def test_generate_stops_at_the_end_of_the_context(run) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "1000", "--json")
+    fields = json.loads(result.out)
+    assert fields["n_prompt_tokens"] + fields["n_new_tokens"] <= 256
+
+
+def test_greedy_needs_no_seed(run) -> None:
+    texts = {run("generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "8").out for _ in range(2)}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "word " * 400], ["tokens", "context is 256"]),
+        (["generate", ""], ["prompt is empty"]),
+        (["generate", "hi", "--temperature", "-1"], ["temperature", "-1"]),
+        (["generate", "hi", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["generate", "hi", "--top-k", "-2"], ["top_k", "-2"]),
+        (["generate", "hi", "--dtype", "float8"], ["float8", "bfloat16"]),
+        (["generate", "hi", "--device", "cuda"], ["cuda"]),
+        (["generate", "hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "directory", "--model demo"]),
+        (["params", "gpt2-xxl"], ["gpt2-xxl", "gpt2-xl"]),
+        (["bench", "--workload", "sleep"], ["sleep", "prefill"]),
+        (["bench", "--baselines", "magic"], ["magic", "hf-sdpa"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_work_that_fails_is_one_line_and_exit_1(run, arguments: list[str], words: list[str]) -> None:
+    assert_one_line_error(run(*arguments), 1, *words)
+
+
+def test_directory_without_weights(run, tmp_path) -> None:
+    assert_one_line_error(run("generate", "hi", "--model", str(tmp_path)), 1, str(tmp_path))
+    tiny_config().save_pretrained(tmp_path)
+    assert_one_line_error(run("generate", "hi", "--model", str(tmp_path)), 1, str(tmp_path), "safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--wrong"], ["generate", "hi", "--wrong"], ["generate"], ["wrong"], ["generate", "hi", "--max-new-tokens", "no"]],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str]) -> None:
+    assert_one_line_error(run(*arguments), 2, "--help")
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="gpt2-xxl"):
+        cli.main(["params", "gpt2-xxl", "--debug"])
+
+
+def test_params(run) -> None:
+    assert json.loads(run("params", "gpt2-xl", "--json").out)["total"] == 1_557_611_200
+    table = run("params", "gpt2")
+    assert table.code == 0
+    assert "124,439,808" in table.out
+
+
+def test_verify(run, tmp_path) -> None:
+    fastgpt.GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path), "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["problems"] == []
+    assert run("verify", str(tmp_path)).code == 0
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run("verify", str(tmp_path))
+    assert result.code == 1
+    assert "model.safetensors" in result.out + result.err
+
+
+def test_doctor(run) -> None:
+    result = run("doctor", "--device", "cpu", "--json")
+    diagnosis = json.loads(result.out)
+    assert result.code == 0
+    assert diagnosis["parity"]["passed"]
+    assert diagnosis["operations"]["causal_attention"]["backend"] == "torch"
+    assert "torch" in run("doctor", "--device", "cpu").out
+
+
+def test_doctor_fails_when_the_answers_are_wrong(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgpt import ops
+
+    layer_norm = ops.layer_norm
+    monkeypatch.setattr(ops, "layer_norm", lambda *arguments: layer_norm(*arguments) * 1.001)
+    result = run("doctor", "--device", "cpu")
+    assert result.code == 1
+    assert "FAILED" in result.out
+
+
+def test_generate_through_every_way_in() -> None:
+    model, tokenizer = fastgpt.load_demo()
+    ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+    assert fastgpt.count_parameters(model).total == sum(p.numel() for p in model.parameters())
