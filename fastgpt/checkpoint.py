@@ -184,18 +184,19 @@ def _are_sizes(values: object) -> bool:
 
 
 def _layout_problems(path: Path, spans: list[tuple[int, int, str]], n_data_bytes: int) -> Iterator[CheckpointError]:
-    """Overlaps, holes and a wrong end among the sorted (start, stop, name) of all tensors."""
-    end, previous = 0, "the header"
+    """What keeps the sorted (start, stop, name) of all tensors from covering the data once."""
+    for _, stop, name in spans:
+        if stop > n_data_bytes:
+            yield CheckpointError(
+                f"{path}: truncated: tensor {shown(name)} ends at byte {stop} of the data, which has {n_data_bytes}"
+            )
+            return
+    end, previous = 0, ""
     for start, stop, name in spans:
         if start < end:
             yield CheckpointError(f"{path}: header: tensor {shown(name)} overlaps {previous} by {end - start} bytes")
         elif start > end:
             yield CheckpointError(f"{path}: header: hole of {start - end} bytes before tensor {shown(name)}")
-        if stop > n_data_bytes:
-            yield CheckpointError(
-                f"{path}: truncated: tensor {shown(name)} ends at byte {stop} of the data, the file at {n_data_bytes}"
-            )
-            return
         end, previous = max(end, stop), f"tensor {shown(name)}"
     if end < n_data_bytes:
         yield CheckpointError(f"{path}: {n_data_bytes - end} bytes after the last tensor belong to none")
@@ -239,9 +240,9 @@ class Checkpoint:
 
 
 def find_weights(
-    path: Path, *, use_safetensors: bool | None = None, variant: str | None = None, named: str | None = None
+    directory: Path, *, use_safetensors: bool | None = None, variant: str | None = None, named: str | None = None
 ) -> Path:
-    """The file or index that transformers would load from this directory, or from this one file.
+    """The file or index that transformers would load from this directory.
 
     use_safetensors: False asks for pickle files, which are found in no other way. variant: "fp16" for
     model.fp16.safetensors. named: the file's name, when the configuration fixes it.
@@ -252,19 +253,17 @@ def find_weights(
     if named:
         names = [named]
         if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointFileError(f"{path}: transformers_weights {shown(named)} is no safetensors file in there")
-    if path.is_file() and (path.suffix == ".safetensors" or use_safetensors is False):
-        return path
+            raise CheckpointFileError(f"{directory}: transformers_weights {shown(named)} is no safetensors file there")
     for name in names:
-        if (path / name).is_file():
-            return path / name
-    for pickle in (path, *(path / name for name in pickles)):
-        if pickle.is_file():
+        if (directory / name).is_file():
+            return directory / name
+    for name in pickles:
+        if (directory / name).is_file():
             raise CheckpointFileError(
-                f"{pickle}: a pickle file can run code, so it is loaded only with use_safetensors=False "
+                f"{directory / name}: a pickle file can run code, so it is loaded only with use_safetensors=False "
                 "(save_pretrained then makes a safetensors file of it)"
             )
-    raise CheckpointFileError(f"{path}: holds no weights: looked for {' and '.join(names)}")
+    raise CheckpointFileError(f"{directory}: holds no weights: looked for {' and '.join(names)}")
 
 
 def _with_variant(name: str, variant: str | None) -> str:

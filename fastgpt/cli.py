@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage. An error is one line; --de
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,9 +90,27 @@ def bench(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the result as a PNG.")] = None,
 ) -> None:
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
-    from . import benchmark
+    from . import benchmark, plotting
 
-    raise NotImplementedError(benchmark)
+    run_options = benchmark.BenchmarkOptions(
+        model=model,
+        random_weights=random_weights,
+        workloads=workload.split(","),
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=device,
+        dtype=dtype,
+        baselines=baselines.split(","),
+        runs=runs,
+    )
+    with benchmark.progress_bar(notes) as progress:
+        result = benchmark.run_benchmark(run_options, progress)
+    benchmark.render(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    if plot_file is not None:
+        plotting.plot(result, plot_file)
 
 
 @app.command()
@@ -119,9 +138,21 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: configuration, keys, shapes, finite values; and print the sha256 of its files."""
-    from .checkpoint import verify_checkpoint
+    from .verify import verify_checkpoint
 
-    raise NotImplementedError(verify_checkpoint)
+    with notes.status("checking") as status:
+        report = verify_checkpoint(directory, progress=status.update)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        for file, sha256 in report.files.items():
+            print(f"{sha256}  {file}")
+        for problem in report.problems:
+            print(f"problem: {problem}")
+        verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+        print(f"{directory}: {report.n_parameters:,} parameters, {', '.join(report.dtypes) or 'no weights'}, {verdict}")
+    if report.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -60,7 +60,7 @@ class LoadingMixin:
     ) -> Self:
         """transformers' from_pretrained, with all its arguments and results, but no broken checkpoint passes.
 
-        pretrained_model_name_or_path: a directory, a weight file with config=, a model id, or None with state_dict=.
+        pretrained_model_name_or_path: a directory, a model id, or None with state_dict=.
         check_finite: refuse weights that hold NaN or Inf.
         use_safetensors: False loads pickle files, as plain weights only; they are refused otherwise.
         Raises CheckpointError, a ValueError; it is also an OSError when something cannot be found or read, and a
@@ -159,6 +159,8 @@ def _source(path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
 
 def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint | None:
     """Check the files that transformers is about to load; None where only transformers can read them."""
+    if not path.is_dir():
+        raise CheckpointFileError(f"{path}: is a file: give the directory that holds it and config.json")
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         file = _config_file(path, kwargs)
@@ -170,7 +172,7 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
         return None  # torch's distributed format, which is loaded strictly as it is
     checkpoint = inspect_weights(
         find_weights(
-            directory if path.is_dir() else path,
+            directory,
             use_safetensors=kwargs.get("use_safetensors"),
             variant=kwargs.get("variant"),
             named=getattr(config, "transformers_weights", None),
@@ -194,8 +196,6 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
 def _config_file(path: Path, kwargs: dict[str, Any]) -> Path | None:
     """The file that transformers will read the configuration from; None when it is on a hub."""
     given = kwargs.get("config")
-    if given is None and path.is_file():
-        raise CheckpointFileError(f"{path}: a weight file alone makes no model: give its directory, or config=")
     if given is not None and not Path(given).exists():
         return None
     source = Path(given or path)

@@ -20,9 +20,7 @@ class ParityError(RuntimeError):
     """fastgpt's results differ from transformers': the message says which and by how much."""
 
 
-def check_inference(
-    base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, device: str, dtype: torch.dtype
-) -> dict[str, Any]:
+def check_inference(base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """Logits and greedy tokens of fastgpt beside transformers' sdpa, for the very inputs that will be timed.
 
     ids: (B, T). Where a float64 pass is cheap, the logits of the first sequence may err twice as much as transformers'
@@ -31,7 +29,7 @@ def check_inference(
     transformers' two logits are no further apart than the allowance.
     Returns the figures, ready for JSON. Raises ParityError.
     """
-    ours, theirs = contender(OURS, base, device, dtype), contender("hf-sdpa", base, device, dtype)
+    ours, theirs = contender(OURS, base, ids.device, dtype), contender("hf-sdpa", base, ids.device, dtype)
     report = _check_logits(ours, theirs, base, ids)
     return report | _check_greedy(ours, theirs, ids, n_new_tokens, tie=2 * report["allowed"])
 
@@ -55,7 +53,9 @@ def _check_logits(ours: GPT2LMHeadModel, theirs: GPT2LMHeadModel, base: GPT2LMHe
         checked = {"error against float64": (error, allowed), "difference from transformers": (difference, 2 * allowed)}
     for measure, (value, limit) in checked.items():
         if not value <= limit:
-            raise ParityError(f"parity gate: the logits' {measure} is {value:.3g}, allowed {limit:.3g}: nothing was timed")
+            raise ParityError(
+                f"parity gate: the logits' {measure} is {value:.3g}, allowed {limit:.3g}: nothing was timed"
+            )
     return report | {"allowed": allowed}
 
 
@@ -63,7 +63,7 @@ def _truth(base: GPT2LMHeadModel, ids: Tensor) -> Tensor | None:
     """transformers' logits in float64, or None where they would take too long."""
     if ids.device.type == "cpu" and forward_flops(shape_of(base), ids.shape[1]) > _CHEAP_FLOPS:
         return None
-    exact = contender("hf-sdpa", base, str(ids.device), torch.float64)
+    exact = contender("hf-sdpa", base, ids.device, torch.float64)
     with torch.no_grad():
         return exact(ids, use_cache=False).logits
 
@@ -91,14 +91,14 @@ def _check_greedy(
     return {"greedy_tokens": ids.shape[0] * n_new_tokens, "greedy_tokens_equal_before_a_tie": n_equal}
 
 
-def check_training(base: GPT2LMHeadModel, ids: Tensor, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def check_training(base: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Loss and gradient of fastgpt beside transformers' sdpa on ids (B, T), both without dropout.
 
     They may differ by 1e-5 (loss) and 1e-4 (the gradient's relative distance) in float32, by 1e-2 and 5e-2 under
     bfloat16 autocast. Returns the figures, ready for JSON. Raises ParityError.
     """
     (our_loss, our_gradient), (their_loss, their_gradient) = (
-        _loss_and_gradient(contender(name, base, device, torch.float32), ids, dtype) for name in (OURS, "hf-sdpa")
+        _loss_and_gradient(contender(name, base, ids.device, torch.float32), ids, dtype) for name in (OURS, "hf-sdpa")
     )
     distance = sum((a - b).double().square().sum() for a, b in zip(our_gradient, their_gradient, strict=True))
     length = sum(gradient.double().square().sum() for gradient in their_gradient)

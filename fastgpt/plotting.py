@@ -61,7 +61,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     options, machine, rates = result["options"], result["machine"], result["rates"]
     lines = [
         f"batch {options['batch']}, {options['prompt_tokens']} tokens, decode adds {options['new_tokens']}; median of "
-        f"{options['runs']} interleaved runs; ratios are of medians, in brackets the quartiles of each round's ratio",
+        f"{options['runs']} interleaved runs; ratios are of medians, in brackets the quartiles of each round's ratio; "
+        "the first run includes compiling",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads; measured "
         f"{rates['bandwidth'] / 1e9:,.1f} GB/s and {rates['matrix_rate'] / 1e12:,.2f} TFLOP/s",
     ]
@@ -73,10 +74,10 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         )
     if training := result["gate"].get("training"):
         lines.append(
-            f"parity: a training step's loss differs by {training['loss_difference']:.1g} and its gradient by "
-            f"{training['gradient_difference']:.1g} of their size, both without dropout; timed with dropout {_dropout(result)}"
+            f"parity: without dropout, a training step's loss differs by {training['loss_difference']:.1g} and its "
+            f"gradient by {training['gradient_difference']:.1g} of its size; timed with dropout {_dropout(result)}"
         )
-    return lines + [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    return lines + [f"skipped {row['baseline']} in {row['workload']}: {row['reason']}" for row in result["skipped"]]
 
 
 def _by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -95,7 +96,7 @@ def _ratio(result: Mapping[str, Any], workload: str, contender: str) -> str:
 
 
 def _dropout(result: Mapping[str, Any]) -> str:
-    return ", ".join(f"{p} ({where})" for where, p in result["model"]["dropout"].items())
+    return ", ".join(f"{part} {p}" for part, p in result["model"]["dropout"].items())
 
 
 def _memory(n_bytes: int | None) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompileConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.streamers import BaseStreamer
 
-from .parameters import ALIASES, PRESETS, Shape
+from .machine import seconds
+from .parameters import ALIASES, PRESETS
 from .patching import patch, unpatch
 
 WORKLOADS = ("prefill", "decode", "train")
@@ -41,9 +42,9 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
 
         ours, weights = load_demo()[0], "demo"
     elif is_preset or random_weights:
-        config = _config(PRESETS[ALIASES.get(name, name)]) if is_preset else AutoConfig.from_pretrained(name)
-        if config.model_type != "gpt2":
-            raise ValueError(f"{name} is not a GPT-2 (model_type {config.model_type!r}): only that architecture runs here")
+        config = _preset(name) if is_preset else AutoConfig.from_pretrained(name)
+        if not isinstance(config, GPT2Config):
+            raise ValueError(f"{name} is not a GPT-2 (model_type {config.model_type!r}): only that runs here")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             ours, weights = OurModel(config), "random"
@@ -55,7 +56,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
     return model, weights
 
 
-def _config(shape: Shape) -> GPT2Config:
+def _preset(name: str) -> GPT2Config:
+    shape = PRESETS[ALIASES.get(name, name)]
     return GPT2Config(
         n_layer=shape.n_layer,
         n_embd=shape.n_embd,
@@ -66,9 +68,9 @@ def _config(shape: Shape) -> GPT2Config:
     )
 
 
-def contender(name: str, base: GPT2LMHeadModel, device: str, dtype: torch.dtype) -> GPT2LMHeadModel:
+def contender(name: str, base: GPT2LMHeadModel, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
     """A copy of `base` that shares nothing with it, its configuration included, and runs as contender `name` does."""
-    model = copy.deepcopy(base).to(device=torch.device(device), dtype=dtype)  # type: ignore[call-arg]
+    model = copy.deepcopy(base).to(device=device, dtype=dtype)  # type: ignore[call-arg]
     if name == OURS:
         return patch(model)
     model.set_attn_implementation("eager" if name == "hf-eager" else "sdpa")
@@ -90,6 +92,21 @@ class Work:
     seconds: Callable[[], float]
     n_tokens: int
     held_bytes: Callable[[], int]
+
+
+def make_work(
+    workload: str, name: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
+) -> Work:
+    """The work of contender `name`, on a copy of `base` of its own, where ids (B, T) are.
+
+    Training keeps its weights in float32 whatever the dtype.
+    """
+    model = contender(name, base, ids.device, torch.float32 if workload == "train" else dtype)
+    if workload == "train":
+        return train(name, model, ids, dtype)
+    if workload == "decode":
+        return decode(name, model, ids, n_new_tokens)
+    return prefill(name, model, ids)
 
 
 def prefill(name: str, model: GPT2LMHeadModel, ids: Tensor) -> Work:
@@ -167,21 +184,6 @@ def train(name: str, model: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) ->
     return Work(run, lambda: seconds(run, ids.device), ids.numel(), held_bytes)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, the work that it starts on a GPU included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has no work outstanding."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision with weights in float32, or none for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -195,7 +197,7 @@ def _compiled(model: GPT2LMHeadModel) -> Callable[..., Any]:
 def _compile_config(device: torch.device) -> CompileConfig:
     config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
     # generate() compiles on GPUs only, unless it is told otherwise by this.
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
     return config
 
 

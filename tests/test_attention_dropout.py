@@ -133,6 +133,14 @@ def test_mask_bit_for_bit(seed: int) -> None:
         assert keep[b, h, i, j] == (draw(seed, b * n_heads + h, i, j) >= round(dropout_p * 65536))
 
 
+def test_threshold_is_exact() -> None:
+    """A weight stays when its draw reaches the share that is dropped, in units of 1/65536."""
+    for query, key in ((0, 0), (9, 4), (15, 15)):
+        bits = draw(5, 0, query, key)
+        assert keep_mask(1, 1, 16, 16, dropout_p=bits / 65536, seed=5)[0, 0, query, key]
+        assert not keep_mask(1, 1, 16, 16, dropout_p=(bits + 1) / 65536, seed=5)[0, 0, query, key]
+
+
 # --- the seed -------------------------------------------------------------------------------------------------------
 
 
@@ -222,11 +230,13 @@ def test_mask_depends_on_the_position_alone(sizes: tuple[int, int]) -> None:
 # --- in attention ---------------------------------------------------------------------------------------------------
 
 
-def dropped_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, keep_scale: float, mask: Tensor | None) -> Tensor:
+def dropped_formula(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, keep_scale: float, mask: Tensor | None, scale: float
+) -> Tensor:
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
     if mask is not None:
         hidden = hidden | ~mask[:, None, None, :]
-    exponentials = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).exp()  # small scores
+    exponentials = (q @ k.mT * scale).masked_fill(hidden, -torch.inf).exp()  # small scores
     return (exponentials / exponentials.sum(-1, keepdim=True) * keep * keep_scale) @ v
 
 
@@ -241,8 +251,8 @@ def test_bug_backward_drops_other_weights_than_forward(
     mask[1, 1:3] = False
     mask = mask if padded else None
     assert_parity(
-        partial(reference.causal_attention, key_padding_mask=mask, dropout_p=0.25, seed=3),
-        partial(dropped_formula, keep=keep, keep_scale=keep_scale, mask=mask),
+        partial(reference.causal_attention, scale=0.4, key_padding_mask=mask, dropout_p=0.25, seed=3),
+        partial(dropped_formula, keep=keep, keep_scale=keep_scale, mask=mask, scale=0.4),
         make_inputs(*sizes, dtype),
         slack=2,
     )

@@ -266,7 +266,7 @@ def test_bug_scale_is_ignored(scale: float | None, n_queries: int, mask: str) ->
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("mask", ["none", "all"])
-@pytest.mark.parametrize("sizes", [(0, 2, 5, 5, 8), (2, 0, 5, 5, 8), (2, 2, 0, 0, 8), (2, 2, 0, 5, 8)])
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 5, 8), (2, 0, 5, 5, 8), (2, 2, 0, 0, 8), (2, 2, 0, 5, 8), (2, 2, 5, 5, 0)])
 def test_bug_nothing_to_attend_from(sizes: tuple[int, int, int, int, int], mask: str, dropout_p: float) -> None:
     q, k, v = make_inputs(*sizes)
     padding = make_mask(mask, sizes[0], sizes[3])
@@ -275,9 +275,9 @@ def test_bug_nothing_to_attend_from(sizes: tuple[int, int, int, int, int], mask:
 
 @pytest.mark.parametrize("mask", ["none", "right"])
 def test_bug_more_heads_than_a_grid_axis_holds(mask: str) -> None:
-    q, k, v = make_inputs(257, 256, 2, 3, 4)
-    options = {"key_padding_mask": make_mask(mask, 257, 3)}
-    assert max_error(reference.causal_attention(q, k, v, **options), attention_formula(q, k, v, **options)) < 1e-5
+    inputs, padding = make_inputs(257, 256, 2, 3, 4), make_mask(mask, 257, 3)
+    expected = attention_formula(*inputs, key_padding_mask=padding)
+    assert max_error(reference.causal_attention(*inputs, key_padding_mask=padding), expected) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -313,3 +313,11 @@ def test_bug_autocast_mixes_dtypes(dropout_p: float, mask: str) -> None:
         attended = reference.causal_attention(q.bfloat16(), k, v, **options)
     assert attended.dtype == torch.bfloat16
     assert max_error(attended, expected) < 0.05
+
+
+def test_bug_graph_breaks_when_lengths_vary() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(reference.causal_attention, backend="eager", fullgraph=True, dynamic=True)
+    for n_tokens in (5, 9):
+        inputs = make_inputs(2, 2, n_tokens, n_tokens, 8)
+        torch.testing.assert_close(compiled(*inputs), reference.causal_attention(*inputs))

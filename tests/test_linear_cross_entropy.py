@@ -275,6 +275,17 @@ def test_bug_upstream_scalar_rounded_to_half_precision(scale: float, reduction: 
     assert max_error(scaled_dweight, true_dweight) <= 0.02 * true_dweight.abs().max() + 6e-8  # the least float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_bug_weight_gradient_summed_in_half_precision(
+    reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 256 chunks; the hidden states are positive, so that the sum grows."""
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 2 * 3)
+    (hidden, weight), labels = make_inputs(512, 8, 3, dtype=dtype)
+    assert_parity(*losses_on(labels.clamp(max=0), reduction=reduction), [hidden.abs(), weight], slack=2)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_bug_autocast_mixes_dtypes(reduction: str) -> None:
     inputs, labels = make_inputs(13, 16, 19)

@@ -3,6 +3,7 @@
 Right in every floating dtype up to float64, differentiable in every floating input, on any device.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -83,14 +84,17 @@ def causal_attention(
     Source: FlashAttention-2, arXiv 2307.08691.
     """
     check_attention_arguments(q, k, v, key_padding_mask, dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     if q.numel() == 0:
         return q.clone()
+    scale = math.pow(q.shape[-1], -0.5) if scale is None else scale
 
-    # torch multiplies the -inf of hidden scores by scale here, which gives NaN for 0 and +inf below it.
-    if dropout_p == 0.0 and key_padding_mask is None and (n_queries == 1 or (n_queries == n_keys and scale > 0)):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=n_queries > 1)
+    if dropout_p == 0.0 and key_padding_mask is None:
+        if n_queries == 1:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        # Where is_causal hides scores as -inf and scales them after, a scale of 0 gives NaN and one below it +inf.
+        if n_queries == n_keys and scale > 0:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True)
 
     visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
     if key_padding_mask is not None:
@@ -105,7 +109,7 @@ def causal_attention(
     scores = (q @ k.transpose(-1, -2)) * scale
     # A finite floor, so that a row that sees nothing has finite weights, which are then zeroed, and finite gradients.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~visible, 0.0)
-    keep, keep_scale = dropout_keep_mask((*q.shape[:3], n_keys), dropout_p, seed, q.device)
+    keep, keep_scale = dropout_keep_mask((q.shape[0], q.shape[1], n_queries, n_keys), dropout_p, seed, q.device)
     return (weights * keep * keep_scale).to(v.dtype) @ v
 
 
@@ -243,8 +247,9 @@ def linear_cross_entropy(
     check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
     n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
     if reduction == "none":
+        wide_weight = _accumulator(weight)  # in which autograd sums the gradients of the chunks
         chunks = [
-            checkpoint(_row_losses, rows, weight, row_labels, ignore_index, use_reentrant=False)
+            checkpoint(_row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
             for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
         ]
         return torch.cat(chunks)
@@ -279,7 +284,7 @@ def _accumulator(x: Tensor) -> Tensor:
 
 def _row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """(N,) losses of one chunk, differentiable by autograd."""
-    logits = _accumulator(hidden @ weight.t())
+    logits = _accumulator(hidden @ weight.to(hidden.dtype).t())
     counts, in_range = labels != ignore_index, (labels >= 0) & (labels < weight.shape[0])
     picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
     losses = torch.where(in_range, logits.logsumexp(1) - picked, float("nan"))

@@ -1,0 +1,131 @@
+"""The machine a benchmark runs on: what it is, how long things take on it, and what it can reach at best."""
+
+import ctypes
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, GPU, threads: ready for JSON, None for what is not there."""
+    is_cuda = device.type == "cuda"
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if is_cuda else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory if is_cuda else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, the work that it starts on a GPU included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has no work outstanding."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine reaches now: {"bandwidth" in bytes/s, "matrix_rate" in FLOP/s}.
+
+    bandwidth: the faster of a large copy (read and written) and a large sum (read). matrix_rate: a large product in
+    dtype, or in float32 where the machine multiplies that faster.
+    """
+    n_bytes, size = (2**32, 8192) if device.type == "cuda" else (2**28, 2048)
+    dtypes = [dtype] if dtype == torch.float32 else [dtype, torch.float32]
+    return {
+        "bandwidth": _bandwidth(n_bytes, device),
+        "matrix_rate": max(_matrix_rate(size, device, product_dtype) for product_dtype in dtypes),
+    }
+
+
+def _bandwidth(n_bytes: int, device: torch.device) -> float:
+    source = torch.ones(n_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    copied_s = _best_seconds(lambda: target.copy_(source), device)
+    return max(2 * n_bytes / copied_s, n_bytes / _best_seconds(source.sum, device))
+
+
+def _matrix_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best_seconds(lambda: a @ a, device)
+
+
+def _best_seconds(call: Callable[[], Any], device: torch.device, n: int = 5) -> float:
+    call()
+    return min(seconds(call, device) for _ in range(n))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str]:
+    """The most bytes that a call needs on top of those held before it, and how they were counted.
+
+    On CUDA torch's allocations; on Linux the resident set of the process, which counts whole pages and what the
+    allocator keeps; elsewhere (None, "n/a").
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, "torch allocations"
+    before = _start_peak_of_resident_set()
+    if before is None:
+        return None, "n/a"
+    call()
+    return max(0, _resident_bytes("VmHWM") - before), "resident set growth"
+
+
+def _start_peak_of_resident_set() -> int | None:
+    """Give freed memory back to the system and forget the last peak; None where that cannot be done."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):
+        return None
+    return _resident_bytes("VmRSS")
+
+
+def _resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024

@@ -1,0 +1,144 @@
+"""`verify_checkpoint` finds everything that is wrong with a checkpoint and identifies its files."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import HEADS, tiny_config
+from safetensors.torch import load_file, save_file
+
+from fastgpt.checkpoint import CheckpointFileError
+from fastgpt.verify import MAX_PROBLEMS, verify_checkpoint
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(file: Path, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def rewrite_config(directory: Path, **changes) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def assert_problems(directory: Path, *expected: tuple[str, ...]) -> None:
+    """There is one problem for each tuple of fragments and no other, each on one line."""
+    problems = verify_checkpoint(directory).problems
+    assert len(problems) == len(expected), problems
+    for fragments in expected:
+        assert any(all(fragment in problem for fragment in fragments) for problem in problems), (fragments, problems)
+    assert not any("\n" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_sound_checkpoint(head, tied, tmp_path):
+    model = getattr(transformers, head)(tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    messages: list[str] = []
+    report = verify_checkpoint(tmp_path, progress=messages.append)
+    assert report.problems == []
+    assert report.ok
+    assert report.n_parameters == model.num_parameters()
+    assert report.dtypes == ["BF16"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert report.files.keys() == names >= {"config.json", "model.safetensors"}
+    for name in names:
+        assert report.files[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert any(name in message for message in messages)
+    assert json.loads(report.to_json()) == {
+        "ok": True,
+        "directory": str(tmp_path),
+        "files": report.files,
+        "n_parameters": report.n_parameters,
+        "dtypes": ["BF16"],
+        "problems": [],
+    }
+
+
+def test_sound_shards_and_old_mask_buffers(saved):
+    model = transformers.GPT2LMHeadModel.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    model.save_pretrained(saved, max_shard_size="150KB")
+    shard = sorted(saved.glob("*.safetensors"))[0]
+    rewrite(shard, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 48, 48)}))
+    report = verify_checkpoint(saved)
+    assert report.problems == []
+    assert report.n_parameters == model.num_parameters()
+    assert len([name for name in report.files if name.endswith(".safetensors")]) > 2
+
+
+def test_every_problem_is_found(saved):
+    def damage(tensors):
+        del tensors["transformer.h.0.ln_1.weight"]
+        del tensors["transformer.h.1.attn.c_proj.bias"]
+        tensors["transformer.wpe.weight"] = torch.zeros(47, 64)
+        tensors["transformer.ln_f.bias"] = torch.zeros(64, dtype=torch.int32)
+        tensors["transformer.h.1.ln_2.bias"][5] = float("nan")
+        tensors["transformer.h.0.mlp.c_fc.bias"][0] = float("-inf")
+        tensors["score.wait"] = torch.zeros(2, 64)
+
+    rewrite(saved / "model.safetensors", damage)
+    assert_problems(
+        saved,
+        ("model.safetensors", "'h.0.ln_1.weight'"),
+        ("model.safetensors", "'h.1.attn.c_proj.bias'"),
+        ("model.safetensors", "'wpe.weight'", "(47, 64)", "(48, 64)"),
+        ("model.safetensors", "'ln_f.bias'", "I32"),
+        ("model.safetensors", "'transformer.h.1.ln_2.bias'", "NaN"),
+        ("model.safetensors", "'transformer.h.0.mlp.c_fc.bias'", "Inf"),
+        ("model.safetensors", "'score.wait'", "GPT2LMHeadModel"),
+    )
+
+
+def test_every_problem_of_the_configuration_is_found(saved):
+    rewrite_config(saved, n_head=7, layer_norm_epsilon=0.0, activation_function="gloo", model_type="llama")
+    assert_problems(saved, ("n_head 7",), ("layer_norm_epsilon",), ("'gloo'",), ("config.json", "'llama'"))
+
+
+def test_damaged_files_do_not_hide_the_others(saved):
+    model = transformers.GPT2LMHeadModel.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    model.save_pretrained(saved, max_shard_size="150KB")
+    first, second, *_ = sorted(saved.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1])
+    name = next(iter(load_file(second)))
+    rewrite(second, lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")))
+    assert_problems(saved, (first.name, "truncated"), (second.name, name, "NaN"))
+
+
+def test_missing_head(saved):
+    rewrite_config(saved, architectures=["GPT2ForSequenceClassification"])
+    assert_problems(saved, ("'score.weight'", "GPT2ForSequenceClassification"))
+    rewrite_config(saved, architectures=["GPT2LMHeadModel"], tie_word_embeddings=False)
+    assert_problems(saved, ("'lm_head.weight'", "GPT2LMHeadModel"))
+
+
+def test_absent_files(saved):
+    (saved / "config.json").unlink()
+    assert_problems(saved, ("config.json", "does not exist"))
+    (saved / "model.safetensors").unlink()
+    assert_problems(saved, ("config.json",), ("model.safetensors",))
+    (saved / "pytorch_model.bin").write_bytes(b"")
+    assert_problems(saved, ("config.json",), ("pytorch_model.bin", "pickle"))
+    with pytest.raises(CheckpointFileError, match="no such directory"):
+        verify_checkpoint(saved / "elsewhere")
+
+
+def test_list_of_problems_ends(saved):
+    rewrite_config(saved, n_layer=10**9)
+    rewrite(saved / "model.safetensors", lambda t: t.update({f"x{i}": torch.zeros(1) for i in range(500)}))
+    problems = verify_checkpoint(saved).problems
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert problems[-1].endswith("more")
