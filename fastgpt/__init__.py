@@ -1,5 +1,7 @@
 """GPT-2 with Hugging Face weights on fused Triton kernels, with a pure-torch path for CPUs."""
 
+from .accounting import count_parameters
+from .demo import load_demo
 from .modeling import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -11,6 +13,7 @@ from .modeling import (
 from .ops import backend
 from .patching import patch, unpatch
 
+__version__ = "0.1.0"
 
 __all__ = [
     "GPT2DoubleHeadsModel",
@@ -20,6 +23,8 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "backend",
+    "count_parameters",
+    "load_demo",
     "patch",
     "unpatch",
 ]

@@ -85,6 +85,7 @@ def load_model_and_tokenizer(
     """
     from . import modeling
 
+    model: Any
     device = default_device() if device is None else device
     dtype = ("float32" if torch.device(device).type == "cpu" else "bfloat16") if dtype is None else dtype
     if dtype not in DTYPES:
@@ -98,7 +99,7 @@ def load_model_and_tokenizer(
     else:
         model = modeling.GPT2LMHeadModel.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    return model.to(device, DTYPES[dtype]).eval(), tokenizer
+    return model.to(torch.device(device), DTYPES[dtype]).eval(), tokenizer
 
 
 def stream_text(

@@ -75,6 +75,8 @@ class LoadingMixin:
             unreachable, kwargs = _prepare_hub(model_id, kwargs)
         elif source is not None:
             checkpoint = _inspect(cls, Path(source), kwargs)
+            if checkpoint is None:
+                kwargs = {"use_safetensors": True} | kwargs
 
         wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -148,8 +150,10 @@ def _loaded_problems(
 
 def _source(path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
     """Where the weights come from: `path`, or the base model that the adapter there was trained on."""
+    if not os.path.isdir(path) or (Path(path) / "config.json").exists():
+        return os.fspath(path)
     adapter = Path(path) / (kwargs.get("subfolder") or "") / "adapter_config.json"
-    if (Path(path) / "config.json").exists() or not adapter.is_file() or not is_peft_available():
+    if not adapter.is_file() or not is_peft_available():
         return os.fspath(path)
     base = read_json(adapter).get("base_model_name_or_path")
     if not isinstance(base, str):

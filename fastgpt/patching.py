@@ -29,7 +29,7 @@ def replaces(theirs: type[nn.Module], parts: tuple[str, ...] = ()) -> Callable[[
 
     def register(ours: Class) -> Class:
         if parts:
-            _PARTS.update({name: (theirs, ours) for name in parts})
+            _PARTS.update(dict.fromkeys(parts, (theirs, ours)))
         else:
             _TO_FASTGPT[theirs] = ours
         if issubclass(ours, PreTrainedModel):

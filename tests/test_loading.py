@@ -393,17 +393,21 @@ def test_wrong_shape_of_a_head(head, tmp_path):
     assert load(tmp_path, head, num_labels=7, ignore_mismatched_sizes=True).num_labels == 7
 
 
-def test_wrong_shape_in_a_class_of_the_user(pristine, tmp_path):
-    class Twin(fastgpt.GPT2ForSequenceClassification):
+def test_class_of_the_user_has_its_own_head(pristine, tmp_path):
+    class GPT2ForSequenceClassification(fastgpt.GPT2ForSequenceClassification):
         def __init__(self, config):
             super().__init__(config)
             self.score = torch.nn.Linear(config.n_embd, 11, bias=False)
             self.post_init()
 
-    transformers.GPT2ForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
+    own = GPT2ForSequenceClassification(tiny_config())
+    own.save_pretrained(tmp_path / "own")
+    same = GPT2ForSequenceClassification.from_pretrained(tmp_path / "own")
+    assert same_tensors(same.state_dict(), own.state_dict())
+    assert GPT2ForSequenceClassification.from_pretrained(pristine).score.weight.shape == (11, 64)
+    fastgpt.GPT2ForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointShapeError, match=r"model.safetensors: tensor 'score.weight' .*\(2, 64\).*\(11, 64\)"):
-        Twin.from_pretrained(tmp_path)
-    assert Twin.from_pretrained(pristine).score.weight.shape == (11, 64)
+        GPT2ForSequenceClassification.from_pretrained(tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", [KEY, "transformer.wte.weight", "transformer.ln_f.bias"])
@@ -712,9 +716,13 @@ def test_weight_file_is_no_directory(pristine):
     refused(pristine / "model.safetensors", pristine / "model.safetensors", "give the directory", error=OSError)
 
 
-@pytest.mark.parametrize("path", ["./no/such/directory", "/no/such/directory", Path("no") / "such" / "directory"])
+@pytest.mark.parametrize("path", ["./no/such/directory", "/no/such/directory", Path("no") / "such" / "directory", "\0"])
 def test_path_that_does_not_exist(path):
     refused(path, repr(str(path)), "--model demo", error=CheckpointFileError)
+
+
+def test_overlong_name():
+    refused("x" * 5000, "'xxx", error=CheckpointFileError)
 
 
 def test_offline_mode_is_named(tmp_path):

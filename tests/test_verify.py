@@ -67,16 +67,36 @@ def test_sound_checkpoint(head, tied, tmp_path):
     }
 
 
-def test_sound_shards_and_old_mask_buffers(saved):
-    model = transformers.GPT2LMHeadModel.from_pretrained(saved)
-    (saved / "model.safetensors").unlink()
-    model.save_pretrained(saved, max_shard_size="150KB")
-    shard = sorted(saved.glob("*.safetensors"))[0]
-    rewrite(shard, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 48, 48)}))
+def shard(directory: Path) -> list[Path]:
+    """Split the checkpoint into several files."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="150KB")
+    shards = sorted(directory.glob("*.safetensors"))
+    assert len(shards) > 2
+    return shards
+
+
+def test_sound_shards(saved):
+    n_parameters = verify_checkpoint(saved).n_parameters
+    shards = shard(saved)
     report = verify_checkpoint(saved)
     assert report.problems == []
-    assert report.n_parameters == model.num_parameters()
-    assert len([name for name in report.files if name.endswith(".safetensors")]) > 2
+    assert report.n_parameters == n_parameters
+    assert {path.name for path in shards} < report.files.keys()
+
+
+def test_masks_and_a_copy_of_the_tied_head_are_no_parameters(saved):
+    def as_first_released(tensors):
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
+        tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+    n_parameters = verify_checkpoint(saved).n_parameters
+    rewrite(saved / "model.safetensors", as_first_released)
+    report = verify_checkpoint(saved)
+    assert report.problems == []
+    assert report.n_parameters == n_parameters
 
 
 def test_every_problem_is_found(saved):
@@ -108,11 +128,8 @@ def test_every_problem_of_the_configuration_is_found(saved):
 
 
 def test_damaged_files_do_not_hide_the_others(saved):
-    model = transformers.GPT2LMHeadModel.from_pretrained(saved)
-    (saved / "model.safetensors").unlink()
-    model.save_pretrained(saved, max_shard_size="150KB")
-    first, second, *_ = sorted(saved.glob("*.safetensors"))
-    first.write_bytes(first.read_bytes()[:-1])
+    first, second, *_ = shard(saved)
+    first.write_bytes(first.read_bytes()[:4])
     name = next(iter(load_file(second)))
     rewrite(second, lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")))
     assert_problems(saved, (first.name, "truncated"), (second.name, name, "NaN"))
