@@ -1,6 +1,7 @@
 """GPT-2 with Hugging Face weights on fused Triton kernels, with a pure-torch path for CPUs."""
 
 from .accounting import count_parameters
+from .checkpoint.headers import CheckpointError
 from .demo import load_demo
 from .modeling import (
     GPT2DoubleHeadsModel,
@@ -16,6 +17,7 @@ from .patching import patch, unpatch
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "GPT2DoubleHeadsModel",
     "GPT2ForQuestionAnswering",
     "GPT2ForSequenceClassification",

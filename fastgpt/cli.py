@@ -138,7 +138,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: configuration, keys, shapes, finite values; and print the sha256 of its files."""
-    from .verify import verify_checkpoint
+    from .checkpoint.verify import verify_checkpoint
 
     with notes.status("checking") as status:
         report = verify_checkpoint(directory, progress=status.update)

@@ -19,19 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_peft_available
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointFileError,
-    CheckpointShapeError,
-    find_weights,
-    inspect_weights,
-    one_line,
-    raise_first,
-    read_json,
-    shown,
-)
-from .fit import (
+from .checkpoint.fit import (
     OLD_BUFFER,
     PREFIX,
     body_shapes,
@@ -42,6 +30,18 @@ from .fit import (
     name_problems,
     not_finite,
     shape_problems,
+)
+from .checkpoint.headers import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFileError,
+    CheckpointShapeError,
+    find_weights,
+    inspect_weights,
+    one_line,
+    raise_first,
+    read_json,
+    shown,
 )
 
 __all__ = ["LoadingMixin", "check_config", "read_config"]

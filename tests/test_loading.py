@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 import fastgpt
 from fastgpt import loading
-from fastgpt.checkpoint import CheckpointError, CheckpointFileError, CheckpointShapeError
-from fastgpt.fit import body_shapes, head_shapes, not_finite
+from fastgpt.checkpoint.fit import body_shapes, head_shapes, not_finite
+from fastgpt.checkpoint.headers import MAX_HEADER_BYTES, CheckpointError, CheckpointFileError, CheckpointShapeError
 
 KEY = "transformer.h.1.mlp.c_fc.weight"
 
@@ -79,7 +79,7 @@ def refused(path, *fragments: object, error: type[Exception] = CheckpointError, 
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 1000
-    told = message.replace(str(path), "") if path and Path(path).exists() else message  # it bears the test's name
+    told = message.replace(str(path), "") if path and os.path.exists(path) else message  # it bears the test's name
     for fragment in fragments:
         assert str(fragment) in (message if isinstance(fragment, Path) else told)
     assert torch.get_default_dtype() == torch.float32
@@ -276,7 +276,7 @@ def test_loading_names_the_file_of_an_impossible_configuration(changes, fragment
         ('{"dtype": "float99"}', "float99"),
         ('{"id2label": 3}', "describes no gpt2"),
         ("[" * 100_000, "not valid JSON"),
-        (" " * 5_000_000, "larger than"),
+        (" " * 5_000_001, "larger than"),
     ],
 )
 def test_damaged_config_json(text, fragment, saved):
@@ -293,9 +293,7 @@ def test_absent_config_json(saved):
 def test_layers_beyond_counting_are_refused_at_once(saved):
     written = json.loads((saved / "config.json").read_text()) | {"n_layer": 10**9}
     (saved / "config.json").write_text(json.dumps(written))
-    start = time.perf_counter()
-    refused(saved, saved / "model.safetensors", "h.2.ln_1.weight")
-    assert time.perf_counter() - start < 1
+    refused_within_a_second(saved, saved / "model.safetensors", "h.2.ln_1.weight")
 
 
 # --- safetensors files ----------------------------------------------------------------------------------------------
@@ -437,9 +435,9 @@ def test_all_problems_are_counted(saved):
 
 
 def refused_within_a_second(path: Path, *fragments: object) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: how busy the machine is says nothing
     refused(path, *fragments)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_header_of_200_mb(saved):
@@ -455,6 +453,16 @@ def test_header_of_a_million_tensors(saved):
     entry = ',"%d":{"dtype":"F32","shape":[],"data_offsets":[0,0]}'
     write_parts(file, ("{" + (entry * 10**6 % tuple(range(10**6)))[1:] + "}").encode(), b"")
     refused_within_a_second(saved, file, "header")
+
+
+def test_largest_header_that_is_read(saved):
+    file = saved / "model.safetensors"
+    entry = ',"%d":{"dtype":"F32","shape":[],"data_offsets":[0,0]}'
+    n_entries = MAX_HEADER_BYTES // 57
+    header = ("{" + (entry * n_entries % tuple(range(n_entries)))[1:] + "}").encode()
+    assert 0.9 * MAX_HEADER_BYTES < len(header) <= MAX_HEADER_BYTES
+    write_parts(file, header, b"")
+    refused_within_a_second(saved, file, "tensor '0'", "takes 4 bytes")
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 2**64 - 1])

@@ -10,8 +10,8 @@ import transformers
 from models import HEADS, tiny_config
 from safetensors.torch import load_file, save_file
 
-from fastgpt.checkpoint import CheckpointFileError
-from fastgpt.verify import MAX_PROBLEMS, verify_checkpoint
+from fastgpt.checkpoint.headers import CheckpointFileError
+from fastgpt.checkpoint.verify import MAX_PROBLEMS, verify_checkpoint
 
 
 @pytest.fixture

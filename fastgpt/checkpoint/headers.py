@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A header of GPT-2 xl takes 60 kB. Parsing this much costs half a second; more is refused unread.
-MAX_JSON_BYTES = 4_000_000
+# GPT-2 xl needs 60 kB, and parsing the largest header allowed takes a quarter of a second; a larger one is not read.
+MAX_HEADER_BYTES = 1_000_000
+# Room for tens of thousands of labels in a config.json.
+MAX_JSON_BYTES = 5_000_000
 
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -130,9 +132,9 @@ def read_safetensors(path: Path, problems: Problems) -> dict[str, StoredTensor]:
             n_header_bytes = int.from_bytes(file.read(8), "little")
             if n_bytes < 8:
                 raise CheckpointError(f"{path}: truncated: {n_bytes} bytes cannot hold a safetensors header")
-            if n_header_bytes > MAX_JSON_BYTES:
+            if n_header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: its header claims {n_header_bytes} bytes, more than the {MAX_JSON_BYTES} allowed: "
+                    f"{path}: its header claims {n_header_bytes} bytes, more than the {MAX_HEADER_BYTES} allowed: "
                     "not a safetensors file, or a corrupt one"
                 )
             if 8 + n_header_bytes > n_bytes:

@@ -13,16 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointFileError,
-    find_weights,
-    inspect_weights,
-    one_line,
-    read_json,
-    shown,
-)
+from ..loading import read_config
 from .fit import (
     OLD_BUFFER,
     body_shapes,
@@ -33,7 +24,16 @@ from .fit import (
     not_finite,
     shape_problems,
 )
-from .loading import read_config
+from .headers import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFileError,
+    find_weights,
+    inspect_weights,
+    one_line,
+    read_json,
+    shown,
+)
 
 MAX_PROBLEMS = 200
 

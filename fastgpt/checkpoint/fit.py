@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checkpoint import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor, shown
+from .headers import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor, shown
 
 PREFIX = "transformer."
 # Causal masks that old releases of transformers saved among the weights.
