@@ -67,7 +67,7 @@ def generate(
     )
     if as_json:
         _print_json(result.as_dict())
-    notes.print(result.summary(), style="dim")
+    print(result.summary(), file=sys.stderr)
 
 
 @app.command()
@@ -106,7 +106,7 @@ def bench(
     )
     with benchmark.progress_bar(notes) as progress:
         result = benchmark.run_benchmark(run_options, progress)
-    benchmark.render(result, Console())
+    plotting.render(result, _tables())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
     if plot_file is not None:
@@ -129,7 +129,7 @@ def params(
     if as_json:
         _print_json(report)
     else:
-        accounting.render(report, Console())
+        accounting.render(report, _tables())
 
 
 @app.command()
@@ -164,9 +164,14 @@ def doctor(device: Device = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(diagnosis)
     else:
-        checks.render(diagnosis, Console())
+        checks.render(diagnosis, _tables())
     if not diagnosis["parity"]["passed"]:
         raise typer.Exit(1)
+
+
+def _tables() -> Console:
+    # A pipe or a file has no width of its own.
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _write_now(text: str) -> None:
@@ -183,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         code = app([word for word in arguments if word != "--debug"], prog_name="fastgpt", standalone_mode=False)
     except UsageError as error:

@@ -80,7 +80,7 @@ def test_greedy_needs_no_seed(run) -> None:
         (["generate", "hi", "--top-p", "1.5"], ["top_p", "1.5"]),
         (["generate", "hi", "--top-k", "-2"], ["top_k", "-2"]),
         (["generate", "hi", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["generate", "hi", "--device", "cuda"], ["cuda"]),
+        (["generate", "hi", "--device", "cuda"], ["CUDA", "--device cpu"]),
         (["generate", "hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "directory", "--model demo"]),
         (["params", "gpt2-xxl"], ["gpt2-xxl", "gpt2-xl"]),
         (["bench", "--workload", "sleep"], ["sleep", "prefill"]),

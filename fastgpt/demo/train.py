@@ -105,6 +105,7 @@ def openings(ids: Tensor, context: int, newline: int) -> list[Tensor]:
 
 
 def examples(rows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
+    """Rows of tokens as Trainer takes them; every token is a label."""
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
@@ -279,6 +280,7 @@ def run(
         )
         outcome = train(text, tokenizer, model, args)
 
+    model.config.use_cache = True  # the Trainer turned it off
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     given = {**invocation.params, "text_file": text_file.name, "out": "DIR"}
@@ -312,6 +314,7 @@ app.command()(run)
 
 
 def main(args: list[str] | None = None) -> None:
+    """Run the recipe on `args` (sys.argv by default); a user's mistake is one line and exit code 2."""
     try:
         app(args)
     except ValueError as error:
