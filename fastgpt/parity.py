@@ -88,7 +88,7 @@ def _check_greedy(
                 f"parity gate: greedy token {n_same - ids.shape[1]} of sequence {sequence} is {int(our_row[n_same])}, "
                 f"transformers' {int(their_row[n_same])} (its logit is {gap:.3g} larger): nothing was timed"
             )
-    return {"greedy_tokens": ids.shape[0] * n_new_tokens, "greedy_tokens_equal_before_a_tie": n_equal}
+    return {"greedy_tokens": ids.shape[0] * n_new_tokens, "greedy_tokens_equal": n_equal}
 
 
 def check_training(base: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
 
-# Dark enough on a light page and light enough on a dark one; ours apart from the rest.
+# On a white ground of its own, so that a light and a dark page show the same picture.
 _COLOURS = {"fastgpt": "#0f9d77"}
 _BASELINE_COLOUR = "#8a94a6"
+_INK = "#333333"
 
 # --- table ----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,8 @@ def render(result: Mapping[str, Any], console: "Console") -> None:
 def title(result: Mapping[str, Any]) -> str:
     """Model, dtype and device, in a line."""
     options, weights = result["options"], result["model"]["weights"]
-    return f"{result['model']['name']} ({weights} weights), {options['dtype']} on {options['device']}"
+    name = os.path.basename(os.path.normpath(result["model"]["name"]))
+    return f"{name} ({weights} weights), {options['dtype']} on {options['device']}"
 
 
 def label(result: Mapping[str, Any], contender: str) -> str:
@@ -69,8 +71,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if inference := result["gate"].get("inference"):
         lines.append(
             f"parity: logits differ by {inference['logit_difference']:.2g} from transformers' (largest "
-            f"{inference['largest_logit']:.3g}), {inference['greedy_tokens_equal_before_a_tie']} of "
-            f"{inference['greedy_tokens']} greedy tokens equal before a tie"
+            f"{inference['largest_logit']:.3g}), {_greedy(inference)}"
         )
     if training := result["gate"].get("training"):
         lines.append(
@@ -78,6 +79,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"gradient by {training['gradient_difference']:.1g} of its size; timed with dropout {_dropout(result)}"
         )
     return lines + [f"skipped {row['baseline']} in {row['workload']}: {row['reason']}" for row in result["skipped"]]
+
+
+def _greedy(inference: Mapping[str, Any]) -> str:
+    n_equal, n_tokens = inference["greedy_tokens_equal"], inference["greedy_tokens"]
+    return f"{n_equal} of {n_tokens} greedy tokens equal" + (", then logits tie" if n_equal < n_tokens else "")
 
 
 def _by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -132,24 +138,26 @@ def plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 def _draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Mapping[str, Any]]) -> None:
     speeds = [row["tokens_per_s"] for row in rows]
     medians = [speed["median"] for speed in speeds]
+    ends = [speed["quartile_3"] for speed in speeds]
     whiskers = [
         [speed["median"] - speed["quartile_1"] for speed in speeds],
         [speed["quartile_3"] - speed["median"] for speed in speeds],
     ]
-    positions = range(len(rows))
     colours = [_COLOURS.get(row["contender"], _BASELINE_COLOUR) for row in rows]
-    panel.barh(positions, medians, xerr=whiskers, color=colours, ecolor="#333333", capsize=3, height=0.62)
-    for position, row, speed in zip(positions, rows, speeds, strict=True):
+    panel.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=_INK, capsize=3, height=0.62)
+    for position, (row, speed, end) in enumerate(zip(rows, medians, ends, strict=True)):
         ratio = _ratio(result, workload, row["contender"]).partition(" ")[0]
-        text = f"{speed['median']:,.0f}" + (f"  (fastgpt is {ratio})" if ratio else "")
-        panel.text(max(medians) * 0.02, position, text, va="center", color="white", fontsize=8, fontweight="bold")
+        text = f" {speed:,.0f}" + (f"  (fastgpt: {ratio})" if ratio else "")
+        panel.text(end, position, text, va="center", fontsize=8, color=_INK)
+    limit = 1.5 * max(ends)
     ceiling = rows[0]["ceiling_tokens_per_s"]
-    if ceiling < 2 * max(medians):
-        panel.axvline(ceiling, color="#333333", linestyle="--", linewidth=1)
-        panel.text(ceiling, len(rows) - 0.45, " ceiling", fontsize=8, color="#333333", va="bottom")
-    panel.set_yticks(positions, [label(result, row["contender"]).replace(" (", "\n(") for row in rows])
+    if ceiling < limit:
+        panel.axvline(ceiling, color=_INK, linestyle="--", linewidth=1, zorder=0)
+        top = panel.get_xaxis_transform()
+        panel.text(ceiling, 1.0, " ceiling", transform=top, fontsize=8, color=_INK, va="top")
+    panel.set_xlim(0, limit)
+    panel.set_yticks(range(len(rows)), [label(result, row["contender"]).replace(" (", "\n(") for row in rows])
     panel.invert_yaxis()
     panel.set_title(workload, fontsize=10)
     panel.set_xlabel("tokens/s")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.margins(x=0.08)
