@@ -31,10 +31,10 @@ def test_patch_and_unpatch_change_classes_and_nothing_else() -> None:
     patched: Any = fastgpt.patch(model)
     assert patched is model
     assert type(model) is fastgpt.GPT2LMHeadModel
-    assert type(model.transformer.h[1].ln_2) is modeling.LayerNorm
+    assert type(patched.transformer.h[1].ln_2) is modeling.LayerNorm
     assert model.config._attn_implementation == "fastgpt"
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert len(model.transformer.h[0].mlp.c_fc._forward_hooks) == 1
+    assert len(patched.transformer.h[0].mlp.c_fc._forward_hooks) == 1
     fastgpt.unpatch(model)
     assert classes(model) == before
     assert model.config._attn_implementation == "sdpa"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -238,6 +238,9 @@ def run(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")
     tokenizer = train_tokenizer(split(text).training, vocab_size, context)
+    special_tokens: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     set_seed(seed)
     model = fastgpt.GPT2LMHeadModel(
         GPT2Config(
@@ -249,9 +252,7 @@ def run(
             embd_pdrop=dropout,
             resid_pdrop=dropout,
             attn_pdrop=0.0,  # dropout inside attention would take half of a step on a CPU
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **special_tokens,
         )
     )
     interval = max(1, steps // 20)
