@@ -7,6 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from hypothesis import settings
 
+# Without a GPU, Triton kernels run in the CPU interpreter, which is chosen when triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Interleaved small operations of several test processes gain nothing from more threads.
 torch.set_num_threads(1)
 

@@ -1,0 +1,1 @@
+"""The Triton kernels, one module an operation; importing one imports triton."""

@@ -1,0 +1,166 @@
+"""The kernels of layer_norm and add_layer_norm, and the forms in which they ship.
+
+Each program holds whole rows in registers. Backward is given nothing but the normalised input: it computes the
+statistics again, which hides behind the loads and keeps gradients exact for rows far from zero.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import triton
+import triton.language as tl
+
+from .. import tuning
+from .launch import Configuration
+
+
+@triton.jit
+def _normalise(x, in_row, n_cols, eps):
+    """(x - mean) / std of each row of x (rows, cols), zero outside in_row, and 1 / std (rows,)."""
+    mean = tl.sum(x, axis=1) / n_cols
+    centered = tl.where(in_row, x - mean[:, None], 0.0)
+    # A second centring removes the rounding error of the mean: 1000x smaller error when |mean| >> std.
+    correction = tl.sum(centered, axis=1) / n_cols
+    centered = tl.where(in_row, centered - correction[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / n_cols + eps
+    # Said to round, for plain square roots and divisions of float32 are approximate.
+    rstd = 1.0 / tl.sqrt(variance) if variance.dtype == tl.float64 else tl.div_rn(1.0, tl.sqrt_rn(variance))
+    return centered * rstd[:, None], rstd
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
+    x_row_stride, residual_row_stride, n_rows, n_cols, eps,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """One program normalises BLOCK_ROWS rows of x (n_rows, n_cols), or of x + residual, which it stores too."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    in_cols = cols < n_cols
+    in_row = (rows < n_rows)[:, None] & in_cols[None, :]
+    out_offsets = rows[:, None] * n_cols + cols[None, :]
+
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
+    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(ACCUMULATOR)
+    bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(ACCUMULATOR)
+    if HAS_RESIDUAL:
+        residual_offsets = rows[:, None] * residual_row_stride + cols[None, :]
+        x += tl.load(residual_ptr + residual_offsets, mask=in_row, other=0.0).to(ACCUMULATOR)
+        # What is normalised is the sum as it is stored, for backward reads it again.
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + out_offsets, rounded, mask=in_row)
+        x = rounded.to(ACCUMULATOR)
+
+    normalised, _ = _normalise(x, in_row, n_cols, eps)
+    y = normalised * weight[None, :] + bias[None, :]
+
+    tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=in_row)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_partial_ptr, dbias_partial_ptr,
+    x_row_stride, dy_row_stride, dsum_row_stride, n_rows, n_cols, eps,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_DSUM: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """One program takes every n-th tile of rows: dx of each, and its share of dweight and dbias.
+
+    dsum is the gradient that reaches x past the norm.
+    """
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_COLS)
+    in_cols = cols < n_cols
+    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(ACCUMULATOR)
+
+    dweight = tl.zeros((BLOCK_COLS,), dtype=ACCUMULATOR)
+    dbias = tl.zeros((BLOCK_COLS,), dtype=ACCUMULATOR)
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        rows = tl.arange(0, BLOCK_ROWS).to(tl.int64) + tile * BLOCK_ROWS
+        in_row = (rows < n_rows)[:, None] & in_cols[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
+        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
+
+        normalised, rstd = _normalise(x, in_row, n_cols, eps)
+        dnormalised = dy * weight[None, :]
+        mean_d = tl.sum(dnormalised, axis=1) / n_cols
+        mean_dn = tl.sum(dnormalised * normalised, axis=1) / n_cols
+        dx = (dnormalised - mean_d[:, None] - normalised * mean_dn[:, None]) * rstd[:, None]
+        if HAS_DSUM:
+            dsum_offsets = rows[:, None] * dsum_row_stride + cols[None, :]
+            dx += tl.load(dsum_ptr + dsum_offsets, mask=in_row, other=0.0).to(ACCUMULATOR)
+        dweight += tl.sum(dy * normalised, axis=0)
+        dbias += tl.sum(dy, axis=0)
+
+        tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=in_row)
+
+    partial_offsets = program.to(tl.int64) * n_cols + cols
+    tl.store(dweight_partial_ptr + partial_offsets, dweight, mask=in_cols)
+    tl.store(dbias_partial_ptr + partial_offsets, dbias, mask=in_cols)
+
+
+@triton.jit
+def _layer_norm_bwd_reduce_kernel(
+    dweight_partial_ptr, dbias_partial_ptr, dweight_ptr, dbias_ptr, n_partials, n_cols,
+    BLOCK_PARTIALS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """One program sums BLOCK_COLS columns of the partial gradients (n_partials, n_cols), in a fixed order."""
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    in_cols = cols < n_cols
+
+    dweight = tl.zeros((BLOCK_PARTIALS, BLOCK_COLS), dtype=ACCUMULATOR)
+    dbias = tl.zeros((BLOCK_PARTIALS, BLOCK_COLS), dtype=ACCUMULATOR)
+    for start in range(0, n_partials, BLOCK_PARTIALS):
+        partials = tl.arange(0, BLOCK_PARTIALS).to(tl.int64) + start
+        inside = (partials < n_partials)[:, None] & in_cols[None, :]
+        offsets = partials[:, None] * n_cols + cols[None, :]
+        dweight += tl.load(dweight_partial_ptr + offsets, mask=inside, other=0.0)
+        dbias += tl.load(dbias_partial_ptr + offsets, mask=inside, other=0.0)
+
+    tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=in_cols)
+    tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=in_cols)
+
+
+# --- audit ----------------------------------------------------------------------------------------------------------
+
+# dtype of the tensors, accumulator, widest row. float16 differs from bfloat16 in the conversions alone.
+_SHIPPED_DTYPES = (("bf16", tl.float32, 4096), ("fp32", tl.float32, 4096), ("fp64", tl.float64, 2048))
+_DIVISIBLE = "x_row_stride", "residual_row_stride", "dy_row_stride", "dsum_row_stride", "n_cols"
+
+
+def shipped_configurations(architecture: str) -> Iterator[Configuration]:
+    """Every tile of tuning's tables, which hold for all GPUs, with and without the residual stream."""
+    for dtype, accumulator, max_cols in _SHIPPED_DTYPES:
+        partial = f"*{accumulator.name}"
+        types = {"eps": "fp32", "dweight_partial_ptr": partial, "dbias_partial_ptr": partial}
+        for table, kernel, flag, pointers in (
+            (tuning.LAYER_NORM_FWD, _layer_norm_fwd_kernel, "HAS_RESIDUAL", ("residual_ptr", "sum_ptr")),
+            (tuning.LAYER_NORM_BWD, _layer_norm_bwd_kernel, "HAS_DSUM", ("dsum_ptr",)),
+        ):
+            for tile, has_stream in product(table, (False, True)):
+                if tile.block_cols > max_cols:
+                    continue
+                constants = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "ACCUMULATOR": accumulator}
+                yield Configuration(
+                    operation="add_layer_norm" if has_stream else "layer_norm",
+                    kernel=kernel,
+                    label=f"{dtype} C<={tile.block_cols}",
+                    dtype=dtype,
+                    constants=constants | {flag: has_stream} | ({} if has_stream else dict.fromkeys(pointers)),
+                    types=types,
+                    divisible=_DIVISIBLE,
+                    num_warps=tile.num_warps,
+                )
+        yield Configuration(
+            operation="layer_norm",
+            kernel=_layer_norm_bwd_reduce_kernel,
+            label=dtype,
+            dtype=dtype,
+            constants={
+                "BLOCK_PARTIALS": tuning.LAYER_NORM_REDUCE_PARTIALS,
+                "BLOCK_COLS": tuning.LAYER_NORM_REDUCE_COLS,
+                "ACCUMULATOR": accumulator,
+            },
+            types=types,
+            divisible=("n_cols",),
+        )

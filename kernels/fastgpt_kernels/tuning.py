@@ -1,0 +1,129 @@
+"""Launch configurations: fixed tables keyed by shape and GPU, each with a line on where it comes from.
+
+Nothing is searched at run time: the first call is as fast as the next, and graph capture meets no measurement.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# --- layer norm -----------------------------------------------------------------------------------------------------
+
+
+class LayerNormTile(NamedTuple):
+    """A program's tile: block_cols covers a whole row."""
+
+    block_cols: int
+    block_rows: int
+    num_warps: int
+
+
+# Compiled for every audited GPU, unmeasured; float32 backward spills 4 bytes on sm_80 at 512 and 1024 and on sm_120 at
+# 4096, the float64 sum of partials on sm_80. Backward keeps the warps side by side along a row, so that a thread sums
+# the weight gradients of its columns alone.
+LAYER_NORM_FWD = (
+    LayerNormTile(256, 4, 2),
+    LayerNormTile(512, 4, 4),
+    LayerNormTile(1024, 2, 4),
+    LayerNormTile(2048, 1, 4),
+    LayerNormTile(4096, 1, 8),
+)
+LAYER_NORM_BWD = (
+    LayerNormTile(256, 2, 1),
+    LayerNormTile(512, 2, 2),
+    LayerNormTile(1024, 2, 4),
+    LayerNormTile(2048, 2, 8),
+    LayerNormTile(4096, 1, 8),
+)
+# Columns and partial rows that a program of the second backward kernel adds up at a time: unmeasured.
+LAYER_NORM_REDUCE_COLS, LAYER_NORM_REDUCE_PARTIALS = 16, 64
+
+# Resident programs of 4 warps with up to 128 registers a thread: unmeasured.
+_BWD_PROGRAMS_PER_MULTIPROCESSOR = 4
+# In the interpreter few, so that each has several tiles to walk.
+_BWD_PROGRAMS_OF_CPU = 3
+
+
+def layer_norm_tile(tiles: tuple[LayerNormTile, ...], n_cols: int) -> LayerNormTile:
+    """The narrowest of `tiles` that holds a row of n_cols."""
+    return next(tile for tile in tiles if n_cols <= tile.block_cols)
+
+
+def layer_norm_bwd_programs(x: Tensor) -> int:
+    """How many programs share the rows of x in backward: the number of partial sums of the weight gradients."""
+    if not x.is_cuda:
+        return _BWD_PROGRAMS_OF_CPU
+    n_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _BWD_PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class AttentionTile(NamedTuple):
+    """A program's tile of scores, in queries and keys."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, bytes of an element, and the head size up to which it holds. Compiled for every audited GPU without
+# spills, unmeasured. float32 has no tensor-core product, so its accumulators set the tile.
+ATTENTION = {
+    ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
+    ("fwd", 2, 128): AttentionTile(64, 64, 4, 2),
+    ("fwd", 4, 64): AttentionTile(64, 32, 8, 2),
+    ("fwd", 4, 128): AttentionTile(16, 32, 8, 2),
+    ("dq", 2, 64): AttentionTile(64, 64, 4, 3),
+    ("dq", 2, 128): AttentionTile(64, 32, 4, 2),
+    ("dq", 4, 64): AttentionTile(32, 32, 8, 2),
+    ("dq", 4, 128): AttentionTile(16, 32, 8, 2),
+    ("dkdv", 2, 64): AttentionTile(32, 64, 4, 2),
+    ("dkdv", 2, 128): AttentionTile(32, 64, 8, 2),
+    ("dkdv", 4, 64): AttentionTile(32, 32, 8, 2),
+    ("dkdv", 4, 128): AttentionTile(16, 32, 8, 2),
+}
+# Without wgmma operands take registers, which leaves room for fewer scores: compiled, unmeasured.
+_ATTENTION_OFF_HOPPER = {
+    ("fwd", 2, 128): AttentionTile(64, 32, 4, 2),
+    ("dq", 2, 64): AttentionTile(64, 32, 4, 3),
+    ("dq", 2, 128): AttentionTile(32, 32, 4, 2),
+    ("dkdv", 2, 128): AttentionTile(32, 32, 4, 2),
+}
+# With 8 warps and no dropout two programs stay on a multiprocessor, as with 4 warps, and each key is read half as
+# often: compiled for sm_90, unmeasured.
+_ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
+
+
+def attention_tile(
+    kernel: str, head_dim: int, element_size: int, architecture: str, has_dropout: bool
+) -> AttentionTile:
+    """The tile of one of the kernels fwd, dq and dkdv.
+
+    element_size: bytes of q's dtype. architecture: as `architecture` names it.
+    """
+    padded_dim = 64 if head_dim <= 64 else 128
+    if architecture == "cpu":
+        # NumPy adds up the products of a small tile in another order than those of a large one: the passes would not
+        # agree about a score. On a GPU the order is that of the head's elements in any tile.
+        return ATTENTION[kernel, 2, padded_dim]
+    key = kernel, element_size, padded_dim
+    if architecture == "sm_90":
+        return _ATTENTION_FWD_HOPPER if key == ("fwd", 2, 64) and not has_dropout else ATTENTION[key]
+    tile = _ATTENTION_OFF_HOPPER.get(key, ATTENTION[key])
+    # A thread of AMD's has 512 registers only where a program has no more than 4 warps.
+    return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """What the kernels for a device are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

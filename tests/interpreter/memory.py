@@ -1,0 +1,73 @@
+"""Where kernels read and write: interpreted pointers are host addresses, held against the tensors of the launch."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+# Position of the mask among the arguments after the pointers; None where every lane is live.
+ACCESSES = {"create_masked_load": 0, "create_masked_store": 1, "create_atomic_rmw": 1, "create_atomic_cas": None}
+
+
+class OutOfBoundsError(IndexError):
+    """A live lane of a load, store or atomic points outside the tensor that its neighbours point into."""
+
+
+def _address_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address and the one past the last element of a tensor that is not empty."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def watch() -> None:
+    """Refuse, for the rest of the process, an access whose live lanes do not all lie in one tensor of the launch."""
+    ranges: list[tuple[int, int]] = []
+    arguments_of_launch = GridExecutor._init_args_hst
+
+    def remember_tensors(executor: GridExecutor, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args, kwargs = arguments_of_launch(executor, args, kwargs)
+        tensors = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]
+        ranges[:] = [_address_range(x) for x in tensors if isinstance(x, torch.Tensor) and x.numel()]
+        return args, kwargs
+
+    def check(pointers: TensorHandle, mask: TensorHandle | None, access: str) -> None:
+        addresses = pointers.data.ravel()
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data, pointers.data.shape).ravel().astype(bool)]
+        if addresses.size == 0:
+            return
+        n_bytes = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        first, end = int(addresses.min()), int(addresses.max()) + n_bytes
+        if not any(low <= first and end <= high for low, high in ranges):
+            raise OutOfBoundsError(f"{access}: {addresses.size} live lanes span {end - first} bytes, not in one tensor")
+
+    def checked(name: str, mask_position: int | None) -> Callable:
+        access = getattr(InterpreterBuilder, name)
+
+        def checked_access(builder: InterpreterBuilder, *args: Any, **options: Any) -> Any:
+            pointers, *rest = args[name == "create_atomic_rmw" :]
+            check(pointers, None if mask_position is None else rest[mask_position], name)
+            return access(builder, *args, **options)
+
+        return checked_access
+
+    for name, mask_position in ACCESSES.items():
+        mock.patch.object(InterpreterBuilder, name, checked(name, mask_position)).start()
+    mock.patch.object(GridExecutor, "_init_args_hst", remember_tensors).start()
+
+
+@contextmanager
+def check_overflow() -> Iterator[None]:
+    """Index arithmetic that leaves int32 raises, and tl.device_assert fires."""
+    options = interpreter.interpreter_builder.options
+    before = options.debug
+    object.__setattr__(options, "debug", True)
+    try:
+        yield
+    finally:
+        object.__setattr__(options, "debug", before)

@@ -1,0 +1,111 @@
+"""The audit compiles what ships and fails what may not ship."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fastgpt_kernels
+import pytest
+from fastgpt_kernels import audit
+from fastgpt_kernels.fused.launch import Configuration
+
+ROOT = Path(__file__).parent.parent
+FINDING = audit.Finding("layer_norm", "layer_norm_fwd_kernel", "bf16 C<=1024", "sm_90", registers=56)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_shipped_configurations_pass(tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    arguments = "--arch", "90,gfx942", "--only", "layer_norm bf16 C<=1024", "--json", str(file)
+    finished = run("-m", "fastgpt_kernels.audit", *arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    findings = json.loads(file.read_text())
+    assert {finding["architecture"] for finding in findings} == {"sm_90", "gfx942"}
+    assert {finding["kernel"] for finding in findings} == {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
+    assert all(finding["registers"] > 16 and finding["spilled_bytes"] == 0 for finding in findings)
+    assert len(finished.stdout.splitlines()) == 1 + len(findings) == 1 + 2 * 4
+    assert f"{len(findings)} configurations" in finished.stderr
+
+
+def test_each_fault_is_found() -> None:
+    finished = run(str(ROOT / "tests" / "audited_kernels.py"))
+    assert finished.returncode == 0, finished.stderr
+    failures = [(f["configuration"], f["failure"]) for f in json.loads(finished.stdout)]
+    reasons = dict(failures)
+    assert len(failures) == 8
+    assert [label for label, failure in failures if failure is None] == ["sound", "sound", "no tf32", "wgmma"]
+    assert reasons["spills"].endswith("bytes spilled")
+    assert reasons["tf32"].endswith("tf32 instructions")
+    assert reasons["no wgmma"] == "no wgmma instruction"
+    assert reasons["does not compile"].startswith(("CompilationError", "ValueError"))
+
+
+def test_limit_of_shared_memory_is_the_chips() -> None:
+    configuration = Configuration("layer_norm", None, "", "bf16", {})
+    for architecture, limit in audit.SHARED_LIMITS.items():
+        finding = replace(FINDING, architecture=architecture, shared_bytes=limit * 1024)
+        assert audit._failure(configuration, finding) is None
+        beyond = replace(finding, shared_bytes=limit * 1024 + 1)
+        assert str(audit._failure(configuration, beyond)).endswith(f"exceed {limit} KiB")
+
+
+@pytest.mark.parametrize(
+    ("machine_code", "n_bytes"),
+    [
+        ("LDG.E.128 R4, [R2]; STG.E [R2], R4", 0),
+        ("STL [R1], R2", 4),
+        ("@P0 STL.64 [R1+0x8], R2; STL.128 [R1], R4; LDL R2, [R1]", 24),
+        ("LDL.64 R2, [R1]; LDL R4, [R1]", 8),
+    ],
+)
+def test_spilled_bytes_are_counted(machine_code: str, n_bytes: int) -> None:
+    assert audit.spilled_bytes(machine_code) == n_bytes
+
+
+def test_exit_code_tells_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    failed = replace(FINDING, failure="4 bytes spilled")
+    for findings, code in (([FINDING], 0), ([FINDING, failed], 1)):
+        monkeypatch.setattr(audit, "audit_all", lambda *_, findings=findings: findings)
+        assert audit.main([]) == code
+    assert "FAILED: 4 bytes spilled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "90,42"], "unknown sm_42: choose from sm_80"),
+        (["--only", "no such thing"], "no shipped configuration holds 'no such thing'"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as raised:
+        audit.main(arguments)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        audit.main(["--arch", "90"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_every_visible_kernel_is_audited() -> None:
+    visible = {module.removeprefix("fused.") for module in fastgpt_kernels.KERNEL_MODULES.values()}
+    assert visible <= set(audit.AUDITED_MODULES)
+    for architecture in audit.SHARED_LIMITS:
+        shipped = [(c.operation, c.kernel.__name__, c.label) for c in audit.configurations(architecture)]
+        assert len(set(shipped)) == len(shipped) > 0
