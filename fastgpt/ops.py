@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import fastgpt_kernels
 import torch
 from fastgpt_kernels import KernelUnavailableError, reference
-from torch import Tensor
+from torch import Tensor, nn
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -45,28 +45,35 @@ def selected_backend() -> str:
 def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
     """Which backend `operation` takes for tensors on `device`, and why.
 
-    Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and there
-    is none.
+    In auto mode a kernel still leaves tensors that it does not support to the reference.
+    Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and cannot
+    run.
     """
+    device = torch.device(device)
     if _selected == "torch":
         return "torch", "asked for by name"
-    if _selected == "triton":
-        fastgpt_kernels.kernel(operation)
-        return "triton", "asked for by name"
-    if torch.device(device).type != "cuda":
-        return "torch", f"no kernel runs on {torch.device(device).type}"
+    if _selected == "auto" and device.type != "cuda":
+        return "torch", f"no kernel runs on {device.type}"
     try:
         fastgpt_kernels.kernel(operation)
+        fastgpt_kernels.check_device(device)
     except KernelUnavailableError as error:
+        if _selected == "triton":
+            raise
         return "torch", str(error)
-    return "triton", "kernel available"
+    return "triton", "asked for by name" if _selected == "triton" else "kernel available"
 
 
 def _implementation(operation: str, x: Tensor) -> Callable:
-    if _selected != "triton" and not x.is_cuda:
-        return getattr(reference, operation)
     name, _ = explain(operation, x.device)
-    return fastgpt_kernels.kernel(operation) if name == "triton" else getattr(reference, operation)
+    if name == "triton" and (_selected == "triton" or _is_supported(operation, x)):
+        return fastgpt_kernels.kernel(operation)
+    return getattr(reference, operation)
+
+
+def _is_supported(operation: str, x: Tensor) -> bool:
+    """Kernels read memory: they do not know what a subclass, such as a DTensor, makes of it."""
+    return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -49,7 +49,9 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel for every operation, which gives back its own name and arguments."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_90")
     module = ModuleType("fastgpt_kernels.fake")
+    setattr(module, "supports", lambda x: x.dtype != torch.float64)  # noqa: B010
     for operation in fastgpt_kernels.OPERATIONS:
         setattr(module, operation, lambda *args, _name=operation, **kwargs: (_name, args, kwargs))
         monkeypatch.setitem(fastgpt_kernels.KERNEL_MODULES, operation, "fake")
@@ -170,6 +172,43 @@ def test_a_kernel_asked_for_by_name_that_is_missing_raises(operation: str, no_ke
             call(operation)
         with pytest.raises(KernelUnavailableError, match=f"^{operation}: .*[Tt]riton"):
             ops.explain(operation, "cuda")
+
+
+class Subclass(torch.Tensor):
+    """Of which a kernel would see the memory alone."""
+
+
+@pytest.mark.parametrize("operation", ARGUMENTS)
+def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
+    operation: str, fake_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "explain", lambda operation, device: ("triton", "kernel available"))
+    x = torch.zeros(2, 4)
+    with fastgpt.backend("auto"):
+        for supported in (x, torch.nn.Parameter(x)):
+            assert ops._implementation(operation, supported) is fastgpt_kernels.kernel(operation)
+        for other in (x.double(), x.as_subclass(Subclass)):
+            assert ops._implementation(operation, other) is getattr(reference, operation)
+    with fastgpt.backend("triton"):
+        assert ops._implementation(operation, x.double()) is fastgpt_kernels.kernel(operation)
+
+
+def test_an_old_gpu_runs_the_reference(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_75")
+    with fastgpt.backend("auto"):
+        name, reason = ops.explain("layer_norm", "cuda")
+    assert (name, "need sm_80 or newer, and cuda is sm_75" in reason) == ("torch", True)
+    with fastgpt.backend("triton"), pytest.raises(KernelUnavailableError, match="need sm_80"):
+        ops.explain("layer_norm", "cuda")
+
+
+def test_a_cpu_runs_kernels_in_the_interpreter_only(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with (
+        fastgpt.backend("triton"),
+        pytest.raises(KernelUnavailableError, match="run on a GPU, not on cpu; on a CPU with TRITON_INTERPRET=1"),
+    ):
+        call("layer_norm")
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------

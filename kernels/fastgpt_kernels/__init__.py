@@ -12,15 +12,24 @@ this package touches neither triton nor a GPU.
 """
 
 import importlib
-import importlib.util
+import sys
 from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from . import reference
+from .tuning import architecture
 
 OPERATIONS = ("layer_norm", "add_layer_norm", "causal_attention", "gelu_mlp", "linear_cross_entropy")
 
-# The module that holds the Triton kernel of an operation.
-KERNEL_MODULES: dict[str, str] = {}
+# The module that holds the Triton kernel of an operation, and says with `supports` which tensors it takes.
+KERNEL_MODULES = {
+    "layer_norm": "fused.layer_norm",
+    "add_layer_norm": "fused.layer_norm",
+    "causal_attention": "fused.attention",
+}
 
 
 class KernelUnavailableError(RuntimeError):
@@ -32,13 +41,54 @@ def kernel(operation: str) -> Callable:
 
     Raises KernelUnavailableError where triton is not installed or the operation has no kernel.
     """
+    return getattr(_module(operation), operation)
+
+
+def supports(operation: str, x: Tensor) -> bool:
+    """Whether the kernel of an operation takes tensors of x's kind; raises as `kernel` does."""
+    return _module(operation).supports(x)
+
+
+# What holds for a process is a constant to torch.compile, which could not look into it.
+@torch.compiler.assume_constant_result
+def check_device(device: torch.device) -> None:
+    """Raise KernelUnavailableError where no kernel runs on a device."""
+    if device.type == "cuda":
+        name = architecture(device)
+        if name.startswith("sm_") and int(name[3:]) < 80:
+            raise KernelUnavailableError(f"the Triton kernels need sm_80 or newer, and {device} is {name}")
+    elif device.type != "cpu" or not _interprets():
+        raise KernelUnavailableError(
+            f"the Triton kernels run on a GPU, not on {device.type}; on a CPU with TRITON_INTERPRET=1, slowly"
+        )
+
+
+def _interprets() -> bool:
+    try:
+        return importlib.import_module("triton.knobs").runtime.interpret
+    except ModuleNotFoundError:
+        return False
+
+
+def _module(operation: str) -> ModuleType:
+    return sys.modules[_import_module(operation)]
+
+
+@torch.compiler.assume_constant_result
+def _import_module(operation: str) -> str:
+    """Import the module of an operation's kernel. Returns its name."""
     if operation not in OPERATIONS:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
-    if importlib.util.find_spec("triton") is None:
-        raise KernelUnavailableError(f"{operation}: triton is not installed (pip install triton, Linux only)")
     if operation not in KERNEL_MODULES:
         raise KernelUnavailableError(f"{operation}: this version has no Triton kernel for it")
-    return getattr(importlib.import_module(f".{KERNEL_MODULES[operation]}", __name__), operation)
+    try:
+        return importlib.import_module(f"{__name__}.{KERNEL_MODULES[operation]}").__name__
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise KernelUnavailableError(
+            f"{operation}: triton is not installed (pip install triton, Linux only)"
+        ) from error
 
 
 def __getattr__(name: str) -> Callable:
@@ -47,4 +97,4 @@ def __getattr__(name: str) -> Callable:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["KERNEL_MODULES", "OPERATIONS", "KernelUnavailableError", "kernel", "reference"]
+__all__ = ["KERNEL_MODULES", "OPERATIONS", "KernelUnavailableError", "check_device", "kernel", "reference", "supports"]

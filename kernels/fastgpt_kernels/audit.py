@@ -30,7 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from .fused.launch import FP_FUSION, Configuration
 
 # Modules of fused/ with a function shipped_configurations(architecture), which yields what is compiled for one GPU.
-AUDITED_MODULES = ("layer_norm",)
+AUDITED_MODULES = ("layer_norm", "attention")
 
 # Shared memory of one program, in KiB.
 SHARED_LIMITS = {

@@ -9,6 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
+@cache
+def architecture(device: torch.device) -> str:
+    """What the kernels for a device are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 # --- layer norm -----------------------------------------------------------------------------------------------------
 
 
@@ -20,25 +31,32 @@ class LayerNormTile(NamedTuple):
     num_warps: int
 
 
-# Compiled for every audited GPU, unmeasured; float32 backward spills 4 bytes on sm_80 at 512 and 1024 and on sm_120 at
-# 4096, the float64 sum of partials on sm_80. Backward keeps the warps side by side along a row, so that a thread sums
-# the weight gradients of its columns alone.
-LAYER_NORM_FWD = (
+# Compiled for every audited GPU without spills, unmeasured. Backward keeps the warps side by side along a row, so that
+# a thread sums the weight gradients of its columns alone.
+_LAYER_NORM_FWD = (
     LayerNormTile(256, 4, 2),
     LayerNormTile(512, 4, 4),
     LayerNormTile(1024, 2, 4),
     LayerNormTile(2048, 1, 4),
     LayerNormTile(4096, 1, 8),
 )
-LAYER_NORM_BWD = (
+_LAYER_NORM_BWD = (
     LayerNormTile(256, 2, 1),
     LayerNormTile(512, 2, 2),
     LayerNormTile(1024, 2, 4),
     LayerNormTile(2048, 2, 8),
     LayerNormTile(4096, 1, 8),
 )
-# Columns and partial rows that a program of the second backward kernel adds up at a time: unmeasured.
-LAYER_NORM_REDUCE_COLS, LAYER_NORM_REDUCE_PARTIALS = 16, 64
+# There the compiler spills a word of the tiles above in float32, and elsewhere of these: compiled, unmeasured.
+_LAYER_NORM_BWD_SM80_SM120 = (
+    LayerNormTile(256, 2, 1),
+    LayerNormTile(512, 1, 2),
+    LayerNormTile(1024, 1, 4),
+    LayerNormTile(2048, 2, 8),
+    LayerNormTile(4096, 1, 16),
+)
+# Columns that a program of the second backward kernel adds up: unmeasured.
+LAYER_NORM_REDUCE_COLS = 16
 
 # Resident programs of 4 warps with up to 128 registers a thread: unmeasured.
 _BWD_PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -46,9 +64,21 @@ _BWD_PROGRAMS_PER_MULTIPROCESSOR = 4
 _BWD_PROGRAMS_OF_CPU = 3
 
 
-def layer_norm_tile(tiles: tuple[LayerNormTile, ...], n_cols: int) -> LayerNormTile:
-    """The narrowest of `tiles` that holds a row of n_cols."""
-    return next(tile for tile in tiles if n_cols <= tile.block_cols)
+def layer_norm_tiles(kernel: str, architecture: str) -> tuple[LayerNormTile, ...]:
+    """All tiles of one of the kernels fwd and bwd, the narrowest first."""
+    if kernel == "fwd":
+        return _LAYER_NORM_FWD
+    return _LAYER_NORM_BWD_SM80_SM120 if architecture in ("sm_80", "sm_120") else _LAYER_NORM_BWD
+
+
+def layer_norm_tile(kernel: str, n_cols: int, architecture: str) -> LayerNormTile:
+    """The narrowest tile of one of the kernels fwd and bwd that holds a row of n_cols."""
+    return next(tile for tile in layer_norm_tiles(kernel, architecture) if n_cols <= tile.block_cols)
+
+
+def layer_norm_reduce_partials(architecture: str) -> int:
+    """Partial rows that a program of the second backward kernel adds up at a time; unmeasured, spills as above."""
+    return 32 if architecture in ("sm_80", "sm_120") else 64
 
 
 def layer_norm_bwd_programs(x: Tensor) -> int:
@@ -71,8 +101,8 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
-# By kernel, bytes of an element, and the head size up to which it holds. Compiled for every audited GPU without
-# spills, unmeasured. float32 has no tensor-core product, so its accumulators set the tile.
+# By kernel, bytes of an element, and the head size up to which it holds: compiled, unmeasured. float32 has no
+# tensor-core product, so its accumulators set the tile.
 ATTENTION = {
     ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
     ("fwd", 2, 128): AttentionTile(64, 64, 4, 2),
@@ -97,6 +127,17 @@ _ATTENTION_OFF_HOPPER = {
 # With 8 warps and no dropout two programs stay on a multiprocessor, as with 4 warps, and each key is read half as
 # often: compiled for sm_90, unmeasured.
 _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
+# Where the tiles above spill a few bytes on one GPU: compiled, unmeasured.
+_ATTENTION_ON = {
+    "sm_80": {
+        ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
+        ("fwd", 4, 128): AttentionTile(16, 32, 4, 2),
+        ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
+        ("dq", 4, 128): AttentionTile(16, 32, 4, 2),
+        ("dkdv", 4, 64): AttentionTile(32, 32, 4, 2),
+    },
+    "sm_120": {("fwd", 2, 128): AttentionTile(64, 32, 8, 2)},
+}
 
 
 def attention_tile(
@@ -114,16 +155,26 @@ def attention_tile(
     key = kernel, element_size, padded_dim
     if architecture == "sm_90":
         return _ATTENTION_FWD_HOPPER if key == ("fwd", 2, 64) and not has_dropout else ATTENTION[key]
-    tile = _ATTENTION_OFF_HOPPER.get(key, ATTENTION[key])
+    tile = _ATTENTION_ON.get(architecture, {}).get(key) or _ATTENTION_OFF_HOPPER.get(key, ATTENTION[key])
     # A thread of AMD's has 512 registers only where a program has no more than 4 warps.
     return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile
 
 
-@cache
-def architecture(device: torch.device) -> str:
-    """What the kernels for a device are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+# --- linear + cross-entropy -----------------------------------------------------------------------------------------
+
+# Lanes of a tile, each of which takes 16 bytes of a row, and the warps that share them. Two accesses a thread are under
+# way, and with 32 registers a thread (bfloat16 on sm_90) eight programs fill a multiprocessor: compiled, unmeasured.
+LINEAR_CROSS_ENTROPY_LANES, LINEAR_CROSS_ENTROPY_WARPS = 512, 8
+# Bytes of the logits that exist at once: 2**27 of them in half precision. A chunk reads and writes the gradient of the
+# weight once in float32, so that larger chunks cost less time; unmeasured.
+LINEAR_CROSS_ENTROPY_BYTES = 2**28
+# Rows of a chunk are a multiple of the largest tile of a matrix product.
+_CHUNK_ROWS_MULTIPLE = 128
+
+
+def linear_cross_entropy_chunk_rows(n_rows: int, n_bytes: int) -> int:
+    """How many rows of logits, n_bytes each, exist at once: chunks of nearly one size, in whole tiles."""
+    most = max(1, LINEAR_CROSS_ENTROPY_BYTES // max(1, n_bytes * _CHUNK_ROWS_MULTIPLE)) * _CHUNK_ROWS_MULTIPLE
+    n_chunks = -(-n_rows // most)
+    rows = -(-n_rows // max(1, n_chunks))
+    return -(-rows // _CHUNK_ROWS_MULTIPLE) * _CHUNK_ROWS_MULTIPLE

@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from ..reference import PHILOX_ROUNDS
+from .dropout import dropout_keep
 from .launch import Configuration
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
@@ -64,25 +63,6 @@ def _weights(score, row_max, row_norm, score_scale, IS_FP32: tl.constexpr):
         return tl.exp2(score * score_scale - (row_max + row_norm))
 
 
-@triton.jit
-def _dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, threshold):
-    """Which weights survive, bit for bit as `reference.dropout_keep_mask`.
-
-    q_offset, k_offset: places inside the block, (rows, 1) and (1, cols) or the other way round; starts divide by 16.
-    Of the offsets alone the compiler sees which eight elements share a Philox call, and that one thread holds them.
-    """
-    q_group = (q_start >> 1) + (((q_offset >> 4) << 3) | (q_offset & 7))
-    k_group = (k_start >> 2) + (((k_offset >> 4) << 2) | ((k_offset >> 1) & 3))
-    zero = (q_offset | k_offset) * 0
-    word_0, word_1, word_2, word_3 = tl.philox(
-        seed, zero + k_group, zero + q_group, zero + batch_head, zero, _PHILOX_ROUNDS
-    )
-    low_q, low_k = (q_offset & 8) == 0, (k_offset & 8) == 0
-    word = tl.where(low_q, tl.where(low_k, word_0, word_1), tl.where(low_k, word_2, word_3))
-    draw = (word >> ((k_offset & 1) * 16).to(tl.uint32)) & 0xFFFF
-    return draw.to(tl.int32) >= threshold
-
-
 # --- forward --------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +98,7 @@ def _attend(
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
         row_max = new_max
         if HAS_DROPOUT:
-            keep = _dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
+            keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
             p = tl.where(keep, p, 0.0)
 
         # A weight of zero would not silence NaN or Inf in the value of a masked key.
@@ -234,7 +214,7 @@ def _accumulate_dkdv(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         kept = p
         if HAS_DROPOUT:
-            keep = _dropout_keep(seed, batch_head, q_start, k_start, q_offset[None, :], k_offset[:, None], threshold)
+            keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[None, :], k_offset[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
 
@@ -327,7 +307,7 @@ def _walk_keys(
             p = tl.where(k_in[None, :], p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
-            keep = _dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
+            keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
 
         if SUM_DELTA:

@@ -112,7 +112,7 @@ def _forward(
         return
     x, residual = as_rows(x), None if residual is None else as_rows(residual)
     n_rows, n_cols = x.shape
-    tile = tuning.layer_norm_tile(tuning.LAYER_NORM_FWD, n_cols)
+    tile = tuning.layer_norm_tile("fwd", n_cols, tuning.architecture(x.device))
     launch(
         _layer_norm_fwd_kernel, triton.cdiv(n_rows, tile.block_rows),
         x, residual, weight.contiguous(), bias.contiguous(), y, summed,
@@ -148,7 +148,8 @@ def layer_norm_bwd(
         return dx, dweight.zero_(), dbias.zero_()
     x, dy, dsum = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, n_cols = x.shape
-    tile = tuning.layer_norm_tile(tuning.LAYER_NORM_BWD, n_cols)
+    architecture = tuning.architecture(x.device)
+    tile = tuning.layer_norm_tile("bwd", n_cols, architecture)
     n_programs = min(triton.cdiv(n_rows, tile.block_rows), tuning.layer_norm_bwd_programs(x))
     partials = x.new_empty((2, n_programs, n_cols), dtype=_accumulator(x.dtype))
     accumulator = _triton_accumulator(x.dtype)
@@ -163,7 +164,7 @@ def layer_norm_bwd(
     launch(
         _layer_norm_bwd_reduce_kernel, triton.cdiv(n_cols, tuning.LAYER_NORM_REDUCE_COLS),
         partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
-        BLOCK_PARTIALS=tuning.LAYER_NORM_REDUCE_PARTIALS, BLOCK_COLS=tuning.LAYER_NORM_REDUCE_COLS,
+        BLOCK_PARTIALS=tuning.layer_norm_reduce_partials(architecture), BLOCK_COLS=tuning.LAYER_NORM_REDUCE_COLS,
         ACCUMULATOR=accumulator,
     )  # fmt: skip
     return dx, dweight, dbias

@@ -129,15 +129,15 @@ _DIVISIBLE = "x_row_stride", "residual_row_stride", "dy_row_stride", "dsum_row_s
 
 
 def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every tile of tuning's tables, which hold for all GPUs, with and without the residual stream."""
+    """Every tile that tuning gives, with and without the residual stream."""
     for dtype, accumulator, max_cols in _SHIPPED_DTYPES:
         partial = f"*{accumulator.name}"
         types = {"eps": "fp32", "dweight_partial_ptr": partial, "dbias_partial_ptr": partial}
-        for table, kernel, flag, pointers in (
-            (tuning.LAYER_NORM_FWD, _layer_norm_fwd_kernel, "HAS_RESIDUAL", ("residual_ptr", "sum_ptr")),
-            (tuning.LAYER_NORM_BWD, _layer_norm_bwd_kernel, "HAS_DSUM", ("dsum_ptr",)),
+        for name, kernel, flag, pointers in (
+            ("fwd", _layer_norm_fwd_kernel, "HAS_RESIDUAL", ("residual_ptr", "sum_ptr")),
+            ("bwd", _layer_norm_bwd_kernel, "HAS_DSUM", ("dsum_ptr",)),
         ):
-            for tile, has_stream in product(table, (False, True)):
+            for tile, has_stream in product(tuning.layer_norm_tiles(name, architecture), (False, True)):
                 if tile.block_cols > max_cols:
                     continue
                 constants = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "ACCUMULATOR": accumulator}
@@ -157,7 +157,7 @@ def shipped_configurations(architecture: str) -> Iterator[Configuration]:
             label=dtype,
             dtype=dtype,
             constants={
-                "BLOCK_PARTIALS": tuning.LAYER_NORM_REDUCE_PARTIALS,
+                "BLOCK_PARTIALS": tuning.layer_norm_reduce_partials(architecture),
                 "BLOCK_COLS": tuning.LAYER_NORM_REDUCE_COLS,
                 "ACCUMULATOR": accumulator,
             },
