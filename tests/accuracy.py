@@ -5,6 +5,7 @@ The truth is a formula in float64 on the very same values, "eager" the same form
 
 from collections.abc import Callable, Sequence
 
+import accuracy_table
 import torch
 from torch import Tensor
 
@@ -16,9 +17,10 @@ GAP = 1e4
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64 values that depend on the shape and the seed alone."""
+    """Standard normal float64 values on the default device, which depend on the shape and the seed alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device())
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
@@ -39,21 +41,34 @@ def max_error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).abs().max().item() if value.numel() else 0.0
 
 
-def assert_as_accurate(fused: Tensor, eager: Tensor, truth: Tensor, factor: float = 1.25, n_ulps: float = 1) -> None:
+def assert_as_accurate(
+    fused: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    factor: float = 1.25,
+    n_ulps: float = 1,
+    largest: float | None = None,
+) -> float:
     """`fused` may err `factor` times as much as eager torch in the same dtype, plus `n_ulps` of the largest value.
 
-    truth: the formula on float64 inputs. eager: the formula in fused's own dtype.
+    truth: the formula on float64 inputs. eager: the formula in fused's own dtype. largest: of truth when None.
+    Returns the share that was used of what is allowed.
     """
     if fused.dtype == torch.float64:  # where the truth errs too
         n_ulps = 1000 * n_ulps
     assert fused.dtype == eager.dtype, f"dtype {fused.dtype}, not {eager.dtype}"
     eager_error, error = max_error(eager, truth), max_error(fused, truth)
-    largest = truth.abs().max().item() if truth.numel() else 0.0
+    largest = _largest(truth) if largest is None else largest
     allowed = factor * eager_error + n_ulps * torch.finfo(fused.dtype).eps * largest
     assert allowed < float("inf"), "eager torch or the truth is not finite here: nothing can be said"
     assert error <= allowed, (
         f"error {error:.3g}, allowed {allowed:.3g} (eager {eager_error:.3g}, largest {largest:.3g})"
     )
+    return error / allowed if error else 0.0
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -80,11 +95,14 @@ def assert_parity(
     upstream: Sequence[Tensor] | None = None,
     *,
     slack: float = 1.0,
+    terms_cancel: bool = False,
 ) -> None:
     """`assert_as_accurate` on every output and on the gradient of every input.
 
     inputs: floating tensors in the dtype under test. upstream: the gradient of every output, random when None.
     slack: how many times the usual error is allowed, for random tests: they find the cases where eager has luck.
+    terms_cancel: a gradient may be much smaller than its terms, which are as large as the largest gradient: the ulps
+    granted are those of the terms.
     """
     exact = [x.double() for x in inputs]
     truth, eager, actual = (forward(f, x) for f, x in ((formula, exact), (formula, inputs), (fused, inputs)))
@@ -92,8 +110,11 @@ def assert_parity(
         # Values of the dtype under test, or else their rounding would count as an error.
         upstream = [random(*y.shape, seed=99).to(inputs[0].dtype) for y in truth]
     for ours, theirs, true in zip(actual, eager, truth, strict=True):
-        assert_as_accurate(ours, theirs, true, 1.25 * slack, slack)
+        share = assert_as_accurate(ours, theirs, true, 1.25 * slack, slack)
+        accuracy_table.record(fused, ours.dtype, "forward", share * 1.25 * slack, slack > 1)
 
     truth, eager = gradients(formula, exact, upstream), gradients(formula, inputs, upstream)
+    largest = max(_largest(true) for true in truth) if terms_cancel else None
     for ours, theirs, true in zip(gradients(fused, inputs, upstream), eager, truth, strict=True):
-        assert_as_accurate(ours, theirs, true, 1.5 * slack, slack)
+        share = assert_as_accurate(ours, theirs, true, 1.5 * slack, slack, largest)
+        accuracy_table.record(fused, ours.dtype, "gradients", share * 1.5 * slack, slack > 1)

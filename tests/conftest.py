@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import accuracy_table
+import fuzz  # noqa: F401 - registers the profiles
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,7 +17,22 @@ if not torch.cuda.is_available():
 # Interleaved small operations of several test processes gain nothing from more threads.
 torch.set_num_threads(1)
 
-# No deadline: the first example of a test may compile or load something. `--hypothesis-profile=thorough` looks further.
-settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutants", action="store_true", help="also try the tests on kernels with deliberate mistakes")
+    parser.addoption("--accuracy-table", action="store_true", help="end with the worst error of each operation")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--accuracy-table"):
+        config.pluginmanager.register(accuracy_table)
+    config.addinivalue_line("markers", "mutants: runs other tests on a kernel with a mistake; asked for by --mutants")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--mutants"):
+        unwanted = [item for item in items if item.get_closest_marker("mutants")]
+        items[:] = [item for item in items if item not in unwanted]
+        config.hook.pytest_deselected(items=unwanted)

@@ -50,7 +50,8 @@ def lively(model: Any, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.add_(0.2 * noise.to(parameter.device))
             elif "wte" not in name and "wpe" not in name:
                 parameter.mul_(1.5 / (0.02 * parameter.shape[0] ** 0.5))
     return model
@@ -85,7 +86,10 @@ def look_trained(model: Any) -> Any:
 
 
 def token_ids(n_batch: int, n_tokens: int, vocab_size: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, vocab_size, (n_batch, n_tokens), generator=torch.Generator().manual_seed(seed))
+    """(B, T) ids on the default device, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab_size, (n_batch, n_tokens), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def assert_same_within_rounding(ours: Tensor, theirs: Tensor, n_ulps: float = 64) -> None:

@@ -14,6 +14,7 @@ from fastgpt_kernels import reference, tuning
 from fastgpt_kernels.fused import launch, layer_norm_kernels
 from fastgpt_kernels.fused import layer_norm as module
 from fastgpt_kernels.fused.layer_norm import add_layer_norm, layer_norm, supports
+from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
@@ -99,6 +100,7 @@ def test_any_layout_of_inputs_and_gradients(shape: tuple[int, ...], layout: str)
     assert_layer_norm_parity(make_sum_inputs(*shape, layout=layout), layout)
 
 
+@cases(600)
 @given(
     shape=st.lists(st.integers(1, 4), max_size=2),
     n_channels=st.integers(8, 270),

@@ -27,10 +27,11 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from . import KERNEL_MODULES
 from .fused.launch import FP_FUSION, Configuration
 
-# Modules of fused/ with a function shipped_configurations(architecture), which yields what is compiled for one GPU.
-AUDITED_MODULES = ("layer_norm", "attention")
+# Modules with a function shipped_configurations(architecture), which yields what is compiled for one GPU.
+AUDITED_MODULES = tuple(dict.fromkeys(KERNEL_MODULES.values()))
 
 # Shared memory of one program, in KiB.
 SHARED_LIMITS = {
@@ -149,7 +150,7 @@ def _read_hip(compiled: CompiledKernel) -> dict[str, Any]:
 def configurations(architecture: str) -> Iterator[Configuration]:
     """Everything that ships for one GPU."""
     for module in AUDITED_MODULES:
-        yield from importlib.import_module(f".fused.{module}", __package__).shipped_configurations(architecture)
+        yield from importlib.import_module(f".{module}", __package__).shipped_configurations(architecture)
 
 
 def _audit_nth(architecture: str, index: int) -> Finding:

@@ -168,7 +168,7 @@ LINEAR_CROSS_ENTROPY_LANES, LINEAR_CROSS_ENTROPY_WARPS = 512, 8
 # Bytes of the logits that exist at once: 2**27 of them in half precision. A chunk reads and writes the gradient of the
 # weight once in float32, so that larger chunks cost less time; unmeasured.
 LINEAR_CROSS_ENTROPY_BYTES = 2**28
-# Rows of a chunk are a multiple of the largest tile of a matrix product.
+# Rows of a chunk fill whole tiles of a matrix product.
 _CHUNK_ROWS_MULTIPLE = 128
 
 
@@ -178,3 +178,68 @@ def linear_cross_entropy_chunk_rows(n_rows: int, n_bytes: int) -> int:
     n_chunks = -(-n_rows // most)
     rows = -(-n_rows // max(1, n_chunks))
     return -(-rows // _CHUNK_ROWS_MULTIPLE) * _CHUNK_ROWS_MULTIPLE
+
+
+# --- gelu_mlp -------------------------------------------------------------------------------------------------------
+
+
+class ProductTile(NamedTuple):
+    """A program's tile of a product, and how far it goes along the inner axis at a time.
+
+    block_cols: at least 64, for an epilogue takes quarters of 16 columns or more. n_resident: programs that share a
+    multiprocessor and walk the tiles through tensor descriptors; 0 for one program a tile, with pointers.
+    """
+
+    block_rows: int
+    block_cols: int
+    block_inner: int
+    num_warps: int
+    num_stages: int
+    n_resident: int = 0
+
+
+# Two programs of up to 128 registers and 112 KiB fill a multiprocessor: one multiplies while the other is in its
+# epilogue. Compiled, unmeasured.
+_PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
+# By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
+# keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here.
+_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 2), 8: ProductTile(32, 64, 16, 4, 2)}
+# In the interpreter many rows of few columns, to have several tiles of small tensors and yet few steps.
+_PRODUCT_OF_CPU = ProductTile(64, 64, 64, 4, 2)
+
+
+class RowsTile(NamedTuple):
+    """A program's tile of a matrix it reads once."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+
+
+# 32 elements a thread, eight of a row at a time: compiled, unmeasured.
+GELU_MLP_BWD_PRODUCT = RowsTile(32, 128, 4)
+_ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def product_tile(element_size: int, architecture: str, describable: bool) -> ProductTile:
+    """The tile of a fused product.
+
+    element_size: bytes of the operands' dtype. describable: tensor descriptors can hold all of its matrices.
+    """
+    if architecture == "cpu":
+        return _PRODUCT_OF_CPU
+    if architecture == "sm_90" and element_size == 2 and describable:
+        return _PRODUCT_DESCRIPTORS_HOPPER
+    return _PRODUCT[element_size]
+
+
+def resident_programs(device: torch.device, n_resident: int) -> int:
+    """How many programs of a persistent kernel a GPU holds at n_resident a multiprocessor."""
+    if device.type != "cuda":
+        return _BWD_PROGRAMS_OF_CPU
+    return n_resident * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
+    """How many programs share the rows of a column tile: the number of partial sums of the bias gradient."""
+    return min(n_row_tiles, -(-resident_programs(device, _ROW_PROGRAMS_PER_MULTIPROCESSOR) // n_col_tiles))

@@ -97,7 +97,7 @@ def _new_heads(x: Tensor) -> Tensor:
 
 
 def _new_stats(q: Tensor) -> Tensor:
-    return q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    return q.new_empty((2, *q.shape[:3]), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
 def _scores(q: Tensor, scale: float, dropout_p: float) -> dict[str, Any]:
     threshold = dropout_threshold(dropout_p)
     return {
-        "score_scale": scale if q.dtype == torch.float32 else scale * LOG2_E,
+        "score_scale": scale * LOG2_E if q.element_size() == 2 else scale,
         "threshold": threshold,
         "keep_scale": 65536 / (65536 - threshold),
     }
@@ -179,7 +179,7 @@ def causal_attention_bwd(
     k_tile = _tile("dkdv", q, mask, seed)
     k_grid = (triton.cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"],)
     with on_device(q):
-        if q.dtype != torch.float32:  # where the pass for dq sums it
+        if q.element_size() == 2:  # In wider dtypes the pass for dq sums it.
             _causal_attention_bwd_delta_kernel[q_grid](
                 out, dout, delta, *_strides(dout),
                 n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],

@@ -4,7 +4,8 @@ A program holds one block of queries (or, for dk and dv, of keys) of one head an
 become weights by exp2: in half precision log2(e) is folded into `score_scale`, so that scores are in units of log2.
 For each query the forward pass leaves its largest score and the log2 of its sum of exponentials, which together are its
 log-sum-exp and from which the backward passes compute the weights anew. In float32, where the rounding of both would
-show, scores stay in natural units and the sum is left as its inverse.
+show, scores stay in natural units and the sum is left as its inverse. Sums have the dtype of these statistics: float32,
+or float64 for float64 inputs, which the tests of the gradient take.
 """
 
 # pyright: reportArgumentType=false
@@ -50,15 +51,15 @@ def _store_rows(ptr, value, rows, row_in, token_stride, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def _exp(x, IS_FP32: tl.constexpr):
-    """exp of scores that have their row's largest taken off: in natural units in float32, else in units of log2."""
-    return tl.exp2(x * _LOG2_E if IS_FP32 else x)
+def _exp(x, IS_WIDE: tl.constexpr):
+    """exp of scores that have their row's largest taken off: in natural units in wide dtypes, else in units of log2."""
+    return tl.exp2(x * _LOG2_E if IS_WIDE else x)
 
 
 @triton.jit
-def _weights(score, row_max, row_norm, score_scale, IS_FP32: tl.constexpr):
-    if IS_FP32:
-        return _exp(score * score_scale - row_max, IS_FP32) * row_norm
+def _weights(score, row_max, row_norm, score_scale, IS_WIDE: tl.constexpr):
+    if IS_WIDE:
+        return _exp(score * score_scale - row_max, IS_WIDE) * row_norm
     else:
         return tl.exp2(score * score_scale - (row_max + row_norm))
 
@@ -74,7 +75,7 @@ def _attend(
     IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [first, stop) for one block of queries."""
-    IS_FP32: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    IS_WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth >= 32
     q_offset, k_offset = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     last_key = q_start + q_offset + n_past
     for k_start in range(first, stop, BLOCK_K):
@@ -93,8 +94,8 @@ def _attend(
         new_max = tl.maximum(row_max, tl.max(score, axis=1) * score_scale)
         # A row that has seen nothing yet takes off 0, not -inf.
         shift = tl.where(new_max == -float("inf"), 0.0, new_max) if HAS_KEY_MASK else new_max
-        p = _exp(score * score_scale - shift[:, None], IS_FP32)
-        shrink = _exp(row_max - shift, IS_FP32)
+        p = _exp(score * score_scale - shift[:, None], IS_WIDE)
+        shrink = _exp(row_max - shift, IS_WIDE)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
         row_max = new_max
         if HAS_DROPOUT:
@@ -131,9 +132,9 @@ def _causal_attention_fwd_kernel(
 
     q_ptr += batch * q_batch_stride + head * q_head_stride
     q = _load_rows(q_ptr, q_pos, q_in, q_token_stride, HEAD_DIM, PADDED_DIM, True)
-    acc = tl.zeros((BLOCK_Q, PADDED_DIM), tl.float32)
-    row_max = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, PADDED_DIM), max_ptr.dtype.element_ty)
+    row_max = tl.full((BLOCK_Q,), -float("inf"), max_ptr.dtype.element_ty)
+    row_sum = tl.zeros((BLOCK_Q,), max_ptr.dtype.element_ty)
 
     # The keys that every query of the block sees, then those on the diagonal.
     diagonal = (q_start + n_past + 1) // BLOCK_K * BLOCK_K
@@ -154,7 +155,7 @@ def _causal_attention_fwd_kernel(
         sees_none = row_sum == 0.0
         row_sum = tl.where(sees_none, 1.0, row_sum)
         row_max = tl.where(sees_none, float("inf"), row_max)
-    row_norm = 1.0 / row_sum if q_ptr.dtype.element_ty == tl.float32 else tl.log2(row_sum)
+    row_norm = 1.0 / row_sum if q_ptr.dtype.element_ty.primitive_bitwidth >= 32 else tl.log2(row_sum)
     out_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
     _store_rows(out_ptr, acc * (keep_scale / row_sum)[:, None], q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
     row = batch_head.to(tl.int64) * n_queries + q_pos
@@ -193,7 +194,7 @@ def _accumulate_dkdv(
     IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries [first, stop) contribute. Tiles are (keys, queries), so that no product transposes one."""
-    IS_FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    IS_WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32
     q_offset, k_offset = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     for q_start in range(first, stop, BLOCK_Q):
         q_pos = q_start + q_offset
@@ -206,7 +207,7 @@ def _accumulate_dkdv(
         delta = tl.load(delta_ptr + q_pos, mask=q_in, other=0.0)
 
         score = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = _weights(score, row_max[None, :], row_norm[None, :], score_scale, IS_FP32)
+        p = _weights(score, row_max[None, :], row_norm[None, :], score_scale, IS_WIDE)
         if IS_DIAGONAL:
             p = tl.where((q_pos + n_past)[None, :] >= (k_start + k_offset)[:, None], p, 0.0)
         if HAS_KEY_MASK:
@@ -256,8 +257,8 @@ def _causal_attention_bwd_dkdv_kernel(
     v_ptr += batch * v_batch_stride + head * v_head_stride
     k = _load_rows(k_ptr, k_pos, k_in, k_token_stride, HEAD_DIM, PADDED_DIM, True)
     v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, True)
-    dk = tl.zeros((BLOCK_K, PADDED_DIM), tl.float32)
-    dv = tl.zeros((BLOCK_K, PADDED_DIM), tl.float32)
+    dk = tl.zeros((BLOCK_K, PADDED_DIM), max_ptr.dtype.element_ty)
+    dv = tl.zeros((BLOCK_K, PADDED_DIM), max_ptr.dtype.element_ty)
 
     first = tl.maximum(k_start - n_past, 0) // BLOCK_Q * BLOCK_Q
     all_see = tl.cdiv(tl.maximum(k_start + BLOCK_K - 1 - n_past, 0), BLOCK_Q) * BLOCK_Q
@@ -288,7 +289,7 @@ def _walk_keys(
     IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Add to dq what the keys [first, stop) contribute, or, where SUM_DELTA, to delta = rowsum(weight * dweight)."""
-    IS_FP32: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    IS_WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth >= 32
     q_offset, k_offset = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     last_key = q_start + q_offset + n_past
     for k_start in range(first, stop, BLOCK_K):
@@ -300,7 +301,7 @@ def _walk_keys(
         v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
 
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = _weights(score, row_max[:, None], row_norm[:, None], score_scale, IS_FP32)
+        p = _weights(score, row_max[:, None], row_norm[:, None], score_scale, IS_WIDE)
         if IS_DIAGONAL:
             p = tl.where(last_key[:, None] >= k_pos[None, :], p, 0.0)
         if HAS_KEY_MASK:
@@ -347,13 +348,13 @@ def _causal_attention_bwd_dq_kernel(
     row = batch_head.to(tl.int64) * n_queries + q_pos
     row_max = tl.load(max_ptr + row, mask=q_in, other=float("inf"))
     row_norm = tl.load(norm_ptr + row, mask=q_in, other=0.0)
-    dq = tl.zeros((BLOCK_Q, PADDED_DIM), tl.float32)
+    dq = tl.zeros((BLOCK_Q, PADDED_DIM), max_ptr.dtype.element_ty)
     diagonal = (q_start + n_past + 1) // BLOCK_K * BLOCK_K
     stop = tl.minimum(q_start + n_past + BLOCK_Q, n_keys)
 
-    if q_ptr.dtype.element_ty == tl.float32:
+    if q_ptr.dtype.element_ty.primitive_bitwidth >= 32:
         # Summed from the very products it is taken off from, delta cancels where one key has nearly all the weight.
-        delta = tl.zeros((BLOCK_Q,), tl.float32)
+        delta = tl.zeros((BLOCK_Q,), max_ptr.dtype.element_ty)
         dq, delta = _walk_keys(
             dq, delta, q, dout, row_max, row_norm, k_ptr, v_ptr, key_mask_ptr, seed, batch_head, q_start, 0, stop,
             k_token_stride, v_token_stride, n_keys, n_past, score_scale, threshold, keep_scale,

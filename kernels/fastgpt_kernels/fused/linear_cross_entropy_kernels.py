@@ -1,0 +1,118 @@
+"""The kernel of linear_cross_entropy, which stands between plain matrix products, and the forms in which it ships."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import triton
+import triton.language as tl
+
+from .. import tuning
+from .launch import Configuration
+
+
+@triton.jit
+def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns (LANES, VECTOR) of a tile: a lane takes VECTOR neighbours, which one access of 16 bytes moves."""
+    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _load_logits(row_ptr, cols, n_cols, n_padded_cols, ACCUMULATOR: tl.constexpr):
+    """The logits of a row at cols, -inf past its end.
+
+    The mask of the load ends where the memory does, at a multiple of 16 bytes: behind one that ends with the
+    vocabulary the compiler would read elements one by one.
+    """
+    logits = tl.load(row_ptr + cols, mask=cols < n_padded_cols, other=0.0).to(ACCUMULATOR)
+    return tl.where(cols < n_cols, logits, float("-inf"))
+
+
+@triton.jit
+def _softmax_statistics(
+    row_ptr, n_cols, n_padded_cols, LANES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr
+):
+    """The largest logit of a row, and the sum of exp(logit - largest).
+
+    Every lane keeps a maximum and a sum of its own, so that threads exchange nothing before the end of the row.
+    """
+    lane_largest = tl.full((LANES,), float("-inf"), dtype=ACCUMULATOR)
+    lane_total = tl.zeros((LANES,), dtype=ACCUMULATOR)
+    for start in range(0, n_padded_cols, LANES * VECTOR):
+        logits = _load_logits(row_ptr, start + _tile_cols(LANES, VECTOR), n_cols, n_padded_cols, ACCUMULATOR)
+        previous = lane_largest
+        lane_largest = tl.maximum(previous, tl.max(logits, axis=1))
+        # A lane that has seen -inf alone, past the end of the row, must not take it off from itself.
+        shift = tl.where(lane_largest == float("-inf"), 0.0, lane_largest)
+        lane_total = lane_total * tl.exp(previous - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+
+    largest = tl.max(lane_largest, axis=0)
+    return largest, tl.sum(lane_total * tl.exp(lane_largest - largest), axis=0)
+
+
+@triton.jit
+def _linear_cross_entropy_kernel(
+    logits_ptr, label_ptr, row_scale_ptr, loss_ptr, logits_row_stride, n_cols, ignore_index,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """One program turns a row of logits into its loss and, in place, into row_scale times the gradient of its loss.
+
+    A row of logits has n_cols columns and is padded to logits_row_stride. What the padding holds does not matter; it is
+    left at zero, for bfloat16 products on CPUs with AMX read past a row and multiply what they find by zero.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_row_stride
+    label = tl.load(label_ptr + row)
+
+    if (label >= 0) & (label < n_cols) & (label != ignore_index):
+        target = tl.load(row_ptr + label).to(ACCUMULATOR)
+        largest, total = _softmax_statistics(row_ptr, n_cols, logits_row_stride, LANES, VECTOR, ACCUMULATOR)
+        # In this order, because the log-sum-exp alone would be rounded at the size of the logits.
+        tl.store(loss_ptr + row, (largest - target) + tl.log(total))
+        if HAS_GRADIENT:
+            target_col, inverse_total = label.to(tl.int32), tl.fdiv(1.0, total)
+            for start in range(0, logits_row_stride, LANES * VECTOR):
+                cols = start + _tile_cols(LANES, VECTOR)
+                logits = _load_logits(row_ptr, cols, n_cols, logits_row_stride, ACCUMULATOR)
+                dlogits = tl.exp(logits - largest) * inverse_total - tl.where(cols == target_col, 1.0, 0.0)
+                if HAS_ROW_SCALE:
+                    dlogits *= tl.load(row_scale_ptr + row)
+                tl.store(row_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < logits_row_stride)
+    else:
+        # Nothing is read: a row that does not count has a loss and a gradient of zero, a wrong label gives NaN.
+        constant = tl.where(label == ignore_index, 0.0, float("nan"))
+        tl.store(loss_ptr + row, constant.to(ACCUMULATOR))
+        if HAS_GRADIENT:
+            for start in range(0, logits_row_stride, LANES * VECTOR):
+                cols = start + _tile_cols(LANES, VECTOR)
+                dlogits = tl.full((LANES, VECTOR), 0.0, dtype=tl.float32) + constant
+                tl.store(row_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < logits_row_stride)
+
+
+# --- audit ----------------------------------------------------------------------------------------------------------
+
+# dtype of the logits, accumulator, elements of 16 bytes. float16 differs from bfloat16 in the conversions alone.
+_SHIPPED_DTYPES = (("bf16", tl.float32, 8), ("fp32", tl.float32, 4), ("fp64", tl.float64, 2))
+
+
+def shipped_configurations(architecture: str) -> Iterator[Configuration]:
+    """The gradient of every dtype, with and without a scale for each row; the loss alone is a part of both."""
+    for (dtype, accumulator, vector), has_row_scale in product(_SHIPPED_DTYPES, (False, True)):
+        constants = {
+            "LANES": tuning.LINEAR_CROSS_ENTROPY_LANES,
+            "VECTOR": vector,
+            "HAS_GRADIENT": True,
+            "HAS_ROW_SCALE": has_row_scale,
+            "ACCUMULATOR": accumulator,
+        }
+        statistic = f"*{accumulator.name}"
+        yield Configuration(
+            operation="linear_cross_entropy",
+            kernel=_linear_cross_entropy_kernel,
+            label=f"{dtype} rows" if has_row_scale else f"{dtype} sum",
+            dtype=dtype,
+            constants=constants | ({} if has_row_scale else {"row_scale_ptr": None}),
+            types={"label_ptr": "*i64", "row_scale_ptr": statistic, "loss_ptr": statistic},
+            divisible=("logits_row_stride",),
+            num_warps=tuning.LINEAR_CROSS_ENTROPY_WARPS,
+        )
