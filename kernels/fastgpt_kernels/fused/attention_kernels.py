@@ -151,10 +151,8 @@ def _causal_attention_fwd_kernel(
     )  # fmt: skip
 
     if HAS_KEY_MASK:
-        # A row that sees nothing: a largest score of inf makes its weights zero in the backward passes.
-        sees_none = row_sum == 0.0
-        row_sum = tl.where(sees_none, 1.0, row_sum)
-        row_max = tl.where(sees_none, float("inf"), row_max)
+        # A row that sees nothing gives zeros; the backward passes mask its weights like those of any hidden key.
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     row_norm = 1.0 / row_sum if q_ptr.dtype.element_ty.primitive_bitwidth >= 32 else tl.log2(row_sum)
     out_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
     _store_rows(out_ptr, acc * (keep_scale / row_sum)[:, None], q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
