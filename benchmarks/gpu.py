@@ -147,11 +147,11 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="every step on tiny shapes, on a CPU")] = False,
 ) -> None:
     """Prove the kernels on the GPU at hand."""
-    if not dry_run and not torch.cuda.is_available():
-        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
     unknown = [name for name in sizes.split(",") if name not in PRESETS]
     if unknown:
         raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
     if dry_run and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported, as it is by now
         again = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
         os.execve(sys.executable, again, os.environ | {"TRITON_INTERPRET": "1"})

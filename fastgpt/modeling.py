@@ -146,14 +146,20 @@ class GPT2Attention(hf.GPT2Attention):
 
 @replaces(hf.GPT2MLP)
 class GPT2MLP(hf.GPT2MLP):
-    """The MLP in one operation where both products are plain."""
+    """The MLP in one operation where both products are plain, the residual sum included where its block asks for it."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         fc, proj, activation = self.c_fc, self.c_proj, _fused_activation(self.act)
         if activation is None or not (is_plain(fc, Conv1D) and is_plain(proj, Conv1D)):
-            return super().forward(hidden_states)  # type: ignore[arg-type]
-        hidden_states = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias, activation)
-        return self.dropout(hidden_states)
+            hidden_states = super().forward(hidden_states)  # type: ignore[arg-type]
+        elif residual is None or not is_plain(self.dropout, nn.Dropout):
+            hidden_states = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias, activation)
+            hidden_states = self.dropout(hidden_states)
+        else:
+            dropout_p = self.dropout.p if self.dropout.training else 0.0
+            weights = fc.weight, fc.bias, proj.weight, proj.bias
+            return ops.gelu_mlp(hidden_states, *weights, activation, residual=residual, dropout_p=dropout_p)
+        return hidden_states if residual is None else residual + hidden_states
 
 
 @replaces(hf.GPT2Block)
@@ -189,6 +195,8 @@ class GPT2Block(hf.GPT2Block):
         else:
             residual = residual + attended
             normalised = self.ln_2(residual)
+        if is_plain(self.mlp, GPT2MLP):
+            return self.mlp(normalised, residual)
         return residual + self.mlp(normalised)
 
     def _cross_attend(

@@ -94,10 +94,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def gelu_mlp(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, activation: str = "gelu_new"
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    activation: str = "gelu_new",
+    **options,
 ) -> Tensor:
     """See `fastgpt_kernels.reference.gelu_mlp`."""
-    return _implementation("gelu_mlp", x)(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+    implementation = _implementation("gelu_mlp", x)
+    return implementation(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, **options)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:

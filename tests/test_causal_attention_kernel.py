@@ -17,6 +17,7 @@ from fastgpt_kernels.fused.attention_kernels import (
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
+    padded_dim,
 )
 from fuzz import cases
 from hypothesis import given
@@ -385,17 +386,18 @@ def test_every_element_is_written() -> None:
 
 @pytest.mark.skipif(not interpreter.INTERPRETING, reason="claims memory that is not there")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bug_offsets_overflow_in_large_tensors(dtype: torch.dtype) -> None:
-    """2**33 elements, by 2**20 heads: past int32, and past what a second grid axis holds."""
+@pytest.mark.parametrize(("n_tokens", "head_dim"), [(128, 64), (4096, 2)])
+def test_bug_offsets_overflow_in_large_tensors(n_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+    """2**33 elements, by 2**20 heads, and 2**32 rows: past int32, and past what a second grid axis holds."""
     x, statistic = torch.zeros(16, dtype=dtype), torch.zeros(16)
     mask, seed = torch.zeros(16, dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
-    n_batch, n_heads, n_tokens, head_dim = 2**16, 16, 128, 64
+    n_batch, n_heads = 2**16, 16
     strides: Any = (n_heads * n_tokens * head_dim, head_dim, n_heads * head_dim)
     sizes: dict[str, Any] = {"n_batch_heads": n_batch * n_heads, "n_heads": n_heads, "n_queries": n_tokens}
     more: dict[str, Any] = {"n_keys": n_tokens, "score_scale": 1.0, "threshold": 9, "keep_scale": 1.0}
-    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": 64, "BLOCK_Q": 64}
+    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim), "BLOCK_Q": 64}
     flags: dict[str, Any] = {"BLOCK_K": 64, "HAS_KEY_MASK": True, "HAS_DROPOUT": True}
-    grid, stats = (n_batch * n_heads * 2,), (statistic, statistic)
+    grid, stats = (n_batch * n_heads * n_tokens // 64,), (statistic, statistic)
     with interpreter.dry_run():
         _causal_attention_fwd_kernel[grid](
             x, x, x, mask, seed, x, *stats, *(3 * strides), **sizes, **more, **dims, **flags

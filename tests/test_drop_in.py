@@ -255,7 +255,7 @@ def test_gradient_checkpointing_recomputes_every_block(use_reentrant: bool, monk
     theirs, ours = pair(tiny_config(n_layer=3))
     n_calls = []
     gelu_mlp = ops.gelu_mlp
-    monkeypatch.setattr(ops, "gelu_mlp", lambda *args: n_calls.append(1) or gelu_mlp(*args))
+    monkeypatch.setattr(ops, "gelu_mlp", lambda *args, **kw: n_calls.append(1) or gelu_mlp(*args, **kw))
     ids = token_ids(2, 9, 131)
     gradients = []
     for model in (theirs, ours):
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_set_before_patch_stays_on(monkeypatch: pytest.Mo
     fastgpt.patch(model)
     n_calls = []
     gelu_mlp = ops.gelu_mlp
-    monkeypatch.setattr(ops, "gelu_mlp", lambda *args: n_calls.append(1) or gelu_mlp(*args))
+    monkeypatch.setattr(ops, "gelu_mlp", lambda *args, **kw: n_calls.append(1) or gelu_mlp(*args, **kw))
     ids = token_ids(1, 5, 131)
     model(ids, labels=ids).loss.backward()
     assert len(n_calls) == 4

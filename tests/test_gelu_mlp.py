@@ -114,6 +114,50 @@ def test_activation_far_out(activation: str, dtype: torch.dtype) -> None:
     assert max_error(dx[:, 0], slope) < 1e-4
 
 
+# --- residual and dropout -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_residual_and_dropout(dropout_p: float, dtype: torch.dtype) -> None:
+    inputs, residual = make_inputs(2, 9, 16, n_hidden=48, n_out=24, dtype=dtype), random(2, 9, 24, seed=6).to(dtype)
+    keep, keep_scale = reference.dropout_keep_mask((1, 1, 18, 24), dropout_p, seed=3)
+
+    def formula(residual: Tensor, *inputs: Tensor) -> Tensor:
+        product = mlp_formula(*inputs)  # pyright: ignore
+        return residual + (product * keep.view(2, 9, 24) * keep_scale if dropout_p else product)
+
+    def mlp(residual: Tensor, *inputs: Tensor) -> Tensor:
+        return reference.gelu_mlp(*inputs, residual=residual, dropout_p=dropout_p, seed=3)  # pyright: ignore
+
+    assert_parity(mlp, formula, (residual, *inputs))
+
+
+def test_dropout_without_a_seed_draws_one() -> None:
+    inputs = make_inputs(9, 16, n_hidden=48)
+    torch.manual_seed(0)
+    first, second = (reference.gelu_mlp(*inputs, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(first, reference.gelu_mlp(*inputs, dropout_p=0.5))
+    assert not torch.equal(first, second)
+
+
+def test_stream_of_another_dtype_is_promoted() -> None:
+    inputs = make_inputs(9, 16, n_hidden=48, dtype=torch.bfloat16)
+    out = reference.gelu_mlp(*inputs, residual=torch.zeros(9, 16))
+    assert out.dtype == torch.float32
+    assert torch.equal(out, reference.gelu_mlp(*inputs).float())
+
+
+def test_wrong_residual_and_dropout_are_refused() -> None:
+    inputs = make_inputs(3, 4, n_hidden=8, n_out=5)
+    with pytest.raises(ValueError, match=r"gelu_mlp: residual must be \(3, 5\), not \(3, 4\)"):
+        reference.gelu_mlp(*inputs, residual=torch.zeros(3, 4))
+    for dropout_p in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"gelu_mlp: dropout_p must be in \[0, 1\), not"):
+            reference.gelu_mlp(*inputs, dropout_p=dropout_p)
+
+
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,20 @@ def test_any_layout_of_inputs_and_gradients(shape: tuple[int, ...], layout: str)
     assert_layer_norm_parity(make_sum_inputs(*shape, layout=layout), layout)
 
 
+def test_x_and_residual_of_different_layouts() -> None:
+    x, residual, weight, bias = make_sum_inputs(3, 5)
+    assert_layer_norm_parity((x, relayout(residual, "padded"), weight, bias))
+    assert_layer_norm_parity((relayout(x, "strided"), residual, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_normalised_as_it_is_stored(dtype: torch.dtype) -> None:
+    """For backward reads it again: unrounded, its statistics would differ between the passes."""
+    x, residual, weight, bias = make_sum_inputs(7, 65, dtype=dtype)
+    y, summed = add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(y, layer_norm(summed, weight, bias))
+
+
 @cases(600)
 @given(
     shape=st.lists(st.integers(1, 4), max_size=2),

@@ -29,6 +29,7 @@ KERNEL_MODULES = {
     "layer_norm": "fused.layer_norm",
     "add_layer_norm": "fused.layer_norm",
     "causal_attention": "fused.attention",
+    "gelu_mlp": "fused.gelu_mlp",
     "linear_cross_entropy": "fused.linear_cross_entropy",
 }
 

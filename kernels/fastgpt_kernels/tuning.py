@@ -47,14 +47,17 @@ _LAYER_NORM_BWD = (
     LayerNormTile(2048, 2, 8),
     LayerNormTile(4096, 1, 8),
 )
-# There the compiler spills a word of the tiles above in float32, and elsewhere of these: compiled, unmeasured.
-_LAYER_NORM_BWD_SM80_SM120 = (
-    LayerNormTile(256, 2, 1),
-    LayerNormTile(512, 1, 2),
-    LayerNormTile(1024, 1, 4),
-    LayerNormTile(2048, 2, 8),
-    LayerNormTile(4096, 1, 16),
-)
+# Where a compiler (triton 3.6 or 3.9) spills a word of the tiles above on one GPU: compiled, unmeasured.
+_LAYER_NORM_ON = {
+    ("bwd", "sm_80"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
+    ("fwd", "sm_90"): {4096: LayerNormTile(4096, 1, 16)},
+    ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2)},
+    ("bwd", "sm_120"): {
+        512: LayerNormTile(512, 1, 2),
+        1024: LayerNormTile(1024, 1, 4),
+        4096: LayerNormTile(4096, 1, 16),
+    },
+}
 # Columns that a program of the second backward kernel adds up: unmeasured.
 LAYER_NORM_REDUCE_COLS = 16
 
@@ -66,9 +69,9 @@ _BWD_PROGRAMS_OF_CPU = 3
 
 def layer_norm_tiles(kernel: str, architecture: str) -> tuple[LayerNormTile, ...]:
     """All tiles of one of the kernels fwd and bwd, the narrowest first."""
-    if kernel == "fwd":
-        return _LAYER_NORM_FWD
-    return _LAYER_NORM_BWD_SM80_SM120 if architecture in ("sm_80", "sm_120") else _LAYER_NORM_BWD
+    tiles = _LAYER_NORM_FWD if kernel == "fwd" else _LAYER_NORM_BWD
+    exceptions = _LAYER_NORM_ON.get((kernel, architecture), {})
+    return tuple(exceptions.get(tile.block_cols, tile) for tile in tiles)
 
 
 def layer_norm_tile(kernel: str, n_cols: int, architecture: str) -> LayerNormTile:
@@ -107,7 +110,7 @@ ATTENTION = {
     ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
     ("fwd", 2, 128): AttentionTile(64, 64, 4, 2),
     ("fwd", 4, 64): AttentionTile(64, 32, 8, 2),
-    ("fwd", 4, 128): AttentionTile(16, 32, 8, 2),
+    ("fwd", 4, 128): AttentionTile(16, 32, 8, 1),
     ("dq", 2, 64): AttentionTile(64, 64, 4, 3),
     ("dq", 2, 128): AttentionTile(64, 32, 4, 2),
     ("dq", 4, 64): AttentionTile(32, 32, 8, 2),
@@ -115,28 +118,32 @@ ATTENTION = {
     ("dkdv", 2, 64): AttentionTile(32, 64, 4, 2),
     ("dkdv", 2, 128): AttentionTile(32, 64, 8, 2),
     ("dkdv", 4, 64): AttentionTile(32, 32, 8, 2),
-    ("dkdv", 4, 128): AttentionTile(16, 32, 8, 2),
+    ("dkdv", 4, 128): AttentionTile(16, 16, 4, 2),
 }
 # Without wgmma operands take registers, which leaves room for fewer scores: compiled, unmeasured.
 _ATTENTION_OFF_HOPPER = {
     ("fwd", 2, 128): AttentionTile(64, 32, 4, 2),
     ("dq", 2, 64): AttentionTile(64, 32, 4, 3),
     ("dq", 2, 128): AttentionTile(32, 32, 4, 2),
+    ("dkdv", 2, 64): AttentionTile(32, 32, 4, 2),
     ("dkdv", 2, 128): AttentionTile(32, 32, 4, 2),
 }
 # With 8 warps and no dropout two programs stay on a multiprocessor, as with 4 warps, and each key is read half as
 # often: compiled for sm_90, unmeasured.
 _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
-# Where the tiles above spill a few bytes on one GPU: compiled, unmeasured.
+# Where a compiler (triton 3.6 or 3.9) spills a few bytes of the tiles above on one GPU: compiled, unmeasured.
+_ATTENTION_DQ_SM86 = {("dq", 2, 128): AttentionTile(64, 32, 8, 2)}
 _ATTENTION_ON = {
     "sm_80": {
         ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
-        ("fwd", 4, 128): AttentionTile(16, 32, 4, 2),
         ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
         ("dq", 4, 128): AttentionTile(16, 32, 4, 2),
-        ("dkdv", 4, 64): AttentionTile(32, 32, 4, 2),
+        ("dkdv", 4, 64): AttentionTile(16, 32, 4, 2),
     },
+    "sm_86": _ATTENTION_DQ_SM86,
+    "sm_89": _ATTENTION_DQ_SM86,
     "sm_120": {("fwd", 2, 128): AttentionTile(64, 32, 8, 2)},
+    "gfx942": {("dkdv", 2, 128): AttentionTile(16, 32, 4, 2)},
 }
 
 
@@ -204,8 +211,8 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 # By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
 # keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here.
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 2), 8: ProductTile(32, 64, 16, 4, 2)}
-# In the interpreter many rows of few columns, to have several tiles of small tensors and yet few steps.
-_PRODUCT_OF_CPU = ProductTile(64, 64, 64, 4, 2)
+# In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
+_PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
 
 class RowsTile(NamedTuple):

@@ -198,8 +198,8 @@ def _accumulate_dkdv(
         q_pos = q_start + q_offset
         q_in = q_pos < n_queries
         q = _load_rows(q_ptr, q_pos, q_in, q_token_stride, HEAD_DIM, PADDED_DIM, True)
-        # Rows past the end have a largest score of inf, which makes their weights zero.
-        row_max = tl.load(max_ptr + q_pos, mask=q_in, other=float("inf"))
+        # Rows past the end add nothing, whatever their weights: their q, dout and delta are zero.
+        row_max = tl.load(max_ptr + q_pos, mask=q_in, other=0.0)
         row_norm = tl.load(norm_ptr + q_pos, mask=q_in, other=0.0)
         dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
         delta = tl.load(delta_ptr + q_pos, mask=q_in, other=0.0)
@@ -344,7 +344,7 @@ def _causal_attention_bwd_dq_kernel(
     q = _load_rows(q_ptr, q_pos, q_in, q_token_stride, HEAD_DIM, PADDED_DIM, True)
     dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
     row = batch_head.to(tl.int64) * n_queries + q_pos
-    row_max = tl.load(max_ptr + row, mask=q_in, other=float("inf"))
+    row_max = tl.load(max_ptr + row, mask=q_in, other=0.0)
     row_norm = tl.load(norm_ptr + row, mask=q_in, other=0.0)
     dq = tl.zeros((BLOCK_Q, PADDED_DIM), max_ptr.dtype.element_ty)
     diagonal = (q_start + n_past + 1) // BLOCK_K * BLOCK_K
