@@ -5,8 +5,10 @@ from hypothesis import Phase, settings
 _QUICK_EXAMPLES, THOROUGH = 25, 25
 
 settings.register_profile("quick", max_examples=_QUICK_EXAMPLES, deadline=None, derandomize=True)
-# A failure is all that is asked for, not its simplest form.
-settings.register_profile("no-shrinking", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
+# For mutants, which most tests notice: fewer cases, and of a failure not its simplest form.
+settings.register_profile(
+    "mutants", settings.get_profile("quick"), max_examples=2, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("thorough", max_examples=THOROUGH * _QUICK_EXAMPLES, deadline=None)
 
 

@@ -74,7 +74,7 @@ def test_the_mutant_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(mutant.before, mutant.after))
 
     tests = [f"tests/{name}" for name in TESTS[mutant.file]]
-    options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile=no-shrinking"]
+    options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

@@ -115,12 +115,16 @@ def _read_cuda(compiled: CompiledKernel) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, machine_code = _tool("cuobjdump", "-res-usage", cubin), _tool("nvdisasm", "-c", cubin)
-    (registers,) = re.findall(r"REG:(\d+)", usage)
+        usage = {
+            name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin))
+        }
+        # Spilled registers lie in the stack frame; where there is none, disassembling can be spared.
+        has_frame = usage["STACK"] or usage["LOCAL"]
+        spilled = spilled_bytes(_tool("nvdisasm", "-c", cubin)) if has_frame else 0
     ptx = compiled.asm["ptx"]
     return {
-        "registers": int(registers),
-        "spilled_bytes": spilled_bytes(machine_code),
+        "registers": usage["REG"],
+        "spilled_bytes": spilled,
         "wgmma": ptx.count("wgmma.mma_async"),
         "tf32": ptx.count(".tf32"),
     }

@@ -139,6 +139,7 @@ _ATTENTION_ON = {
         ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
         ("dq", 4, 128): AttentionTile(16, 32, 4, 2),
         ("dkdv", 4, 64): AttentionTile(16, 32, 4, 2),
+        ("dkdv", 4, 128): AttentionTile(16, 32, 8, 2),
     },
     "sm_86": _ATTENTION_DQ_SM86,
     "sm_89": _ATTENTION_DQ_SM86,
