@@ -51,8 +51,6 @@ def supports(operation: str, x: Tensor) -> bool:
     return _module(operation).supports(x)
 
 
-# What holds for a process is a constant to torch.compile, which could not look into it.
-@torch.compiler.assume_constant_result
 def check_device(device: torch.device) -> None:
     """Raise KernelUnavailableError where no kernel runs on a device."""
     if device.type == "cuda":
@@ -76,7 +74,6 @@ def _module(operation: str) -> ModuleType:
     return sys.modules[_import_module(operation)]
 
 
-@torch.compiler.assume_constant_result
 def _import_module(operation: str) -> str:
     """Import the module of an operation's kernel. Returns its name."""
     if operation not in OPERATIONS:
@@ -91,6 +88,12 @@ def _import_module(operation: str) -> str:
         raise KernelUnavailableError(
             f"{operation}: triton is not installed (pip install triton, Linux only)"
         ) from error
+
+
+# What holds for a process is a constant to torch.compile, which could not look into it. As
+# `torch.compiler.assume_constant_result` says it, which imports the whole compiler.
+for _function in (check_device, _import_module):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def __getattr__(name: str) -> Callable:

@@ -136,6 +136,7 @@ _ATTENTION_DQ_SM86 = {("dq", 2, 128): AttentionTile(64, 32, 8, 2)}
 _ATTENTION_ON = {
     "sm_80": {
         ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
+        ("fwd", 4, 128): AttentionTile(16, 32, 4, 2),
         ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
         ("dq", 4, 128): AttentionTile(16, 32, 4, 2),
         ("dkdv", 4, 64): AttentionTile(16, 32, 4, 2),
@@ -210,8 +211,9 @@ class ProductTile(NamedTuple):
 # epilogue. Compiled, unmeasured.
 _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 # By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
-# keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here.
-_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 2), 8: ProductTile(32, 64, 16, 4, 2)}
+# keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here; with more
+# stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
+_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 4, 2)}
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
