@@ -31,6 +31,9 @@ __all__ = ["BenchmarkOptions", "ParityError", "plot", "progress_bar", "render", 
 SCHEMA = 1
 MIN_RUNS = 5
 
+# Makes the work of a contender that is not in `workloads`, of (workload, base, ids, n_new_tokens, dtype) as `make_work`
+# takes them. What it raises is the reason why the contender is left out.
+MakeWork = Callable[[str, GPT2LMHeadModel, Tensor, int, torch.dtype], workloads.Work]
 # Called with what is being done, how many steps are done, and how many there are.
 Progress = Callable[[str, int, int], None]
 
@@ -106,9 +109,12 @@ def _check_device(device: str) -> None:
 # --- one benchmark --------------------------------------------------------------------------------------------------
 
 
-def run_benchmark(options: BenchmarkOptions, progress: Progress | None = None) -> dict[str, Any]:
+def run_benchmark(
+    options: BenchmarkOptions, progress: Progress | None = None, peers: Mapping[str, MakeWork] | None = None
+) -> dict[str, Any]:
     """Check parity, measure what the machine can reach, then time every workload.
 
+    peers: further contenders by name, which check their own parity.
     Returns a result ready for JSON. Raises ParityError, before anything is timed, when fastgpt's results differ from
     transformers'; ValueError when the model cannot run these options.
     """
@@ -127,7 +133,7 @@ def run_benchmark(options: BenchmarkOptions, progress: Progress | None = None) -
 
     results, ratios, skipped = [], [], []
     for workload in options.workloads:
-        timed, failed = _time_workload(workload, options, base, ids, dtype, step)
+        timed, failed = _time_workload(workload, options, base, ids, dtype, step, peers or {})
         ceiling = _ceiling(workload, options, shape, rates, dtype.itemsize)
         ours_s = timed[OURS]["samples_s"]
         for name, timing in timed.items():
@@ -176,19 +182,28 @@ def _check_parity(
 
 
 def _time_workload(
-    workload: str, options: BenchmarkOptions, base: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype, step: "_Steps"
+    workload: str,
+    options: BenchmarkOptions,
+    base: GPT2LMHeadModel,
+    ids: Tensor,
+    dtype: torch.dtype,
+    step: "_Steps",
+    peers: Mapping[str, MakeWork],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Timings by contender, and why a contender was left out by its name."""
     works, timed, failed = {}, {}, {}
     with step(f"{workload}: warming up"):
-        for name in (OURS, *options.baselines):
-            work = workloads.make_work(workload, name, base, ids, options.new_tokens, dtype)
+        for name in (OURS, *options.baselines, *peers):
             try:
+                if name in peers:
+                    work = peers[name](workload, base, ids, options.new_tokens, dtype)
+                else:
+                    work = workloads.make_work(workload, name, base, ids, options.new_tokens, dtype)
                 first_run_s = machine.seconds(work.run, ids.device)
                 work.seconds()
             except Exception as error:
-                # A compiler may be missing, or refuse the graph, in more ways than can be named; the others go on.
-                if name != "hf-compile":
+                # A compiler or another engine may be missing, or refuse the model, in more ways than can be named.
+                if name != "hf-compile" and name not in peers:
                     raise
                 failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 continue

@@ -88,6 +88,9 @@ def bench(
     runs: Annotated[int, typer.Option(min=5, help="Timed runs of each contender.")] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the result as a PNG.")] = None,
+    profile_file: Annotated[
+        Path | None, typer.Option("--profile", help="Trace one run of each workload, for chrome://tracing.")
+    ] = None,
 ) -> None:
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
     from . import benchmark, plotting
@@ -111,6 +114,10 @@ def bench(
         json_file.write_text(json.dumps(result, indent=2) + "\n")
     if plot_file is not None:
         plotting.plot(result, plot_file)
+    if profile_file is not None:
+        from . import profiling
+
+        profiling.render(profiling.profile(run_options, profile_file), notes)
 
 
 @app.command()

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # On a white ground of its own, so that a light and a dark page show the same picture.
-_COLOURS = {"fastgpt": "#0f9d77"}
-_BASELINE_COLOUR = "#8a94a6"
-_INK = "#333333"
+COLOURS = {"fastgpt": "#0f9d77"}
+BASELINE_COLOUR = "#8a94a6"
+INK = "#333333"
 
 # --- table ----------------------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def render(result: Mapping[str, Any], console: "Console") -> None:
     table.add_column("contender")
     for heading in ("tokens/s", "min - max", "fastgpt is", "of ceiling", "peak memory", "first run"):
         table.add_column(heading, justify="right")
-    for workload, rows in _by_workload(result).items():
+    for workload, rows in by_workload(result).items():
         for row in rows:
             speed = row["tokens_per_s"]
             table.add_row(
@@ -33,7 +33,7 @@ def render(result: Mapping[str, Any], console: "Console") -> None:
                 label(result, row["contender"]),
                 f"{speed['median']:,.1f}",
                 f"{speed['min']:,.1f} - {speed['max']:,.1f}",
-                _ratio(result, workload, row["contender"]),
+                ratio_text(result, workload, row["contender"]),
                 f"{row['percent_of_ceiling']:.0f}%",
                 _memory(row["peak_memory_bytes"]),
                 f"{row['first_run_s']:.2f} s",
@@ -86,14 +86,16 @@ def _greedy(inference: Mapping[str, Any]) -> str:
     return f"{n_equal} of {n_tokens} greedy tokens equal" + (", then logits tie" if n_equal < n_tokens else "")
 
 
-def _by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+def by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of a result, one for each contender, by workload."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["results"]:
         groups.setdefault(row["workload"], []).append(row)
     return groups
 
 
-def _ratio(result: Mapping[str, Any], workload: str, contender: str) -> str:
+def ratio_text(result: Mapping[str, Any], workload: str, contender: str) -> str:
+    """How many times faster ours is, with the quartiles of each round's ratio; empty for ours."""
     for ratio in result["ratios"]:
         if (ratio["workload"], ratio["baseline"]) == (workload, contender):
             paired = ratio["paired"]
@@ -123,19 +125,20 @@ def plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('plots need matplotlib: pip install "fastgpt[bench]"') from error
-    groups = _by_workload(result)
+    groups = by_workload(result)
     n_bars = max(len(rows) for rows in groups.values())
     figure = Figure(figsize=(4.6 * len(groups), 1.5 + 0.55 * n_bars), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for panel, (workload, rows) in zip(panels, groups.items(), strict=True):
-        _draw(panel, result, workload, rows)
+        draw(panel, result, workload, rows)
     machine = result["machine"]
     figure.suptitle(f"{title(result)} - {machine['gpu'] or machine['cpu']}", fontsize=10)
     figure.savefig(path, dpi=160, format="png")
 
 
-def _draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Mapping[str, Any]]) -> None:
+def draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Mapping[str, Any]]) -> None:
+    """One workload's bars of tokens/s on a matplotlib panel."""
     speeds = [row["tokens_per_s"] for row in rows]
     medians = [speed["median"] for speed in speeds]
     ends = [speed["quartile_3"] for speed in speeds]
@@ -143,18 +146,18 @@ def _draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Ma
         [speed["median"] - speed["quartile_1"] for speed in speeds],
         [speed["quartile_3"] - speed["median"] for speed in speeds],
     ]
-    colours = [_COLOURS.get(row["contender"], _BASELINE_COLOUR) for row in rows]
-    panel.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=_INK, capsize=3, height=0.62)
+    colours = [COLOURS.get(row["contender"], BASELINE_COLOUR) for row in rows]
+    panel.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=INK, capsize=3, height=0.62)
     for position, (row, speed, end) in enumerate(zip(rows, medians, ends, strict=True)):
-        ratio = _ratio(result, workload, row["contender"]).partition(" ")[0]
+        ratio = ratio_text(result, workload, row["contender"]).partition(" ")[0]
         text = f" {speed:,.0f}" + (f"  (fastgpt: {ratio})" if ratio else "")
-        panel.text(end, position, text, va="center", fontsize=8, color=_INK)
+        panel.text(end, position, text, va="center", fontsize=8, color=INK)
     limit = 1.5 * max(ends)
     ceiling = rows[0]["ceiling_tokens_per_s"]
     if ceiling < limit:
-        panel.axvline(ceiling, color=_INK, linestyle="--", linewidth=1, zorder=0)
+        panel.axvline(ceiling, color=INK, linestyle="--", linewidth=1, zorder=0)
         top = panel.get_xaxis_transform()
-        panel.text(ceiling, 1.0, " ceiling", transform=top, fontsize=8, color=_INK, va="top")
+        panel.text(ceiling, 1.0, " ceiling", transform=top, fontsize=8, color=INK, va="top")
     panel.set_xlim(0, limit)
     panel.set_yticks(range(len(rows)), [label(result, row["contender"]).replace(" (", "\n(") for row in rows])
     panel.invert_yaxis()

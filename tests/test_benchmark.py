@@ -14,7 +14,7 @@ from models import lively, tiny_config
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, benchmark, machine, parity, workloads
+from fastgpt import accounting, benchmark, machine, parity, profiling, workloads
 from fastgpt.benchmark import BenchmarkOptions, ParityError, run_benchmark
 
 SMALL: dict[str, Any] = {"prompt_tokens": 12, "new_tokens": 8, "batch": 2, "runs": 5, "device": "cpu"}
@@ -340,3 +340,23 @@ def test_plot_without_matplotlib_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install .*fastgpt\[bench\]"):
         benchmark.plot(result, tmp_path / "speed.png")
+
+
+# --- profile --------------------------------------------------------------------------------------------------------
+
+
+def test_profile_traces_every_workload(directory: str, tmp_path: Path) -> None:
+    options = BenchmarkOptions(model=directory, workloads=workloads.WORKLOADS, dtype="float32", **SMALL)
+    expenses = profiling.profile(options, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert {f"fastgpt {workload}": 1 for workload in workloads.WORKLOADS}.items() <= names.items()
+    assert [e.seconds for e in expenses] == sorted((e.seconds for e in expenses), reverse=True)
+    assert sum(e.share for e in expenses) == pytest.approx(1)
+    assert "aten::addmm" in {e.operation for e in expenses}
+
+    console = Console(file=io.StringIO(), width=120)
+    profiling.render(expenses, console, n=3)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [e.operation in text for e in expenses[:3]] == [True] * 3
+    assert text.count(" ms ") == 3
