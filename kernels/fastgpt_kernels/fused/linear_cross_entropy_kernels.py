@@ -70,7 +70,8 @@ def _linear_cross_entropy_kernel(
         # In this order, because the log-sum-exp alone would be rounded at the size of the logits.
         tl.store(loss_ptr + row, (largest - target) + tl.log(total))
         if HAS_GRADIENT:
-            target_col, inverse_total = label.to(tl.int32), 1.0 / total
+            target_col = label.to(tl.int32)
+            inverse_total = 1.0 / total  # pyright: ignore[reportOperatorIssue]
             for start in range(0, logits_row_stride, LANES * VECTOR):
                 cols = start + _tile_cols(LANES, VECTOR)
                 logits = _load_logits(row_ptr, cols, n_cols, logits_row_stride, ACCUMULATOR)
