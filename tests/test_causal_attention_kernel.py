@@ -58,7 +58,7 @@ def dropped_formula(
     n_keys = k.shape[2]
     identity = torch.eye(n_keys, dtype=q.dtype).expand(*q.shape[:2], n_keys, n_keys)
     weights = attention_formula(q, k, identity, scale=scale, key_padding_mask=mask)
-    keep, keep_scale = reference.dropout_keep_mask((*q.shape[:3], n_keys), dropout_p, seed)  # pyright: ignore
+    keep, keep_scale = reference.dropout_keep_mask((*q.shape[:3], n_keys), dropout_p, seed, q.device)  # pyright: ignore
     return torch.einsum("bhqk,bhkd->bhqd", weights * keep * keep_scale, v)
 
 
@@ -282,7 +282,7 @@ def test_dropout_drops_the_bits_of_the_reference(seed: int, dtype: torch.dtype) 
     n_queries, n_keys = 83, 101
     q, k = torch.zeros(2, 1, n_queries, n_keys, dtype=dtype), torch.zeros(2, 1, n_keys, n_keys, dtype=dtype)
     v = torch.eye(n_keys, dtype=dtype).expand(2, 1, n_keys, n_keys)
-    keep, _ = reference.dropout_keep_mask((2, 1, n_queries, n_keys), 0.4, seed)
+    keep, _ = reference.dropout_keep_mask((2, 1, n_queries, n_keys), 0.4, seed, DEVICE)
     expected = keep.tril(n_keys - n_queries)
     attend = partial(causal_attention, dropout_p=0.4, seed=seed)
     assert torch.equal(attend(q, k, v) != 0, expected)

@@ -1,7 +1,7 @@
 """The Triton gelu_mlp against its formula and the reference, and against what kernels get wrong."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -49,6 +49,7 @@ def make_inputs(
     return tuple(relayout(tensor.to(DEVICE), layout) for tensor in inputs)
 
 
+@wraps(gelu_mlp)
 def fused(*inputs: Tensor, **options: Any) -> Tensor:
     return gelu_mlp(*inputs[:5], residual=inputs[5] if len(inputs) == 6 else None, seed=SEED, **options)  # pyright: ignore
 
