@@ -10,7 +10,7 @@ from fastgpt_kernels import OPERATIONS, KernelUnavailableError
 from rich.console import Console
 from rich.table import Table
 
-from . import ops
+from . import ops, routing
 from .generation import default_device
 from .patching import patch
 
@@ -33,14 +33,8 @@ def check_parity(device: str) -> dict[str, Any]:
 
     Returns {"passed", "largest_error", "allowed"}: errors relative to the largest value.
     """
-    config = transformers.GPT2Config(
-        n_layer=2, n_embd=64, n_head=4, vocab_size=131, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").to(device)  # type: ignore[call-arg]
-        ids = torch.randint(0, 131, (2, 33), device=device)
+    model = _tiny_model(device)
+    ids = torch.randint(0, 131, (2, 33), generator=torch.Generator().manual_seed(0)).to(device)
     results = []
     for change in (lambda model: model, patch):
         change(model).train().zero_grad()
@@ -54,6 +48,17 @@ def check_parity(device: str) -> dict[str, Any]:
     )
     allowed = 2e-5
     return {"passed": largest_error <= allowed, "largest_error": largest_error, "allowed": allowed}
+
+
+def _tiny_model(device: str) -> Any:
+    """transformers' own class, with the same random weights every time."""
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=131, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").to(device)  # type: ignore[call-arg]
 
 
 def diagnose(device: str | None = None) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend_setting": ops.selected_backend(),
         "operations": operations,
-        "generate": "transformers' loop over fastgpt's blocks",
+        "generate": routing.describe(patch(_tiny_model(device)).eval()),
         "parity": check_parity(device),
     }
 

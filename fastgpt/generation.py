@@ -130,7 +130,6 @@ def stream_text(
     if n_prompt >= n_context:
         raise ValueError(f"the prompt has {n_prompt} tokens and the model's context is {n_context}: shorten it")
     seed = torch.seed() % 2**32 if seed is None else seed
-    torch.manual_seed(seed)
 
     streamer = _TimedStreamer(tokenizer, write)
     if write is not None:
@@ -141,6 +140,7 @@ def stream_text(
         max_new_tokens=min(max_new_tokens, n_context - n_prompt),
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
+        seed=seed,
         **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),
         **({} if greedy else {"top_k": top_k, "top_p": top_p}),
     )[0]

@@ -7,14 +7,15 @@ arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head siz
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType, NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, GPT2Config, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, GPT2Config, LogitsProcessorList, StoppingCriteriaList
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,9 @@ from .attention import attend
 from .loading import LoadingMixin, check_config
 from .outputs import CausalLMOutput, LazyLogits
 from .patching import ATTENTION, replaces, swap_classes
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 # --- what may be fused ----------------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _fused_activation(act: nn.Module) -> str | None:
+def fused_activation(act: nn.Module) -> str | None:
     """The name under which `gelu_mlp` knows this activation module."""
     is_python_twin = isinstance(getattr(act, "act", None), MethodType)  # gelu_python: unfused, as its user asked
     return None if is_python_twin or not is_plain(act, type(act)) else _ACTIVATIONS.get(type(act))
@@ -149,7 +153,7 @@ class GPT2MLP(hf.GPT2MLP):
     """The MLP in one operation where both products are plain, the residual sum included where its block asks for it."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        fc, proj, activation = self.c_fc, self.c_proj, _fused_activation(self.act)
+        fc, proj, activation = self.c_fc, self.c_proj, fused_activation(self.act)
         if activation is None or not (is_plain(fc, Conv1D) and is_plain(proj, Conv1D)):
             hidden_states = super().forward(hidden_states)  # type: ignore[arg-type]
         elif residual is None or not is_plain(self.dropout, nn.Dropout):
@@ -234,14 +238,53 @@ class _DropIn(LoadingMixin):
 
 
 class _Generation:
-    def generate(self, inputs: Tensor | None = None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' `generate`, with wrong sampling options and NaN logits refused by a ValueError."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config=None,
+        logits_processor=None,
+        *args,
+        seed: int | None = None,
+        **kwargs,
+    ):
+        """transformers' `generate`, through the engine where it can take the call (see `routing`).
+
+        seed: decides every draw of sampling, whatever the batch a prompt is in; torch's generator does when None.
+        Raises ValueError on wrong sampling options and on NaN logits.
+        """
         sampling.check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
         prompt = kwargs.get("input_ids", inputs)
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
-        logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.RefuseNaN()])
+        seeds = [] if seed is None else [sampling.Seed(seed)]
+        logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.RefuseNaN(), *seeds])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
+        from . import routing
+
+        routing.log_mode(generation_mode)
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: "BaseStreamer | None" = None,
+        **model_kwargs,
+    ):
+        """Where transformers' `generate` has prepared everything and starts its loop over tokens."""
+        from . import routing
+
+        processors = sampling.settle_seed(logits_processor, generation_config, model_kwargs.get("attention_mask"))
+        call = input_ids, processors, stopping_criteria, generation_config
+        generated = routing.try_engine(self, *call, streamer, {"synced_gpus": synced_gpus, **model_kwargs})
+        if generated is None:
+            generated = super()._sample(*call, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc]
+        return generated
 
 
 @replaces(hf.GPT2Model)

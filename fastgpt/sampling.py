@@ -1,11 +1,12 @@
-"""Sampling options and their checks."""
+"""Sampling options, their checks, and draws that a seed decides."""
 
 import math
 from typing import Any
 
 import torch
+from fastgpt_kernels import reference
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 def check_sampling_options(
@@ -40,3 +41,61 @@ class RefuseNaN(LogitsProcessor):
         if not torch.compiler.is_compiling() and bool(scores.isnan().any()):
             raise ValueError("the model's logits are NaN: check its weights (fastgpt verify DIR) and its dtype")
         return scores
+
+
+class Seed(LogitsProcessor):
+    """Carries the `seed` of generate() to where tokens are drawn, which puts a `GumbelNoise` in its place."""
+
+    def __init__(self, seed: int):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be an integer of 64 bits, not {seed!r}")
+        self.seed = seed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise ValueError("seed= needs plain sampling (no beams, no assistant): call torch.manual_seed instead")
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds noise under which the largest score is a draw from softmax(scores), and which the seed alone decides.
+
+    The noise depends on the seed, the token's own position in its row and which of the continuations of one prompt
+    the row is, so that a prompt has the same continuation alone, in a batch and behind padding.
+    Gumbel noise rather than a point on the cumulative distribution: batches of different sizes round the logits
+    differently, which moves every step of that distribution, but changes the largest of a few sums almost never.
+    """
+
+    def __init__(self, seed: int, n_padding: Tensor | int = 0, n_continuations: int = 1):
+        self.seed, self.n_padding, self.n_continuations = seed, n_padding, n_continuations
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        n_rows, n_tokens = input_ids.shape
+        rows = torch.arange(n_rows, device=scores.device)
+        positions = n_tokens - self.n_padding + torch.zeros_like(rows)
+        return scores + gumbel_noise(self.seed, positions, rows % self.n_continuations, scores.shape[1])
+
+
+def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask: Tensor | None) -> LogitsProcessorList:
+    """The processors with noise at their end in place of a `Seed`, if there is one and the call samples.
+
+    config: is told to take the largest of the noisy scores. mask: (B, T), 0 at padding, or None.
+    """
+    seeds = [processor for processor in processors if isinstance(processor, Seed)]
+    processors = LogitsProcessorList(processor for processor in processors if not isinstance(processor, Seed))
+    if seeds and config.do_sample:
+        n_padding = 0 if mask is None else (mask == 0).sum(1)
+        processors.append(GumbelNoise(seeds[0].seed, n_padding, config.num_return_sequences or 1))
+        config.do_sample = False
+    return processors
+
+
+def gumbel_noise(seed: int, positions: Tensor, continuations: Tensor, n_tokens: int) -> Tensor:
+    """(B, V) standard Gumbel noise in float32, a function of the arguments alone.
+
+    positions, continuations: (B,). n_tokens: V.
+    """
+    # One Philox call draws 32 bits for each of four tokens; the last word of the counter sets it apart from dropout.
+    groups = torch.arange(-(-n_tokens // 4), device=positions.device)[None]
+    counter = [groups, positions[:, None], continuations[:, None], torch.ones_like(groups)]
+    words = torch.stack(reference.philox(counter, reference.seed_tensor(seed, positions.device)), dim=-1)
+    uniform = (words.flatten(1)[:, :n_tokens].double() + 0.5) * 2.0**-32  # in (0, 1), never rounded to an end
+    return -(-uniform.log()).log().float()

@@ -208,8 +208,8 @@ def sample(model: fastgpt.GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, p
     n_left = model.config.n_positions - ids["input_ids"].shape[1]
     if n_left < 1:
         raise ValueError(f"the prompt has {ids['input_ids'].shape[1]} tokens, which fill the context")
-    set_seed(seed)
-    generated = model.generate(**ids, do_sample=True, temperature=TEMPERATURE, top_k=0, max_new_tokens=n_left)
+    options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": n_left}
+    generated = model.generate(ids["input_ids"], attention_mask=ids["attention_mask"], seed=seed, **options)
     return str(tokenizer.decode(generated[0], skip_special_tokens=True)).strip()
 
 

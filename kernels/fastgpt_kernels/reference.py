@@ -141,7 +141,7 @@ PHILOX_ROUNDS = 7
 _UINT32 = 0xFFFFFFFF
 
 
-def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
     """Philox 4x32: four 32-bit words from a counter of four and a 64-bit key, all held in int64 tensors.
 
     Source: Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011).
@@ -173,7 +173,7 @@ def dropout_keep_mask(
     batch_head = torch.arange(n_batch * n_heads, device=device).view(-1, 1, 1)
     q_group = torch.arange(n_q_tiles * 8, device=device).view(1, -1, 1)
     k_group = torch.arange(n_k_tiles * 4, device=device).view(1, 1, -1)
-    words = _philox([k_group, q_group, batch_head, torch.zeros_like(k_group)], seed)
+    words = philox([k_group, q_group, batch_head, torch.zeros_like(k_group)], seed)
     draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)])
     draws = draws.view(2, 2, 2, n_batch, n_heads, n_q_tiles, 8, n_k_tiles, 4)  # q_word, k_word, half, ...
     draws = draws.permute(3, 4, 5, 0, 6, 7, 1, 8, 2).reshape(n_batch, n_heads, n_q_tiles * 16, n_k_tiles * 16)

@@ -1,0 +1,197 @@
+"""Which calls of `generate()` the engine takes, and the words for why another goes to transformers' own loop."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.pytorch_utils import Conv1D
+
+from . import modeling, ops, sampling
+from .engine import Generation, Request
+from .patching import ATTENTION
+
+logger = logging.getLogger("fastgpt")
+
+# What each module must be, by the last part of its name, for the engine to use its weights.
+_PLAIN: dict[str, type[nn.Module]] = {
+    "": modeling.GPT2LMHeadModel,
+    "transformer": modeling.GPT2Model,
+    "wte": modeling.TokenEmbedding,
+    "wpe": modeling.PositionEmbedding,
+    "drop": nn.Dropout,
+    "h": nn.ModuleList,
+    "ln_1": modeling.LayerNorm,
+    "attn": modeling.GPT2Attention,
+    "c_attn": Conv1D,
+    "c_proj": Conv1D,
+    "attn_dropout": nn.Dropout,
+    "resid_dropout": nn.Dropout,
+    "ln_2": modeling.LayerNorm,
+    "mlp": modeling.GPT2MLP,
+    "c_fc": Conv1D,
+    "dropout": nn.Dropout,
+    "ln_f": modeling.LayerNorm,
+    "lm_head": nn.Linear,
+}
+_PROCESSORS: set[type[LogitsProcessor]] = {
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    sampling.RefuseNaN,
+    sampling.GumbelNoise,
+}
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def why_not_model(model: nn.Module) -> str | None:
+    """Why the engine cannot stand in for this model's forward; None when it can."""
+    return next(_obstacles_in_model(model), None)
+
+
+@torch.no_grad()
+def describe(model: nn.Module) -> str:
+    """Where a plain call of `generate()` on this model runs, for `fastgpt doctor`."""
+    obstacle = why_not_model(model)
+    return "the engine: static cache, torch operations" if obstacle is None else f"transformers' loop: {obstacle}"
+
+
+def _obstacles_in_model(model: Any) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if not _is_plain(path.rpartition(".")[2], module):
+            yield f"{path or 'the model'} is not a plain module: {type(module).__name__}"
+        if module.training:
+            yield f"{path or 'the model'} is in training mode"
+    if model.config._attn_implementation != ATTENTION:
+        yield f"the attention is {model.config._attn_implementation!r}"
+    places = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
+    if len(places) != 1:
+        yield "the parameters differ in device or dtype"
+    if torch.is_autocast_enabled(model.device.type):
+        yield "autocast is on"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        yield "the call is being compiled"
+    if torch.is_grad_enabled():
+        yield "gradients are asked for"
+    if ops.selected_backend() == "triton":
+        yield "the triton backend was asked for by name, and it runs in the model's blocks"
+
+
+def _is_plain(name: str, module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None:
+        return False
+    if name == "act":
+        return modeling.fused_activation(module) is not None
+    expected = modeling.GPT2Block if name.isdecimal() else _PLAIN.get(name)
+    return expected is not None and modeling.is_plain(module, expected)
+
+
+def _obstacles_in_call(
+    model: Any,
+    ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    inputs: dict[str, Any],
+) -> Iterator[str]:
+    for name, value in inputs.items():
+        if name not in _INPUTS and value is not None and value is not False:
+            yield f"{name} was given"
+    for kind in {type(processor) for processor in processors} - _PROCESSORS:
+        yield f"the logits processor {kind.__name__}"
+    for kind in {type(criterion) for criterion in criteria} - {MaxLengthCriteria, EosTokenCriteria}:
+        yield f"the stopping criterion {kind.__name__}"
+    for name in ("output_scores", "output_logits", "prefill_chunk_size", "is_assistant"):
+        if getattr(config, name, None):
+            yield f"{name} was asked for"
+
+    cache = inputs.get("past_key_values")
+    if type(cache) is not DynamicCache or not inputs.get("use_cache"):
+        yield f"the cache is {'off' if cache is None else type(cache).__name__}"
+    elif getattr(cache, "_is_user_defined", False):
+        yield "past_key_values was given"
+    elif cache.offloading:
+        yield "the cache is offloaded"
+    if ids.dtype != torch.int64 or ids.device != model.device:
+        yield f"the prompt is {ids.dtype} on {ids.device}"
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and not _is_left_padded(mask, ids):
+        yield "the attention mask hides more than padding on the left"
+    if positions is None or positions.shape[-1] != ids.shape[1]:
+        yield "position_ids are not those of the prompt"
+    pad_id = _pad_id(config)
+    if not 0 <= pad_id < model.transformer.wte.num_embeddings:
+        yield f"pad_token_id {pad_id} is outside the vocabulary"
+
+
+def _is_left_padded(mask: Tensor, ids: Tensor) -> bool:
+    shown = mask != 0
+    return mask.shape == ids.shape and bool((shown[:, 1:] >= shown[:, :-1]).all() & shown[:, -1].all())
+
+
+def _pad_id(config: GenerationConfig) -> int:
+    pad: Tensor | None = config._pad_token_tensor  # type: ignore[attr-defined]
+    return 0 if pad is None else int(pad)
+
+
+def log_mode(mode: GenerationMode) -> None:
+    """Say that a call never comes to `try_engine`, when it does not: beams, assistants, prompt lookup."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        logger.debug("generate: transformers' loop, because %s was asked for", mode.value.replace("_", " "))
+
+
+def try_engine(
+    model: Any,
+    ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    inputs: dict[str, Any],
+) -> Tensor | GenerateDecoderOnlyOutput | None:
+    """What the engine generates, in the form of transformers' `_sample`; None when it cannot take the call.
+
+    ids, processors, criteria, config, inputs: what transformers hands to `_sample`.
+    """
+    obstacle = why_not_model(model) or next(_obstacles_in_call(model, ids, processors, criteria, config, inputs), None)
+    if obstacle is not None:
+        logger.debug("generate: transformers' loop, because %s", obstacle)
+        return None
+
+    logger.debug("generate: the engine")
+    eos_ids = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    generation = Generation(
+        model,
+        Request(
+            ids=ids,
+            mask=inputs.get("attention_mask"),
+            positions=inputs["position_ids"],
+            process=processors,
+            do_sample=bool(config.do_sample),
+            max_length=criteria.max_length,  # type: ignore[arg-type]
+            eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
+            pad_id=_pad_id(config),
+        ),
+    )
+    for tokens in generation:
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+    if streamer is not None:
+        streamer.end()
+    sequences = generation.sequences.contiguous()
+    if not config.return_dict_in_generate:
+        return sequences
+    cache: DynamicCache = inputs["past_key_values"]
+    generation.cache.copy_to(cache)
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # type: ignore[arg-type]
