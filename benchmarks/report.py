@@ -121,7 +121,8 @@ def _speed_table(results: Sequence[Result]) -> str:
     rows = []
     for result, row in sorted(ours, key=order):
         options, workload = result.content["options"], row["workload"]
-        what = f"{workload}, {options['dtype']}, {options['runs']} runs"
+        n_new = f" of {options['new_tokens']} tokens" if workload == "decode" else ""
+        what = f"{workload}{n_new}, {options['dtype']}, {options['runs']} runs"
         ratios = [plotting.ratio_text(result.content, workload, name) or "-" for name in baselines]
         speed = row["tokens_per_s"]["median"]
         digits = 0 if speed >= 100 else 1
