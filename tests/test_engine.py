@@ -252,7 +252,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"prompt_lookup_num_tokens": 3}, "assisted generation was asked for"),
         ({"synced_gpus": True}, "synced_gpus was given"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
 def test_calls_go_where_they_can_be_served(options: dict, reason: str | None, route, monkeypatch) -> None:
     _, ours = pair(tiny_config())
