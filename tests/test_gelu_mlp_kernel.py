@@ -196,6 +196,13 @@ def test_dropout_is_the_references_to_the_bit(dtype: torch.dtype) -> None:
     assert max_error(dbias, keep[0, 0].sum(0) * keep_scale) <= torch.finfo(dtype).eps * n_rows
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_output_of_several_column_tiles(dropout_p: float) -> None:
+    """Wider than the tile of the pass that sums the bias gradient."""
+    n_out = 2 * tuning.GELU_MLP_BWD_PRODUCT.block_cols + 3
+    assert_mlp_parity(make_inputs(5, 8, n_hidden=16, n_out=n_out), dropout_p=dropout_p)
+
+
 def test_seeds() -> None:
     inputs = make_inputs(9, 16, n_hidden=32)
     seed = torch.tensor(SEED)
