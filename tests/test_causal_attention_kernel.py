@@ -291,6 +291,20 @@ def test_dropout_drops_the_bits_of_the_reference(seed: int, dtype: torch.dtype) 
     assert torch.equal(dv[..., :n_queries] != 0, expected.mT)
 
 
+def test_a_draw_at_the_threshold_is_kept() -> None:
+    """Found by bisection: the largest threshold at which the first weight survives is its draw."""
+    n, seed = 16, 3
+    kept, dropped = 0, 65536
+    while dropped - kept > 1:
+        middle = (kept + dropped) // 2
+        keep, _ = reference.dropout_keep_mask((1, 1, n, n), middle / 65536, seed, DEVICE)
+        kept, dropped = (middle, dropped) if keep[0, 0, 0, 0] else (kept, middle)
+    assert 0 < kept < 65535
+    q, v = torch.zeros(1, 1, n, n), torch.eye(n).expand(1, 1, n, n)
+    assert causal_attention(q, q, v, dropout_p=kept / 65536, seed=seed)[0, 0, 0, 0] != 0
+    assert causal_attention(q, q, v, dropout_p=dropped / 65536, seed=seed)[0, 0, 0, 0] == 0
+
+
 def test_seed_from_torchs_generator() -> None:
     inputs = make_inputs(1, 2, 16, 16, 16)
     torch.manual_seed(5)
