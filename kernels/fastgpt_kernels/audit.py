@@ -27,11 +27,11 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import KERNEL_MODULES
+from . import DECODING_MODULES, KERNEL_MODULES
 from .fused.launch import FP_FUSION, Configuration
 
 # Modules with a function shipped_configurations(architecture), which yields what is compiled for one GPU.
-AUDITED_MODULES = tuple(dict.fromkeys(KERNEL_MODULES.values()))
+AUDITED_MODULES = (*dict.fromkeys(KERNEL_MODULES.values()), *DECODING_MODULES)
 
 # Shared memory of one program, in KiB.
 SHARED_LIMITS = {
