@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--new-tokens", type=int, default=defaults.new_tokens, help="tokens that decode makes")
     group.addoption("--device", default=None, help="cpu or cuda; the GPU when there is one")
     group.addoption("--dtype", default=None, help=", ".join(DTYPES))
+    group.addoption("--sizes", default=None, help="of operations: tiny or presets, comma-separated")
     group.addoption("--runs", type=int, default=defaults.runs, help="timed runs of each contender")
 
 

@@ -188,7 +188,7 @@ def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[s
             if direction != "forward":
                 n_bytes, n_flops = n_bytes + case.backward[0], n_flops + case.backward[1]
             try:
-                row |= _time(_call(function, case.inputs, direction), case.inputs[0].device, budget_s)
+                row |= time_call(make_call(function, case.inputs, direction), case.inputs[0].device, budget_s)
             except (RuntimeError, fastgpt_kernels.KernelUnavailableError) as error:
                 rows.append(row | {"skipped": str(error).splitlines()[0]})
                 continue
@@ -197,17 +197,22 @@ def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[s
     return rows
 
 
-def _call(function: Callable[..., Any], inputs: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+def make_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+    """One pass of a contender: "forward" without gradients, "backward" alone, or "forward+backward"."""
     if direction == "forward":
         return torch.no_grad()(partial(function, *(x.detach() for x in inputs)))
     leaves = [x for x in inputs if x.requires_grad]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     upstream = [torch.randn_like(y) if y.ndim else torch.ones_like(y) for y in outputs]
+    if direction == "backward":
+        return partial(torch.autograd.grad, outputs, leaves, upstream, retain_graph=True)
+    del outputs  # and what they keep for their backward pass
     return lambda: torch.autograd.grad(function(*inputs), leaves, upstream if len(upstream) > 1 else upstream[0])
 
 
-def _time(call: Callable[[], Any], device: torch.device, budget_s: float) -> dict[str, Any]:
+def time_call(call: Callable[[], Any], device: torch.device, budget_s: float) -> dict[str, Any]:
+    """Median and quartiles in s, peak memory in bytes, of a call that takes about budget_s in all."""
     call()
     peak_bytes, _ = machine.peak_growth(call, device)
     if device.type == "cuda":

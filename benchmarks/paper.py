@@ -14,7 +14,7 @@ from fastgpt.accounting import PRESETS, Shape, count_parameters
 from fastgpt.generation import DTYPES
 from fastgpt.workloads import OURS
 
-from .tables import markdown_table
+from .tables import describe_work, markdown_table
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 N_GPUS = 8
@@ -219,9 +219,8 @@ def _measured_table(results: Sequence[Mapping[str, Any]]) -> str:
                 continue
             options, measured = result["options"], row["tokens_per_s"]["median"]
             predicted = predicted_speed(result, row["workload"])
-            what = f"{Path(options['model']).name}, {row['workload']}, {options['dtype']} on {options['device']}"
-            figures = _rounded(predicted), _rounded(measured), f"{measured / predicted:.0%}"
-            rows.append([f"{what}, {options['runs']} runs", *figures])
+            what = f"{Path(options['model']).name} on {options['device']}, {describe_work(result, row['workload'])}"
+            rows.append([what, _rounded(predicted), _rounded(measured), f"{measured / predicted:.0%}"])
     return markdown_table(["workload", "predicted tokens/s", "measured tokens/s", "measured / predicted"], rows)
 
 

@@ -5,7 +5,7 @@ They stand on a white ground of their own, so that a light and a dark page show 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,37 +53,55 @@ class Plot:
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
-def speeds(device: str, results: Sequence[dict[str, Any]]) -> Plot:
-    """tokens/s of every contender: a row of panels for each result, one panel for each workload."""
-    n_columns = max(len(plotting.by_workload(result)) for result in results)
-    heights = [1.4 + 0.5 * max(map(len, plotting.by_workload(result).values())) for result in results]
+def speeds(device: str, results: Sequence[Mapping[str, Any]]) -> Plot:
+    """tokens/s of every contender: a group of panels for each model and dtype, a panel for each work."""
+    groups: dict[str, list[tuple[Mapping[str, Any], str, list[Any]]]] = {}
+    for result in results:
+        machine = result["machine"]
+        place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        for workload, bars in plotting.by_workload(result).items():
+            groups.setdefault(f"{plotting.title(result)}; {place}", []).append((result, workload, bars))
+    n_columns = min(2, max(map(len, groups.values())))
+    n_rows = {heading: -(-len(works) // n_columns) for heading, works in groups.items()}
+    heights = [
+        0.5 + n_rows[heading] * (0.9 + 0.45 * max(len(bars) for _, _, bars in works))
+        for heading, works in groups.items()
+    ]
 
     def draw(figure: "Figure") -> None:
-        rows = figure.subfigures(len(results), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for row, result in zip(rows, results, strict=True):
-            panels = row.subplots(1, n_columns, squeeze=False)[0]
-            groups = list(plotting.by_workload(result).items())
-            for panel, (workload, bars) in zip(panels, groups, strict=False):
+        parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, (heading, works) in zip(parts, groups.items(), strict=True):
+            panels = part.subplots(n_rows[heading], n_columns, squeeze=False).flat
+            for panel, (result, workload, bars) in zip(panels, sorted(works, key=_order), strict=False):
                 plotting.draw(panel, result, workload, bars)
-            for panel in panels[len(groups) :]:
+                panel.set_title(_work(result, workload), fontsize=9, loc="left")
+            for panel in panels[len(works) :]:
                 panel.axis("off")
-            machine = result["machine"]
-            place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-            heading = f"{plotting.title(result)}, median of {result['options']['runs']} runs\n{place}"
-            row.suptitle(heading, fontsize=9, x=0.01, ha="left")
+            part.suptitle(heading, fontsize=9, x=0.01, ha="left")
 
     caption = f"tokens/s of each contender on {device}, with quartiles"
     return Plot(f"{device}-speed", caption, list(results), (4.6 * n_columns, sum(heights)), draw)
 
 
-def ceilings(device: str, results: Sequence[dict[str, Any]]) -> Plot:
+def _order(work: tuple[Mapping[str, Any], str, list[Any]]) -> tuple[int, int, int]:
+    result, workload, _ = work
+    return WORKLOADS.index(workload), result["options"]["batch"], result["options"]["new_tokens"]
+
+
+def _work(result: Mapping[str, Any], workload: str) -> str:
+    options = result["options"]
+    n_new = f" + {options['new_tokens']}" if workload == "decode" else ""
+    return f"{workload}, {options['batch']} x {options['prompt_tokens']}{n_new} tokens"
+
+
+def ceilings(device: str, results: Sequence[Mapping[str, Any]]) -> Plot:
     """Percent of the ceiling that fastgpt reaches, one panel for each workload, the smallest model on top."""
     bars: dict[str, list[tuple[str, float]]] = {}
     for result in sorted(results, key=lambda result: result["model"]["n_layer"] * result["model"]["n_embd"] ** 2):
-        options = result["options"]
-        name = f"{Path(result['model']['name']).name}, {options['dtype']}\n{options['runs']} runs"
         for row in result["results"]:
             if row["contender"] == OURS:
+                work = _work(result, row["workload"]).partition(", ")[2]
+                name = f"{Path(result['model']['name']).name}, {result['options']['dtype']}\n{work}"
                 bars.setdefault(row["workload"], []).append((name, row["percent_of_ceiling"]))
     workloads = [workload for workload in WORKLOADS if workload in bars]
 
@@ -96,21 +114,76 @@ def ceilings(device: str, results: Sequence[dict[str, Any]]) -> Plot:
                 panel.text(percent, position, f" {percent:.0f}%", va="center", fontsize=8, color=plotting.INK)
             panel.set_xlim(0, max(100, *(1.15 * percent for percent in percents)))
             panel.set_yticks(range(len(names)), names, fontsize=8)
-            panel.invert_yaxis()
+            panel.set_ylim(n_bars - 0.5, -0.5)
             panel.set_title(workload, fontsize=10)
-            panel.set_xlabel("percent of the ceiling measured in the same run")
+            panel.set_xlabel("percent of the ceiling")
             panel.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"fastgpt on {device}", fontsize=10)
+        figure.suptitle(
+            f"fastgpt on {device}: how much of the ceiling measured in the same run it reaches", fontsize=10
+        )
 
-    height = 1.5 + 0.5 * max(map(len, bars.values()))
+    n_bars = max(map(len, bars.values()))
     caption = f"percent of the measured ceiling that fastgpt reaches on {device}, by size"
-    return Plot(f"{device}-ceiling", caption, bars, (4.6 * len(workloads), height), draw)
+    return Plot(f"{device}-ceiling", caption, bars, (4.6 * len(workloads), 1.5 + 0.5 * n_bars), draw)
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def memory(name: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Peak memory against the batch: a panel for each model and workload, a line for each contender."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for size, rows in sizes.items():
+        for row in rows:
+            if row.get("peak_memory_bytes") is not None:
+                lines = panels.setdefault(f"{size}, {row['workload']} of {row['tokens']} tokens each", {})
+                lines.setdefault(row["contender"], []).append((row["batch"], row["peak_memory_bytes"] / 1e9))
+    return _curves(f"{name}-memory", f"peak memory against the batch, {name}", "sequences", "GB", panels)
+
+
+def latency(name: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Time of a generated token against the context: a panel for each model, a line for each contender."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for size, rows in sizes.items():
+        for row in rows:
+            point = row["context"], 1000 * row["seconds_per_token"]["median"]
+            panels.setdefault(f"{size}, one sequence", {}).setdefault(row["contender"], []).append(point)
+    caption = f"time of a generated token against the context, {name}"
+    return _curves(f"{name}-latency", caption, "tokens of context", "ms for a token", panels)
+
+
+def _curves(
+    name: str, caption: str, along: str, measure: str, panels: dict[str, dict[str, list[tuple[int, float]]]]
+) -> Plot:
+    """Both axes begin at 0, so that what grows in proportion looks like it."""
+
+    def draw(figure: "Figure") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+            for contender, points in lines.items():
+                colour = plotting.COLOURS.get(contender, plotting.BASELINE_COLOUR)
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=contender)
+            panel.set_xlim(left=0)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.set_ylim(0, 1.1 * max(value for points in lines.values() for _, value in points))
+            panel.set_title(title, fontsize=10)
+            panel.set_xlabel(along)
+            panel.set_ylabel(measure)
+            panel.spines[["top", "right"]].set_visible(False)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+        )
+        figure.suptitle(caption, fontsize=10)
+
+    return Plot(name, caption, panels, (4.6 * max(1, len(panels)), 3.6), draw)
 
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-def kernel_times(device: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
+def kernel_times(name: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
     """Milliseconds of one call of every operation, forward and backward, stacked: fastgpt's above torch's.
 
     sizes: the rows of `benchmarks.operations.measure` by the model's name. Operations that either lacks are left out
@@ -129,13 +202,14 @@ def kernel_times(device: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
     colours = {op: _PALETTE[i % len(_PALETTE)] for i, op in enumerate(operations)}
 
     def draw(figure: "Figure") -> None:
+        from matplotlib.patches import Patch
+
         panels = figure.subplots(len(times), 1, squeeze=False)[:, 0]
         for panel, (size, contenders) in zip(panels, times.items(), strict=True):
             for position, parts in enumerate(contenders.values()):
                 left = 0.0
                 for operation, ms in parts.items():
-                    label = operation if position == 0 else None
-                    panel.barh(position, ms, left=left, color=colours[operation], label=label, height=0.62)
+                    panel.barh(position, ms, left=left, color=colours[operation], height=0.62)
                     left += ms
                 panel.text(left, position, f" {left:.2f} ms", va="center", fontsize=8, color=plotting.INK)
             panel.set_xlim(0, 1.2 * max(sum(parts.values()) for parts in contenders.values()))
@@ -144,8 +218,8 @@ def kernel_times(device: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
             panel.set_title(f"{size}: one call of each operation, forward and backward", fontsize=10)
             panel.set_xlabel("ms")
             panel.spines[["top", "right"]].set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        handles = [Patch(color=colour, label=operation) for operation, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
-    caption = f"milliseconds of one call of each operation on {device}, fastgpt's above torch's"
-    return Plot(f"{device}-kernels", caption, times, (8.0, 0.8 + 1.7 * max(1, len(times))), draw)
+    caption = f"milliseconds of one call of each operation, fastgpt's above torch's, {name}"
+    return Plot(f"{name}-kernels", caption, times, (8.0, 0.8 + 1.7 * max(1, len(times))), draw)

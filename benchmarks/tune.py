@@ -30,7 +30,7 @@ from fastgpt.doctor import versions
 from fastgpt.ops import backend
 
 from . import operations
-from .gpu import TINY
+from .gpu_run import TINY
 
 MIN_GAIN = 1.02
 _log = Console(stderr=True, highlight=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +111,16 @@ def _check_device(device: str) -> None:
 
 
 def run_benchmark(
-    options: BenchmarkOptions, progress: Progress | None = None, peers: Mapping[str, MakeWork] | None = None
+    options: BenchmarkOptions,
+    progress: Progress | None = None,
+    peers: Mapping[str, MakeWork] | None = None,
+    loaded: tuple[GPT2LMHeadModel, str] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Check parity, measure what the machine can reach, then time every workload.
 
-    peers: further contenders by name, which check their own parity.
+    peers: further contenders by name, which check their own parity. loaded, rates: what `workloads.load_base` and
+    `machine.measure_rates` gave already, for a series of benchmarks of one model.
     Returns a result ready for JSON. Raises ParityError, before anything is timed, when fastgpt's results differ from
     transformers'; ValueError when the model cannot run these options.
     """
@@ -123,13 +129,15 @@ def run_benchmark(
     load_before = machine.load_average()
 
     with step(f"loading {options.model}"):
-        base, weights = workloads.load_base(options.model, random_weights=options.random_weights, seed=options.seed)
+        base, weights = loaded or workloads.load_base(
+            options.model, random_weights=options.random_weights, seed=options.seed
+        )
         shape = accounting.shape_of(base)
         ids = make_tokens(options, shape).to(device)
     with step("checking parity with transformers"):
         gate = _check_parity(options, base, ids, dtype)
     with step("measuring bandwidth and matrix rate"):
-        rates = machine.measure_rates(device, dtype)
+        rates = rates or machine.measure_rates(device, dtype)
 
     results, ratios, skipped = [], [], []
     for workload in options.workloads:
@@ -152,7 +160,7 @@ def run_benchmark(
         "model": {"name": options.model, "weights": weights, "dropout": dropout, **asdict(shape)},
         "path": "torch" if ops.explain("causal_attention", device)[0] == "torch" else "kernels",
         "gate": gate,
-        "rates": rates,
+        "rates": dict(rates),
         "results": results,
         "ratios": ratios,
         "skipped": skipped,
@@ -175,7 +183,8 @@ def _check_parity(
 ) -> dict[str, dict[str, Any]]:
     gate = {}
     if "prefill" in options.workloads or "decode" in options.workloads:
-        gate["inference"] = parity.check_inference(base, ids, options.new_tokens, dtype)
+        n_new_tokens = options.new_tokens if "decode" in options.workloads else 1  # the prompt may fill the context
+        gate["inference"] = parity.check_inference(base, ids, n_new_tokens, dtype)
     if "train" in options.workloads:
         gate["training"] = parity.check_training(base, ids, dtype)
     return gate
@@ -216,7 +225,8 @@ def _time_workload(
                 timed[name]["samples_s"].append(works[name].seconds())
     with step(f"{workload}: peak memory"):
         for name, work in works.items():
-            growth, measure = machine.peak_growth(work.run, ids.device)
+            peak_growth = work.peak_growth or partial(machine.peak_growth, work.run, ids.device)
+            growth, measure = peak_growth()
             peak = None if growth is None else work.held_bytes() + growth
             timed[name] |= {"peak_memory_bytes": peak, "memory_measure": measure}
     return timed, failed

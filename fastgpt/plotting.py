@@ -150,17 +150,19 @@ def draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Map
     panel.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=INK, capsize=3, height=0.62)
     for position, (row, speed, end) in enumerate(zip(rows, medians, ends, strict=True)):
         ratio = ratio_text(result, workload, row["contender"]).partition(" ")[0]
-        text = f" {speed:,.0f}" + (f"  (fastgpt: {ratio})" if ratio else "")
-        panel.text(end, position, text, va="center", fontsize=8, color=INK)
+        text = f"{speed:,.0f}" + (f"  (fastgpt: {ratio})" if ratio else "")
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # or the line of the ceiling would cross it
+        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        panel.annotate(text, (end, position), **place, fontsize=8, color=INK, bbox=ground)
     limit = 1.5 * max(ends)
     ceiling = rows[0]["ceiling_tokens_per_s"]
     if ceiling < limit:
         panel.axvline(ceiling, color=INK, linestyle="--", linewidth=1, zorder=0)
         top = panel.get_xaxis_transform()
-        panel.text(ceiling, 1.0, " ceiling", transform=top, fontsize=8, color=INK, va="top")
+        panel.text(ceiling, 1.0, "ceiling", transform=top, fontsize=8, color=INK, ha="center", va="bottom")
     panel.set_xlim(0, limit)
     panel.set_yticks(range(len(rows)), [label(result, row["contender"]).replace(" (", "\n(") for row in rows])
     panel.invert_yaxis()
-    panel.set_title(workload, fontsize=10)
+    panel.set_title(workload, fontsize=10, loc="left")
     panel.set_xlabel("tokens/s")
     panel.spines[["top", "right"]].set_visible(False)

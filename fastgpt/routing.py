@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pytorch_utils import Conv1D
 
 from . import modeling, ops, sampling
-from .engine import Generation, Request
+from .engine import DeviceGeneration, Generation, Request, device
 from .patching import ATTENTION
 
 logger = logging.getLogger("fastgpt")
@@ -61,10 +61,21 @@ def why_not_model(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def describe(model: nn.Module) -> str:
+def describe(model: modeling.GPT2LMHeadModel) -> str:
     """Where a plain call of `generate()` on this model runs, for `fastgpt doctor`."""
     obstacle = why_not_model(model)
-    return "the engine: static cache, torch operations" if obstacle is None else f"transformers' loop: {obstacle}"
+    if obstacle is not None:
+        return f"transformers' loop: {obstacle}"
+    if not _decodes_on_kernels(model):
+        return "the engine: static cache, torch operations"
+    obstacle = device.obstacle(model, n_rows=1)
+    if obstacle is not None:
+        return f"the engine: static cache, torch operations, because {obstacle}"
+    return f"the engine: static cache, kernels{' in a CUDA graph' if model.device.type == 'cuda' else ''}"
+
+
+def _decodes_on_kernels(model: Any) -> bool:
+    return ops.explain("causal_attention", model.device)[0] == "triton"
 
 
 def _obstacles_in_model(model: Any) -> Iterator[str]:
@@ -84,8 +95,6 @@ def _obstacles_in_model(model: Any) -> Iterator[str]:
         yield "the call is being compiled"
     if torch.is_grad_enabled():
         yield "gradients are asked for"
-    if ops.selected_backend() == "triton":
-        yield "the triton backend was asked for by name, and it runs in the model's blocks"
 
 
 def _is_plain(name: str, module: nn.Module) -> bool:
@@ -169,21 +178,22 @@ def try_engine(
         logger.debug("generate: transformers' loop, because %s", obstacle)
         return None
 
-    logger.debug("generate: the engine")
     eos_ids = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-    generation = Generation(
-        model,
-        Request(
-            ids=ids,
-            mask=inputs.get("attention_mask"),
-            positions=inputs["position_ids"],
-            process=processors,
-            do_sample=bool(config.do_sample),
-            max_length=criteria.max_length,  # type: ignore[arg-type]
-            eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
-            pad_id=_pad_id(config),
-        ),
+    past: DynamicCache | None = inputs["past_key_values"] if config.return_dict_in_generate else None
+    request = Request(
+        ids=ids,
+        mask=inputs.get("attention_mask"),
+        positions=inputs["position_ids"],
+        process=processors,
+        do_sample=bool(config.do_sample),
+        max_length=criteria.max_length,  # type: ignore[arg-type]
+        eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
+        pad_id=_pad_id(config),
+        past=past,
     )
+    generation = _start(model, request)
+    if generation is None:
+        return None
     for tokens in generation:
         if streamer is not None:
             streamer.put(tokens.cpu())
@@ -192,6 +202,20 @@ def try_engine(
     sequences = generation.sequences.contiguous()
     if not config.return_dict_in_generate:
         return sequences
-    cache: DynamicCache = inputs["past_key_values"]
-    generation.cache.copy_to(cache)
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # type: ignore[arg-type]
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)  # type: ignore[arg-type]
+
+
+def _start(model: Any, request: Request) -> Generation | DeviceGeneration | None:
+    """The generation of a request on the kernels where they decode, else on torch's operations."""
+    obstacle = None
+    if _decodes_on_kernels(model):
+        options = sampling.device_options(request.process, request.do_sample, len(request.ids), model.device)
+        obstacle = device.obstacle(model, len(request.ids)) or ("" if options else "of its logits processors")
+        if options is not None and not obstacle:
+            logger.debug("generate: the engine, on kernels")
+            return DeviceGeneration(model, request, options)
+        if ops.selected_backend() == "triton":
+            logger.debug("generate: transformers' loop on the triton backend asked for by name, because %s", obstacle)
+            return None
+    logger.debug("generate: the engine%s", f", on torch's operations because {obstacle}" if obstacle else "")
+    return Generation(model, request)

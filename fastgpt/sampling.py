@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import reference
+from fastgpt_kernels.sampling_reference import SamplingOptions
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process
 
 
 def check_sampling_options(
@@ -34,12 +36,15 @@ def check_generation_options(generation_config: GenerationConfig, overrides: dic
         check_sampling_options(temperature=option("temperature"), top_k=option("top_k"), top_p=option("top_p"))
 
 
+NAN_LOGITS = "the model's logits are NaN: check its weights (fastgpt verify DIR) and its dtype"
+
+
 class RefuseNaN(LogitsProcessor):
     """Raise ValueError when a model's logits are NaN, rather than sample from them."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and bool(scores.isnan().any()):
-            raise ValueError("the model's logits are NaN: check its weights (fastgpt verify DIR) and its dtype")
+            raise ValueError(NAN_LOGITS)
         return scores
 
 
@@ -86,6 +91,77 @@ def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask:
         processors.append(GumbelNoise(seeds[0].seed, n_padding, config.num_return_sequences or 1))
         config.do_sample = False
     return processors
+
+
+# The processors that the sampling kernel stands in for, in the order in which it does.
+_ON_DEVICE = (
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    GumbelNoise,
+)
+
+
+def device_options(
+    processors: LogitsProcessorList, do_sample: bool, n_rows: int, device: torch.device
+) -> SamplingOptions | None:
+    """What the sampling kernel has to do in place of processors; None when it cannot do the same.
+
+    Without a seed one is drawn from torch's generator, and rows of equal prompts get noise of their own.
+    """
+    found = [processor for processor in processors if not isinstance(processor, RefuseNaN)]
+    kinds = [type(processor) for processor in found]
+    if kinds != sorted(set(kinds), key=lambda kind: _ON_DEVICE.index(kind) if kind in _ON_DEVICE else -1):
+        return None
+    by_kind: dict[type, Any] = dict(zip(kinds, found, strict=True))
+    options: dict[str, Any] = {"min_length": 0}
+    for kind, processor in by_kind.items():
+        if kind not in _ON_DEVICE:
+            return None
+        if getattr(processor, "filter_value", -math.inf) != -math.inf:
+            return None
+        if kind is not logits_process.TopKLogitsWarper and getattr(processor, "min_tokens_to_keep", 1) != 1:
+            return None
+        match processor:
+            case logits_process.RepetitionPenaltyLogitsProcessor():
+                options["repetition_penalty"] = processor.penalty
+            case logits_process.MinLengthLogitsProcessor():
+                options["min_length"] = max(options["min_length"], processor.min_length)
+            case logits_process.MinNewTokensLengthLogitsProcessor():
+                n_least = processor.prompt_length_to_skip + processor.min_new_tokens
+                options["min_length"] = max(options["min_length"], n_least)
+            case logits_process.TemperatureLogitsWarper():
+                options["temperature"] = float(processor.temperature)
+            case logits_process.TopKLogitsWarper():
+                options["top_k"] = processor.top_k
+            case logits_process.TopPLogitsWarper():
+                options["top_p"] = float(processor.top_p)
+            case logits_process.MinPLogitsWarper():
+                options["min_p"] = float(processor.min_p)
+            case GumbelNoise():
+                options |= {"seed": processor.seed, "n_continuations": processor.n_continuations}
+    if do_sample and GumbelNoise not in by_kind:
+        options |= {"seed": int(torch.randint(2**63 - 1, ())), "n_continuations": n_rows}
+    if "seed" in options:
+        options["seed"] = reference.seed_tensor(options["seed"], device)
+    return SamplingOptions(**options)
+
+
+def seen_tokens(processors: LogitsProcessorList, ids: Tensor, n_tokens: int) -> Tensor | None:
+    """Which of the V tokens a repetition penalty holds against each row of a prompt, (B, V); None without a penalty."""
+    for processor in processors:
+        if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+            n_ignored = torch.as_tensor(
+                0 if processor.prompt_ignore_length is None else processor.prompt_ignore_length, device=ids.device
+            ).view(-1, 1)
+            ignored = torch.arange(ids.shape[1], device=ids.device) < n_ignored
+            seen = torch.zeros(len(ids), n_tokens + 1, dtype=torch.bool, device=ids.device)
+            return seen.scatter_(1, ids.masked_fill(ignored, n_tokens), True)[:, :-1].contiguous()
+    return None
 
 
 def gumbel_noise(seed: int, positions: Tensor, continuations: Tensor, n_tokens: int) -> Tensor:

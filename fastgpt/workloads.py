@@ -85,13 +85,15 @@ class Work:
     """Something to time, done by one contender.
 
     run: does it once. seconds: does it once and says how long the part that counts took. n_tokens: how many tokens
-    that part processes or makes. held_bytes: what the contender holds between runs: weights and optimiser state.
+    that part processes or makes. held_bytes: what the contender holds between runs: weights, gradients and optimiser
+    state. peak_growth: as `machine.peak_growth` of a run, where that takes place in another process.
     """
 
     run: Callable[[], Any]
     seconds: Callable[[], float]
     n_tokens: int
     held_bytes: Callable[[], int]
+    peak_growth: Callable[[], tuple[int | None, str]] | None = None
 
 
 def make_work(
@@ -179,7 +181,8 @@ def train(name: str, model: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) ->
 
     def held_bytes() -> int:
         state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-        return _n_bytes(model) + sum(tensor.nbytes for tensor in state)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return _n_bytes(model) + sum(tensor.nbytes for tensor in (*state, *gradients))
 
     return Work(run, lambda: seconds(run, ids.device), ids.numel(), held_bytes)
 

@@ -215,7 +215,7 @@ def test_red_gate_stops_before_anything_is_timed(
 
 def test_red_gate_of_the_decode_step(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = engine.decode_one_token
-    monkeypatch.setattr(engine, "decode_one_token", lambda *args: -decode(*args))
+    monkeypatch.setattr(engine.generation, "decode_one_token", lambda *args: -decode(*args))
     with pytest.raises(ParityError, match=r"greedy token \d+ of sequence \d is \d+"):
         run_benchmark(BenchmarkOptions(model=directory, workloads="decode", dtype="float32", **SMALL))
 

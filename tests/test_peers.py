@@ -15,7 +15,7 @@ from models import lively, token_ids
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks import cpu, operations, peers
+from benchmarks import cpu, engines, operations, peers, records
 from fastgpt import benchmark, workloads
 from fastgpt.accounting import Shape
 from fastgpt.benchmark import BenchmarkOptions
@@ -49,24 +49,65 @@ class Transformers:
         tokens = self.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens)  # type: ignore[operator]
         return tokens[:, ids.shape[1] :] + self.wrong_token, [0.0, 1.0]
 
+    def seconds(self, workload: str, ids: Tensor, n_tokens: int) -> float:
+        return 1.0
+
+    def peak_growth(self, workload: str, ids: Tensor, n_tokens: int) -> tuple[int, str]:
+        return 12_345, "counted elsewhere"
+
 
 # --- engines --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "build"), [("ctranslate2", peers.CTranslate2), ("onnxruntime", peers.OnnxRuntime)])
+@pytest.mark.parametrize(
+    ("name", "build"), [("ctranslate2", engines.CTranslate2), ("onnxruntime", engines.OnnxRuntime)]
+)
 @pytest.mark.parametrize("n_batch", [1, 3])
 def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: str, build: Any, n_batch: int) -> None:
     pytest.importorskip(name)
     if name == "onnxruntime":
         pytest.importorskip("onnxscript")
     ids = token_ids(n_batch, 9, base.config.vocab_size)
-    engine = build(base, n_batch)
+    engine = build(base, n_batch, 2)
     peers.check_engine(engine, base, ids, 12)
     times = engine.generate(ids, 12)[1]
     assert len(times) == 12
     assert times == sorted(times)
     assert times[0] > 0
     assert engine.n_bytes >= sum(p.nbytes for p in base.parameters())
+
+
+def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
+    pytest.importorskip("ctranslate2")
+    ids = token_ids(2, 9, base.config.vocab_size)
+    engine = engines.Remote(engines.CTranslate2, base, 2)
+    try:
+        peers.check_engine(engine, base, ids, 4)
+        assert engine.n_bytes >= sum(p.nbytes for p in base.parameters())
+        for workload in ("prefill", "decode"):
+            assert engine.seconds(workload, ids, 4) > 0
+            assert engine.peak_growth(workload, ids, 4)[1] in ("resident set growth", "n/a")
+    finally:
+        engine.close()
+
+
+def test_no_engine_is_loaded_beside_torch() -> None:
+    """ctranslate2 in this process would slow torch down, and so every contender."""
+    script = (
+        "import sys, torch\n"
+        "from benchmarks import peers\n"
+        "from fastgpt import workloads\n"
+        "if __name__ == '__main__':\n"
+        "    base = workloads.load_base('demo')[0]\n"
+        "    ids = torch.arange(9)[None]\n"
+        "    for name, make in peers.CPU_PEERS.items():\n"
+        "        assert make('prefill', base, ids, 4, torch.float32).seconds() > 0\n"
+        "    print({'ctranslate2', 'onnxruntime'} & set(sys.modules))\n"
+    )
+    pytest.importorskip("ctranslate2")
+    pytest.importorskip("onnxscript")
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.stdout == "set()\n", finished.stderr
 
 
 def test_gate_is_red_on_wrong_logits_and_on_wrong_tokens(base: GPT2LMHeadModel) -> None:
@@ -80,8 +121,8 @@ def test_gate_is_red_on_wrong_logits_and_on_wrong_tokens(base: GPT2LMHeadModel) 
 
 def test_peers_are_timed_or_left_out_with_a_reason() -> None:
     contenders = {
-        "sound": peers._contender(lambda base, n_batch: Transformers(base)),
-        "wrong": peers._contender(lambda base, n_batch: Transformers(base, error=0.1)),
+        "sound": peers._contender(lambda base, n_batch: Transformers(base)),  # type: ignore[arg-type]
+        "wrong": peers._contender(lambda base, n_batch: Transformers(base, error=0.1)),  # type: ignore[arg-type]
         "missing": peers._contender(lambda base, n_batch: __import__("no_such_engine")),  # type: ignore[arg-type]
     }
     result = benchmark.run_benchmark(OPTIONS, peers=contenders)
@@ -91,6 +132,8 @@ def test_peers_are_timed_or_left_out_with_a_reason() -> None:
         (workload, "fastgpt") for workload in ("prefill", "decode")
     }
     reasons = {row["baseline"]: row["reason"] for row in result["skipped"]}
+    sound = [row for row in result["results"] if row["contender"] == "sound"]
+    assert {(row["peak_memory_bytes"], row["memory_measure"]) for row in sound} == {(12_345, "counted elsewhere")}
     assert reasons["wrong"].startswith("ParityError: its logits differ")
     assert reasons["missing"] == "ModuleNotFoundError: No module named 'no_such_engine'"
 
@@ -107,11 +150,17 @@ def test_command_writes_a_result(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"
     command = [sys.executable, "-m", "benchmarks.cpu", "--model", "demo", "--out", str(file), "--runs", "5"]
     command += ["--workload", "prefill", "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--peers", "ctranslate2"]
+    command += ["--batches", "1,2", "--contexts", "8,16"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(file.read_text())
     contenders = {row["contender"] for row in result["results"]} | {row["baseline"] for row in result["skipped"]}
     assert contenders == {"fastgpt", "hf-sdpa", "ctranslate2"}
+    memory, latency = (records.curve(result, kind)["demo"] for kind in ("memory", "latency"))
+    assert {(row["workload"], row["batch"]) for row in memory} == {(w, n) for w in ("prefill", "train") for n in (1, 2)}
+    assert {(row["contender"], row["context"]) for row in latency} == {
+        (name, context) for name in ("fastgpt", "hf-sdpa") for context in (8, 16)
+    }
     assert "fastgpt" in finished.stdout
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper, plots, report
+from benchmarks import paper, plots, records, report
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, count_parameters
 
@@ -72,7 +72,7 @@ def test_check_fails_on_changed_results_until_they_are_written(checkout: Path) -
     assert any("cpu-speed.svg" in line for line in stale)
     changed = report.write(checkout)
     assert Path("README.md") in changed
-    assert f"| prefill, float32, 7 runs | {medians[0]:,.0f} |" in (checkout / "README.md").read_text()
+    assert f"| prefill of 1 x 512, float32, 7 runs | {medians[0]:,.0f} |" in (checkout / "README.md").read_text()
     assert report.differences(checkout) == []
     assert report.write(checkout) == []
 
@@ -100,12 +100,12 @@ def test_a_plot_without_results_is_noticed_and_removed(checkout: Path) -> None:
 def test_a_dry_run_is_no_result(checkout: Path) -> None:
     (checkout / report.RESULTS / "gpu").mkdir()
     file = checkout / report.RESULTS / "gpu" / "dry.json"
-    file.write_text(json.dumps({"dry_run": True, "kernels tiny": []}))
+    file.write_text(json.dumps({"dry_run": True, "kernels tiny": {}}))
     with pytest.raises(ValueError, match="dry run"):
-        report.load(checkout / report.RESULTS)
+        records.load(checkout / report.RESULTS)
     file.write_text(json.dumps({"something": "else"}))
     with pytest.raises(ValueError, match="neither"):
-        report.load(checkout / report.RESULTS)
+        records.load(checkout / report.RESULTS)
 
 
 def test_a_document_without_its_markers_is_an_error() -> None:
@@ -121,27 +121,106 @@ def operation(contender: str, median_s: float, direction: str = "forward+backwar
     return row | {"median_s": median_s, "share_of_floor": 0.5, "bytes": 1, "flops": 1}
 
 
-def test_operations_of_a_gpu(checkout: Path) -> None:
+def point(contender: str, batch: int, peak: int | None) -> dict[str, Any]:
+    row = {"workload": "train", "contender": contender, "batch": batch, "tokens": 1024}
+    return row | ({"skipped": "no memory"} if peak is None else {"peak_memory_bytes": peak})
+
+
+def latency(contender: str, context: int, median_s: float) -> dict[str, Any]:
+    return {"contender": contender, "context": context, "seconds_per_token": {"median": median_s}}
+
+
+@pytest.fixture
+def of_gpu(checkout: Path) -> dict[str, Any]:
+    """What `benchmarks.gpu` writes, of every step and of one that the report does not know."""
     machine = {"gpu": "Some GPU", "cpu": "Some CPU", "threads": 2, "cpu_capability": "AVX512"}
     versions = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
-    rows = [
+    layer_norm = [
         operation("fastgpt", 0.001),
         operation("torch", 0.003),
         operation("quick", 0.002),
         {"operation": "layer_norm", "direction": "forward", "contender": "fastgpt", "skipped": "no memory"},
-        {"operation": "gelu_mlp", "fault": "gelu_mlp: result 0 errs by 1"},
+        {"operation": "layer_norm", "contender": "liger", "skipped": "ModuleNotFoundError"},
     ]
-    result = {"dry_run": False, "environment": {"machine": machine, "versions": versions}, "kernels gpt2": rows}
+    benchmark = json.loads((checkout / FLOAT32).read_text())
+    benchmark["machine"] |= machine
+    benchmark["options"] |= {"workloads": ["prefill"], "batch": 16}
+    benchmark["results"] = [row for row in benchmark["results"] if row["workload"] == "prefill"]
+    product = {"rows": 16384, "in": 768, "out": 2304, "flops_per_s": 6.5e14, "bytes_per_s": 1.5e12}
+    start = {"total_s": 8.25, "model_s": 2.5, "token_s": 1.25}
+    return {
+        "schema": 2,
+        "dry_run": False,
+        "seconds": {"environment": 0.1},
+        "environment": {"machine": machine, "versions": versions, "commit": None},
+        "rates": {"bandwidth": 1e12, "matrix_rate": 1e15},
+        "prefill gpt2": {"batch 16": benchmark, "batch 1": {"fault": "ParityError: no"}},
+        "kernels gpt2": {"layer_norm": layer_norm, "gelu_mlp": {"fault": "ParityError: result 0 errs by 1"}},
+        "ceilings": {"memory": {"copy": 1e12}, "products gpt2": [{"product": "qkv"} | product]},
+        "memory gpt2": {
+            "train, batch 1": [point("fastgpt", 1, 2_000_000_000), point("hf-sdpa", 1, 4_000_000_000)],
+            "train, batch 64": [point("fastgpt", 64, 9_000_000_000), point("hf-sdpa", 64, None)],
+        },
+        "latency gpt2": {"context 64": [latency("fastgpt", 64, 0.001), latency("hf-sdpa", 64, 0.004)]},
+        "cold start gpt2": {"gpt2": {"fresh": [start], "warm": [start, start]}},
+        "weather": {"today": [1, 2], "tomorrow": 3, "later": {"rain": True}},
+    }
+
+
+def write_gpu(checkout: Path, content: dict[str, Any]) -> None:
     (checkout / report.RESULTS / "gpu").mkdir()
-    (checkout / report.RESULTS / "gpu" / "day.json").write_text(json.dumps(result))
+    (checkout / report.RESULTS / "gpu" / "day.json").write_text(json.dumps(content))
+
+
+def test_every_step_of_a_gpu_has_its_table(checkout: Path, of_gpu: dict[str, Any]) -> None:
+    write_gpu(checkout, of_gpu)
     report.write(checkout)
-    text = (checkout / "README.md").read_text()
+    readme = (checkout / "README.md").read_text()
+    assert "| prefill of 16 x 512, float32, 7 runs | 1,143 |" in readme
+    text = (checkout / "benchmarks/README.md").read_text()
     assert "**Operations of gpt2**: Some GPU; torch 2.11, triton 3.6, transformers 5.17." in text
     assert "| layer_norm | forward+backward | 1.000 | 50% | 3.00x | 2.00x (quick) |" in text
     assert "| layer_norm | forward | no memory | - | - | - |" in text
-    assert "| gelu_mlp | all | gelu_mlp: result 0 errs by 1 | - | - | - |" in text
-    assert (checkout / report.PLOTS / "gpu-day-kernels.svg").is_file()
+    assert "| gelu_mlp | all | ParityError: result 0 errs by 1 | - | - | - |" in text
+    assert "Not run: liger." in text
+    assert "| qkv, 768 to 2,304 | 650.0 TFLOP/s, 1,500 GB/s |" in text
+    assert "| train of 1 x 1024 | 2.00 | 4.00 | 0.50x |" in text
+    assert "| train of 64 x 1024 | 9.00 | - | - |" in text
+    assert "| 64 | 1.00 | 4.00 | 4.00x |" in text
+    assert "| everything compiled before | 2 | 8.2 | 2.5 | 1.2 |" in text
     assert report.differences(checkout) == []
+
+
+def test_every_step_of_a_gpu_has_its_plot(checkout: Path, of_gpu: dict[str, Any]) -> None:
+    write_gpu(checkout, of_gpu)
+    report.write(checkout)
+    drawn = {file.stem for file in (checkout / report.PLOTS).glob("gpu-*.svg")}
+    assert drawn == {"gpu-speed", "gpu-ceiling", "gpu-day-kernels", "gpu-day-memory", "gpu-day-latency"}
+
+
+@pytest.mark.parametrize("n_steps", [4, 6, 8, 10])
+def test_a_run_that_was_cut_off_has_its_part_of_the_report(
+    checkout: Path, of_gpu: dict[str, Any], n_steps: int
+) -> None:
+    write_gpu(checkout, dict(list(of_gpu.items())[:n_steps]))
+    report.write(checkout)
+    assert report.differences(checkout) == []
+
+
+def test_what_a_file_holds(of_gpu: dict[str, Any]) -> None:
+    assert list(records.benchmarks(of_gpu)) == ["prefill gpt2, batch 16"]
+    assert records.faults(of_gpu) == [
+        "prefill gpt2, batch 1: ParityError: no",
+        "kernels gpt2, gelu_mlp: ParityError: result 0 errs by 1",
+    ]
+    assert list(records.curve(of_gpu, "memory")) == list(records.curve(of_gpu, "latency")) == ["gpt2"]
+
+
+def test_curves_leave_out_what_was_not_measured() -> None:
+    rows = [point("fastgpt", 1, 2_000_000_000), point("fastgpt", 2, 3_000_000_000), point("hf-sdpa", 2, None)]
+    plot = plots.memory("gpu", {"gpt2": rows})
+    assert plot.figures == {"gpt2, train of 1024 tokens each": {"fastgpt": [(1, 2.0), (2, 3.0)]}}
+    assert plots.latency("gpu", {}).figures == {}
 
 
 def test_a_stack_holds_the_same_operations_for_both() -> None:

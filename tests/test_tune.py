@@ -14,7 +14,7 @@ import typer
 from fastgpt_kernels import tuning
 
 from benchmarks import operations, tune
-from benchmarks.gpu import TINY
+from benchmarks.gpu_run import TINY
 from benchmarks.tune import Finding, Timing
 from fastgpt.ops import backend
 

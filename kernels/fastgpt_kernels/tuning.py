@@ -253,3 +253,123 @@ def resident_programs(device: torch.device, n_resident: int) -> int:
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
     """How many programs share the rows of a column tile: the number of partial sums of the bias gradient."""
     return min(n_row_tiles, -(-resident_programs(device, _ROW_PROGRAMS_PER_MULTIPROCESSOR) // n_col_tiles))
+
+
+# --- persistent decode ----------------------------------------------------------------------------------------------
+
+
+class PersistentRing(NamedTuple):
+    """How one program fetches its weights: in tiles of 4 * groups rows, num_stages - 1 of them ahead."""
+
+    groups: int
+    num_warps: int
+    num_stages: int
+
+
+# For 227 KiB of shared memory: 168 KiB where C exceeds 1024. Compiled without spills (triton 3.6 and 3.9), unmeasured.
+_PERSISTENT_RING = PersistentRing(2, 8, 6)
+_PERSISTENT_ARCHITECTURES = "sm_90", "sm_100"
+# So many keys are worth a program of their own, and so many programs a head: unmeasured. Every program adds up the
+# splits of all heads, so that fewer are cheaper.
+PERSISTENT_KEYS_PER_SPLIT, PERSISTENT_MAX_SPLITS = 64, 16
+PERSISTENT_BLOCK_KEYS = 128
+# In the interpreter few, which is quick, but enough to disagree.
+_PERSISTENT_PROGRAMS_OF_CPU = 5
+
+
+def persistent_ring(dtype: torch.dtype, architecture: str) -> PersistentRing | None:
+    """The ring of the persistent decode kernel, None where it does not run; float32 is for the interpreter."""
+    on_gpu = architecture in _PERSISTENT_ARCHITECTURES and dtype in (torch.bfloat16, torch.float16)
+    in_interpreter = architecture == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _PERSISTENT_RING if on_gpu or in_interpreter else None
+
+
+def persistent_programs(device: torch.device) -> int:
+    """How many programs of the persistent decode kernel are resident: one a multiprocessor."""
+    if device.type != "cuda":
+        return _PERSISTENT_PROGRAMS_OF_CPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- decode step ----------------------------------------------------------------------------------------------------
+
+# More rows than these, or wider ones, go through torch's products: a program holds all rows of the stream, and passes
+# over its weights once for each.
+DECODE_MAX_ROWS, DECODE_MAX_CHANNELS = 4, 2048
+# A program of the two products into the stream takes no more of their inner axis than this.
+_DECODE_PART_COLS = 1024
+# Programs that stream a matrix well, and slots that a program of attention reads at a time: unmeasured.
+_DECODE_PROGRAMS, DECODE_BLOCK_KEYS, DECODE_ATTENTION_WARPS, DECODE_ATTENTION_STAGES = 128, 32, 4, 2
+_DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class DecodeTile(NamedTuple):
+    """What a program of a product takes: all rows, block_cols of the inner axis, block_out columns of the weights."""
+
+    block_rows: int
+    block_cols: int
+    block_out: int
+    num_warps: int
+    num_stages: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
+    """The tile of one of the kernels norm_product, project and head: compiled, unmeasured.
+
+    n_cols: of the inner axis that a program takes. element_size: bytes of the weights' dtype.
+    """
+    block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
+    is_wide = block_cols > 1024
+    num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
+    if architecture == "cpu":  # few programs, which take longer than their work
+        return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
+    # One sector of 32 bytes of every row of the weights. The head's rows are read whole.
+    block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
+    return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)
+
+
+def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
+    """Into how many parts the inner axis of a product into the stream is split, and how many columns a part has."""
+    n_tiles = -(-n_out // 16)
+    n_parts = max(-(-n_cols // _DECODE_PART_COLS), min(-(-_DECODE_PROGRAMS // n_tiles), -(-n_cols // 128)))
+    cols = -(-n_cols // n_parts)
+    cols = -(-cols // 16) * 16
+    return -(-n_cols // cols), cols
+
+
+def decode_splits(n_row_heads: int, n_slots: int, architecture: str) -> int:
+    """Programs that share the keys of one head of one row."""
+    n_blocks = -(-n_slots // DECODE_BLOCK_KEYS)
+    return max(1, min(3 if architecture == "cpu" else _DECODE_PROGRAMS // n_row_heads, n_blocks))
+
+
+def decode_head_programs(device: torch.device) -> int:
+    """Programs that share the tiles of the head."""
+    return resident_programs(device, _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR)
+
+
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it runs: programmatic dependent launch, from Hopper on."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name[3:]) >= 90
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+# Groups of 16 tokens that a program reduces, and its warps: 50 programs share a row of 50257 logits, with 8 logits a
+# thread under way. Compiled without spills for every audited GPU, unmeasured.
+SAMPLING_GROUPS, SAMPLING_GROUPS_WARPS = 64, 4
+# Scores that the one program which chooses looks at together, so that a top-k of up to a sixteenth of them takes one
+# step a round, and values of the threshold that a round of its search tries. Compiled, unmeasured.
+SAMPLING_CHOICE_BLOCK, SAMPLING_CHOICE_WARPS, SAMPLING_WAYS = 1024, 16, 4
+# Where a compiler (triton 3.6 or 3.9) spills a word of the block above: compiled, unmeasured.
+_SAMPLING_CHOICE_BLOCK_ON = {"sm_100": 2048}
+
+
+def sampling_choice_block(architecture: str) -> int:
+    """Scores that the program which chooses a row's token looks at together."""
+    return _SAMPLING_CHOICE_BLOCK_ON.get(architecture, SAMPLING_CHOICE_BLOCK)

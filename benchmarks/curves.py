@@ -1,0 +1,73 @@
+"""How peak memory grows with the batch and the time of a decode step with the context, beside transformers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from fastgpt import accounting, machine, parity, workloads
+from fastgpt.benchmark import rotated, spread
+
+CONTENDERS = (workloads.OURS, "hf-sdpa")
+
+
+def random_tokens(base: GPT2LMHeadModel, n_batch: int, n_tokens: int, device: torch.device) -> Tensor:
+    """(B, T) random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = accounting.shape_of(base).vocab_size
+    return torch.randint(vocab_size, (n_batch, n_tokens), generator=generator).to(device)
+
+
+def memory_at_batch(
+    base: GPT2LMHeadModel, workload: str, n_batch: int, n_tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """A row for each contender: the peak of a prefill or of a training step, in bytes. Raises ParityError.
+
+    A contender for which the memory does not suffice has its reason.
+    """
+    ids = random_tokens(base, n_batch, n_tokens, device)
+    if workload == "train":
+        parity.check_training(base, ids[:1], dtype)
+    else:
+        parity.check_inference(base, ids[:1], 1, dtype)
+    rows = []
+    for name in CONTENDERS:
+        row: dict[str, Any] = {"workload": workload, "contender": name, "batch": n_batch, "tokens": n_tokens}
+        try:
+            rows.append(row | _peak(workloads.make_work(workload, name, base, ids, 1, dtype), device))
+        except torch.OutOfMemoryError as error:
+            rows.append(row | {"skipped": str(error).splitlines()[0]})
+    return rows
+
+
+def _peak(work: workloads.Work, device: torch.device) -> dict[str, Any]:
+    """As `fastgpt bench` counts it: after a first run, which makes the optimiser's state."""
+    work.run()
+    growth, measure = machine.peak_growth(work.run, device)
+    peak = None if growth is None else work.held_bytes() + growth
+    return {"peak_memory_bytes": peak, "memory_measure": measure}
+
+
+def latency_at_context(
+    base: GPT2LMHeadModel,
+    context: int,
+    n_new_tokens: int,
+    n_runs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """A row for each contender: seconds of each token that follows a prompt, batch 1, in turns. Raises ParityError."""
+    ids = random_tokens(base, 1, context, device)
+    parity.check_inference(base, ids, n_new_tokens, dtype)
+    works = {name: workloads.make_work("decode", name, base, ids, n_new_tokens, dtype) for name in CONTENDERS}
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work.seconds()
+    for turn in range(n_runs):
+        for name in rotated(list(works), turn):
+            samples[name].append(works[name].seconds() / works[name].n_tokens)
+    return [
+        {"contender": name, "batch": 1, "context": context, "seconds_per_token": spread(taken), "samples_s": taken}
+        for name, taken in samples.items()
+    ]

@@ -1,0 +1,117 @@
+"""Steps of `benchmarks.gpu` about whole models, each behind the parity gate of `fastgpt bench`.
+
+Models choose their backend as they do for anyone: which it was stands in the result under "path".
+"""
+
+import tempfile
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastgpt import accounting, benchmark, parity, workloads
+from fastgpt.accounting import Shape
+from fastgpt.benchmark import BenchmarkOptions
+
+from . import cold_start, curves
+from .gpu_run import Parts, Run
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def decode(run: Run, size: str) -> Parts:
+    """tokens/s of one sequence and of many, around one context."""
+    prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
+    for n_batch in run.extent.decode_batches:
+        yield f"batch {n_batch}", partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines)
+
+
+def prefill(run: Run, size: str) -> Parts:
+    """tokens/s with all logits, of many sequences and of one."""
+    for n_batch in (run.extent.n_batch, 1):
+        yield (
+            f"batch {n_batch}",
+            partial(_bench, run, size, "prefill", n_batch, run.extent.n_tokens, run.extent.baselines),
+        )
+
+
+def train(run: Run, size: str) -> Parts:
+    """tokens/s and peak memory of a training step."""
+    n_batch = _training_batch(run.extent.shapes[size], run.extent.n_batch)
+    yield f"batch {n_batch}", partial(_bench, run, size, "train", n_batch, run.extent.n_tokens, ("hf-sdpa",))
+
+
+def _training_batch(shape: Shape, n_batch: int) -> int:
+    """n_batch for the small model and fewer for others: activations grow with layers times channels."""
+    return min(n_batch, max(2, n_batch * 12 * 768 // (shape.n_layer * shape.n_embd)))
+
+
+def _bench(
+    run: Run, size: str, workload: str, n_batch: int, prompt_tokens: int, baselines: tuple[str, ...]
+) -> dict[str, Any]:
+    """A result of `fastgpt bench`."""
+    extent = run.extent
+    options = BenchmarkOptions(
+        model=extent.models[size],
+        workloads=[workload],
+        batch=n_batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=extent.n_new_tokens,
+        device=extent.device.type,
+        dtype=str(extent.dtype).removeprefix("torch."),
+        baselines=baselines,
+        runs=extent.n_runs,
+    )
+    return benchmark.run_benchmark(options, run.check_time, loaded=run.load(size), rates=run.result["rates"])
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def memory(run: Run, size: str) -> Parts:
+    """Peak memory against the batch."""
+    extent = run.extent
+    for workload in ("prefill", "train"):
+        for n_batch in extent.memory_batches:
+            yield (
+                f"{workload}, batch {n_batch}",
+                lambda workload=workload, n_batch=n_batch: curves.memory_at_batch(
+                    run.load(size)[0], workload, n_batch, extent.n_tokens, extent.device, extent.dtype
+                ),
+            )
+
+
+def latency(run: Run, size: str) -> Parts:
+    """Time of a generated token against the context."""
+    extent = run.extent
+    n_new_tokens = min(extent.n_new_tokens, 32)
+    for context in extent.contexts:
+        yield (
+            f"context {context}",
+            lambda context=context: curves.latency_at_context(
+                run.load(size)[0], context, n_new_tokens, extent.n_runs, extent.device, extent.dtype
+            ),
+        )
+
+
+# --- cold start -----------------------------------------------------------------------------------------------------
+
+
+def cold_starts(run: Run, size: str) -> Parts:
+    """Seconds from the start of a process to its first token, with nothing compiled yet and then with all of it."""
+    yield size, partial(_cold_starts, run, size)
+
+
+def _cold_starts(run: Run, size: str) -> dict[str, Any]:
+    extent = run.extent
+    base, _ = run.load(size)
+    ids = curves.random_tokens(base, 1, min(16, accounting.shape_of(base).n_positions // 2), extent.device)
+    parity.check_inference(base, ids, 1, extent.dtype)
+    ours = workloads.contender(workloads.OURS, base, extent.device, extent.dtype)
+    expected = int(ours.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)[0, -1])  # type: ignore[operator]
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        start = partial(cold_start.measure, folder, ids[0].tolist(), extent.device, extent.dtype, expected)
+        n_fresh, n_warm = extent.cold_starts
+        fresh = [start(f"{folder}/kernels {i}") for i in range(n_fresh)]
+        return {"fresh": fresh, "warm": [start(f"{folder}/kernels 0") for _ in range(n_warm)]}

@@ -1,0 +1,21 @@
+"""Generation over a static cache: the prompt through the model's own blocks, then one small forward per token.
+
+`routing` says which calls of `generate()` come here.
+"""
+
+from .cache import KVCache, prefill
+from .device import DeviceGeneration, tier
+from .generation import Generation, Request
+from .step import decode_one_token
+from .weights import view_weights
+
+__all__ = [
+    "DeviceGeneration",
+    "Generation",
+    "KVCache",
+    "Request",
+    "decode_one_token",
+    "prefill",
+    "tier",
+    "view_weights",
+]

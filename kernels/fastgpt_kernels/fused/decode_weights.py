@@ -1,0 +1,43 @@
+"""The weights of a GPT-2 as the kernels of decoding take them."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DecodeLayer(NamedTuple):
+    """The weights of one block. Matrices lie (in, out), as Conv1D stores them; vectors are (out,).
+
+    scale: what the scores of attention are multiplied by.
+    """
+
+    ln_1_weight: Tensor
+    ln_1_bias: Tensor
+    qkv_weight: Tensor  # (C, 3C)
+    qkv_bias: Tensor
+    scale: float
+    proj_weight: Tensor  # (C, C)
+    proj_bias: Tensor
+    ln_2_weight: Tensor
+    ln_2_bias: Tensor
+    fc_weight: Tensor  # (C, F)
+    fc_bias: Tensor
+    mlp_proj_weight: Tensor  # (F, C)
+    mlp_proj_bias: Tensor
+
+
+class DecodeWeights(NamedTuple):
+    """The weights of a model: wte (V, C), wpe (P, C), ln_f (C,), head (V, C), which may be wte itself.
+
+    activation: of the MLP, a name in `reference.ACTIVATIONS`.
+    """
+
+    wte: Tensor
+    wpe: Tensor
+    layers: tuple[DecodeLayer, ...]
+    ln_f_weight: Tensor
+    ln_f_bias: Tensor
+    head: Tensor
+    eps: float
+    n_heads: int
+    activation: str
