@@ -26,6 +26,7 @@ from .attention import attend
 from .loading import LoadingMixin, check_config
 from .outputs import CausalLMOutput, LazyLogits
 from .patching import ATTENTION, replaces, swap_classes
+from .prompts import pad_left
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -249,11 +250,19 @@ class _Generation:
     ):
         """transformers' `generate`, through the engine where it can take the call (see `routing`).
 
+        inputs: (B, T) ids, or a list of prompts of different lengths, which are padded on the left.
         seed: decides every draw of sampling, whatever the batch a prompt is in; torch's generator does when None.
         Raises ValueError on wrong sampling options and on NaN logits.
         """
         sampling.check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
         prompt = kwargs.get("input_ids", inputs)
+        if isinstance(prompt, list | tuple):
+            if kwargs.get("attention_mask") is not None:
+                raise ValueError("a list of prompts needs no attention_mask: each is taken whole")
+            asked = kwargs.get("pad_token_id"), (generation_config or self.generation_config).pad_token_id  # type: ignore[attr-defined]
+            pad_id = next((pad for pad in asked if pad is not None), 0)
+            inputs, (prompt, mask) = None, pad_left(prompt, pad_id, self.device)  # type: ignore[attr-defined]
+            kwargs |= {"input_ids": prompt, "attention_mask": mask}
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
         seeds = [] if seed is None else [sampling.Seed(seed)]

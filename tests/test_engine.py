@@ -88,7 +88,33 @@ def test_sixteen_ragged_prompts_equal_transformers_and_singles(weights: str, rou
     assert batch.tolist() == theirs.generate(**inputs, **options).tolist()
     for row in (0, 6, 15):
         assert ours.generate(prompts[row], **options)[0, -200:].tolist() == batch[row, -200:].tolist()
+    assert ours.generate(prompts, **options).tolist() == batch.tolist()
     assert set(route()) == {THE_ENGINE}
+
+
+def test_list_of_prompts() -> None:
+    _, ours = pair(tiny_config(pad_token_id=None))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    ids, mask = torch.tensor([[9, 9, 5], [1, 2, 3]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    expected = ours.generate(ids, attention_mask=mask, pad_token_id=9, **options)
+    assert ours.generate([[5], torch.tensor([1, 2, 3])], pad_token_id=9, **options).tolist() == expected.tolist()
+    assert ours.generate(input_ids=([5], [1, 2, 3]), **options)[:, 3:].tolist() == expected[:, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "the list of prompts is empty"),
+        ([[1], []], "prompt 1 is empty"),
+        ([torch.ones(2, 2, dtype=torch.long)], r"prompt 0 has shape \(2, 2\)"),
+    ],
+)
+def test_lists_that_are_no_prompts(prompts: list[Any], message: str) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=message):
+        ours.generate(prompts, max_new_tokens=2)
+    with pytest.raises(ValueError, match="needs no attention_mask"):
+        ours.generate([[1, 2]], attention_mask=torch.ones(1, 2), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
