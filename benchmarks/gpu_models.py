@@ -4,14 +4,20 @@ Models choose their backend as they do for anyone: which it was stands in the re
 """
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, benchmark, parity, workloads
+from fastgpt import accounting, benchmark, engine, parity, workloads
 from fastgpt.accounting import Shape
 from fastgpt.benchmark import BenchmarkOptions
+from fastgpt.parity import ParityError
+from fastgpt.workloads import Work
 
 from . import cold_start, curves
 from .gpu_run import Parts, Run
@@ -23,7 +29,10 @@ def decode(run: Run, size: str) -> Parts:
     """tokens/s of one sequence and of many, around one context."""
     prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
     for n_batch in run.extent.decode_batches:
-        yield f"batch {n_batch}", partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines)
+        yield (
+            f"batch {n_batch}",
+            partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, run.extent.tiers),
+        )
 
 
 def prefill(run: Run, size: str) -> Parts:
@@ -47,9 +56,15 @@ def _training_batch(shape: Shape, n_batch: int) -> int:
 
 
 def _bench(
-    run: Run, size: str, workload: str, n_batch: int, prompt_tokens: int, baselines: tuple[str, ...]
+    run: Run,
+    size: str,
+    workload: str,
+    n_batch: int,
+    prompt_tokens: int,
+    baselines: tuple[str, ...],
+    tiers: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """A result of `fastgpt bench`."""
+    """A result of `fastgpt bench`, with the tiers of decoding as further contenders."""
     extent = run.extent
     options = BenchmarkOptions(
         model=extent.models[size],
@@ -62,7 +77,41 @@ def _bench(
         baselines=baselines,
         runs=extent.n_runs,
     )
-    return benchmark.run_benchmark(options, run.check_time, loaded=run.load(size), rates=run.result["rates"])
+    peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in tiers}
+    return benchmark.run_benchmark(options, run.check_time, peers, run.load(size), run.result["rates"])
+
+
+def _decode_on_tier(
+    tier: str, workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
+) -> Work:
+    """Our decoding on one tier. Raises ParityError where it is wrong, ValueError where the tier cannot run."""
+    model = workloads.contender(workloads.OURS, base, ids.device, dtype)
+    if ids.device.type == "cuda":
+        with engine.tier(tier), torch.no_grad():
+            obstacle = engine.obstacle(model, len(ids))  # type: ignore[arg-type]
+        if obstacle is not None:
+            raise ValueError(obstacle)
+    work = workloads.decode(workloads.OURS, model, ids, n_new_tokens)
+
+    def on_tier(function: Callable[[], Any]) -> Any:
+        with engine.tier(tier):
+            return function()
+
+    check_greedy_tokens(base, on_tier(work.run)[:1], ids.shape[1], dtype)
+    return replace(work, run=partial(on_tier, work.run), seconds=partial(on_tier, work.seconds))
+
+
+@torch.no_grad()
+def check_greedy_tokens(base: GPT2LMHeadModel, sequence: Tensor, n_prompt: int, dtype: torch.dtype) -> None:
+    """Raise ParityError unless every new token is as likely as the likeliest, but for the rounding of dtype.
+
+    base: the same model in float32. sequence: (1, T), the prompt and what was generated.
+    """
+    logits = base(sequence, use_cache=False).logits[0, n_prompt - 1 : -1]  # (T - n_prompt, V)
+    shortfall = logits.max(-1).values - logits.gather(1, sequence[0, n_prompt:, None])[:, 0]
+    allowed = (8 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps * logits.abs().max()
+    if not bool((shortfall <= allowed).all()):
+        raise ParityError(f"a greedy token is {shortfall.max():.3g} below the likeliest, allowed {allowed:.3g}")
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ class Extent:
     """How large everything is, and how often it is timed.
 
     shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
-    n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the middle
-    of what decode makes. cold_starts: with empty caches and with full ones. tests: arguments of pytest.
+    n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
+    middle of what decode makes. tiers: of decoding, timed beside the one that is chosen. cold_starts: with empty
+    caches and with full ones. tests: arguments of pytest.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Extent:
     memory_batches: tuple[int, ...]
     contexts: tuple[int, ...]
     baselines: tuple[str, ...]
+    tiers: tuple[str, ...]
     cold_starts: tuple[int, int]
     tests: tuple[str, ...]
     n_processes: int
@@ -64,8 +66,9 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         memory_batches=(1, 2, 4, 8, 16, 32),
         contexts=(64, 128, 256, 512, 768, 992),
         baselines=("hf-sdpa", "hf-compile"),
+        tiers=("eager", "graph", "persistent"),
         cold_starts=(1, 3),
-        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*_kernel.py"))),
+        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*_kernel*.py"))),
         n_processes=n_processes,
     )
 
@@ -87,6 +90,7 @@ def dry() -> Extent:
         memory_batches=(1, 2),
         contexts=(8, 16),
         baselines=("hf-sdpa",),
+        tiers=("eager",),
         cold_starts=(1, 1),
         tests=("tests/test_layer_norm_kernel.py", "-k", "wrong_shapes"),
         n_processes=1,

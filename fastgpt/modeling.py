@@ -4,7 +4,7 @@ Every class here is transformers' class of the same name with another forward: s
 arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import MethodType, NoneType
 from typing import TYPE_CHECKING, Any
@@ -241,7 +241,7 @@ class _DropIn(LoadingMixin):
 class _Generation:
     def generate(
         self,
-        inputs: Tensor | None = None,
+        inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None,
         generation_config=None,
         logits_processor=None,
         *args,

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pytorch_utils import Conv1D
 
-from . import modeling, ops, sampling
-from .engine import DeviceGeneration, Generation, Request, device
+from . import engine, modeling, ops, sampling
+from .engine import DeviceGeneration, Generation, Request
 from .patching import ATTENTION
 
 logger = logging.getLogger("fastgpt")
@@ -68,7 +68,7 @@ def describe(model: modeling.GPT2LMHeadModel) -> str:
         return f"transformers' loop: {obstacle}"
     if not _decodes_on_kernels(model):
         return "the engine: static cache, torch operations"
-    obstacle = device.obstacle(model, n_rows=1)
+    obstacle = engine.obstacle(model, n_rows=1)
     if obstacle is not None:
         return f"the engine: static cache, torch operations, because {obstacle}"
     return f"the engine: static cache, kernels{' in a CUDA graph' if model.device.type == 'cuda' else ''}"
@@ -210,7 +210,7 @@ def _start(model: Any, request: Request) -> Generation | DeviceGeneration | None
     obstacle = None
     if _decodes_on_kernels(model):
         options = sampling.device_options(request.process, request.do_sample, len(request.ids), model.device)
-        obstacle = device.obstacle(model, len(request.ids)) or ("" if options else "of its logits processors")
+        obstacle = engine.obstacle(model, len(request.ids)) or ("" if options else "of its logits processors")
         if options is not None and not obstacle:
             logger.debug("generate: the engine, on kernels")
             return DeviceGeneration(model, request, options)

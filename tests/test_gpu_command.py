@@ -12,8 +12,9 @@ from typing import Any
 import fastgpt_kernels
 import pytest
 import torch
+from models import pair, tiny_config, token_ids
 
-from benchmarks import cold_start, gpu, gpu_run, records
+from benchmarks import cold_start, gpu, gpu_models, gpu_run, records
 from benchmarks.gpu_run import OutOfTime, Run, take
 from fastgpt.benchmark import BenchmarkOptions, run_benchmark
 from fastgpt.parity import ParityError
@@ -92,8 +93,9 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
         *("decode tiny, batch 1", "decode tiny, batch 2", "prefill tiny, batch 2", "prefill tiny, batch 1"),
         "train tiny, batch 2",
     ]
-    for content in records.benchmarks(result).values():
-        assert {row["contender"] for row in content["results"]} == {"fastgpt", "hf-sdpa"}
+    for name, content in records.benchmarks(result).items():
+        tiers = {"fastgpt, eager"} if name.startswith("decode") else set()
+        assert {row["contender"] for row in content["results"]} == {"fastgpt", "hf-sdpa"} | tiers
         assert content["gate"]
     assert set(result["memory tiny"]) == {f"{work}, batch {n}" for work in ("prefill", "train") for n in (1, 2)}
     assert set(result["latency tiny"]) == {"context 8", "context 16"}
@@ -265,3 +267,14 @@ def test_a_lost_gpu_starts_the_command_again(tmp_path: Path, monkeypatch: pytest
         gpu.main(tmp_path, minutes=2, dry_run=True)
     assert started[0][:3] == ["--dry-run", "--minutes", "8"]
     assert 1.5 < float(started[0][3].removeprefix("--minutes=")) <= 2
+
+
+def test_gate_of_the_tiers() -> None:
+    base, ids = pair(tiny_config())[0], token_ids(1, 8, 131)
+    sequence = base.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    for dtype in (torch.float32, torch.bfloat16):
+        gpu_models.check_greedy_tokens(base, sequence, 8, dtype)
+        wrong = sequence.clone()
+        wrong[0, -1] = (wrong[0, -1] + 1) % 131
+        with pytest.raises(ParityError, match="below the likeliest"):
+            gpu_models.check_greedy_tokens(base, wrong, 8, dtype)

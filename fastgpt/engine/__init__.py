@@ -4,7 +4,7 @@
 """
 
 from .cache import KVCache, prefill
-from .device import DeviceGeneration, tier
+from .device import DeviceGeneration, obstacle, tier
 from .generation import Generation, Request
 from .step import decode_one_token
 from .weights import view_weights
@@ -15,6 +15,7 @@ __all__ = [
     "KVCache",
     "Request",
     "decode_one_token",
+    "obstacle",
     "prefill",
     "tier",
     "view_weights",
