@@ -16,7 +16,9 @@ ops.layer_norm = lambda *arguments: 1.01 * right(*arguments)
 
 
 def suite(*arguments: str, paths: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    # A worker of pytest-xdist says so to its children, in which pytest-benchmark would then time nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     command = [sys.executable, "-m", "pytest", "benchmarks/test_operations.py", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
