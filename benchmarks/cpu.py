@@ -47,17 +47,20 @@ def main(
     unknown = [name for name in peers.split(",") if name and name not in CPU_PEERS]
     if unknown:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(CPU_PEERS)}")
-    options = benchmark.BenchmarkOptions(
-        model=model,
-        workloads=workload.split(","),
-        batch=batch,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        device="cpu",
-        dtype="float32",
-        baselines=baselines.split(","),
-        runs=runs,
-    )
+    try:
+        options = benchmark.BenchmarkOptions(
+            model=model,
+            workloads=workload.split(","),
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            device="cpu",
+            dtype="float32",
+            baselines=baselines.split(","),
+            runs=runs,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     transformers.logging.set_verbosity_error()
     loaded = workloads.load_base(model)
     with benchmark.progress_bar(Console(stderr=True)) as progress:
