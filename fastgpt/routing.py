@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -41,17 +40,7 @@ _PLAIN: dict[str, type[nn.Module]] = {
     "ln_f": modeling.LayerNorm,
     "lm_head": nn.Linear,
 }
-_PROCESSORS: set[type[LogitsProcessor]] = {
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    sampling.RefuseNaN,
-    sampling.GumbelNoise,
-}
+_PROCESSORS: set[type[LogitsProcessor]] = {*sampling.ON_DEVICE, sampling.RefuseNaN}
 _INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 

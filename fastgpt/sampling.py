@@ -93,8 +93,8 @@ def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask:
     return processors
 
 
-# The processors that the sampling kernel stands in for, in the order in which it does.
-_ON_DEVICE = (
+# The processors that the engine knows, in the order in which its sampling kernel stands in for them.
+ON_DEVICE: tuple[type[LogitsProcessor], ...] = (
     logits_process.RepetitionPenaltyLogitsProcessor,
     logits_process.MinLengthLogitsProcessor,
     logits_process.MinNewTokensLengthLogitsProcessor,
@@ -115,12 +115,12 @@ def device_options(
     """
     found = [processor for processor in processors if not isinstance(processor, RefuseNaN)]
     kinds = [type(processor) for processor in found]
-    if kinds != sorted(set(kinds), key=lambda kind: _ON_DEVICE.index(kind) if kind in _ON_DEVICE else -1):
+    if kinds != sorted(set(kinds), key=lambda kind: ON_DEVICE.index(kind) if kind in ON_DEVICE else -1):
         return None
     by_kind: dict[type, Any] = dict(zip(kinds, found, strict=True))
     options: dict[str, Any] = {"min_length": 0}
     for kind, processor in by_kind.items():
-        if kind not in _ON_DEVICE:
+        if kind not in ON_DEVICE:
             return None
         if getattr(processor, "filter_value", -math.inf) != -math.inf:
             return None
