@@ -81,6 +81,18 @@ def cold_starts(content: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
     }
 
 
+def lookups(content: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Texts generated with and without prompt lookup, by model."""
+    return {step.removeprefix("lookup "): inner for step, _, inner in _parts(content) if step.startswith("lookup ")}
+
+
+def forwards(content: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
+    """Forwards of several tokens by model and dtype."""
+    return {
+        step.removeprefix("forwards "): dict(parts) for step, parts in content.items() if step.startswith("forwards ")
+    }
+
+
 def faults(content: Mapping[str, Any]) -> list[str]:
     """What failed, by step and part."""
     return [f"{step}, {part}: {inner['fault']}" for step, part, inner in _parts(content) if "fault" in inner]

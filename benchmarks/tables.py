@@ -11,7 +11,7 @@ from fastgpt.generation import DTYPES
 from fastgpt.workloads import OURS, WORKLOADS
 
 from .peers import CPU_PEERS
-from .records import Result, Row, benchmarks, cold_starts, curve, operations, products
+from .records import Result, Row, benchmarks, cold_starts, curve, forwards, lookups, operations, products
 
 RESULTS = Path("benchmarks/results")
 _BASELINES = {
@@ -94,6 +94,8 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
         ("Peak memory", lambda content: curve(content, "memory"), _memory_table),
         ("Time of a token", lambda content: curve(content, "latency"), _latency_table),
         ("Cold start", cold_starts, _cold_start_table),
+        ("Prompt lookup", lookups, _lookup_table),
+        ("Forwards of several tokens", forwards, _forward_table),
     ]
     blocks = []
     for result in results:
@@ -136,6 +138,33 @@ def _cold_start_table(starts: Mapping[str, Sequence[Row]]) -> str:
         parts = [f"{median(row[name] for row in rows):.1f}" for name in ("total_s", "model_s", "token_s")]
         table.append([f"{'nothing' if kind == 'fresh' else 'everything'} compiled before", str(len(rows)), *parts])
     return markdown_table(["kernels", "starts", "to the first token, s", "of it the model", "and the token"], table)
+
+
+def _lookup_table(rows: Sequence[Row]) -> str:
+    table = []
+    for (text, dtype), group in groupby(rows, key=lambda row: (row["text"], row["dtype"])):
+        plain, *looked_up = group
+        slow = plain["tokens_per_s"]["median"]
+        for row in looked_up:
+            gain = row["tokens_per_s"]["median"] / slow
+            figures = (
+                f"{row['tokens_per_forward']:.2f}",
+                f"{gain:.2f}x",
+                f"{row['equal_tokens']} of {row['new_tokens']}",
+            )
+            table.append([text, dtype, str(row["proposed"]), f"{slow:,.0f}", *figures])
+    headings = ["text", "dtype", "proposed", "tokens/s without", "tokens a forward with", "gain", "equal tokens"]
+    return markdown_table(headings, table)
+
+
+def _forward_table(dtypes: Mapping[str, Sequence[Row]]) -> str:
+    table = []
+    for dtype, rows in dtypes.items():
+        taken = [1000 * row["seconds"]["median"] for row in rows]
+        cells = [f"{ms:.1f} ms ({ms / taken[0]:.2f}x)" for ms in taken]
+        table.append([f"{dtype}, after {rows[0]['context']}", *cells])
+    counts = [str(row["tokens"]) for row in next(iter(dtypes.values()))]
+    return markdown_table(["tokens of a forward", *counts], table)
 
 
 # --- operations -----------------------------------------------------------------------------------------------------

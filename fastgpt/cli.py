@@ -46,6 +46,10 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 for all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, help="Propose up to this many tokens from what repeats: the same text, often sooner."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -61,6 +65,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        prompt_lookup=prompt_lookup,
         device=device,
         dtype=dtype,
         write=None if as_json else _write_now,

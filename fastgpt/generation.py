@@ -111,13 +111,15 @@ def stream_text(
     top_k: int = 50,
     top_p: float = 1.0,
     seed: int | None = None,
+    prompt_lookup: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
     """Continue `prompt` by the model `name`; `write` gets the prompt and then the text, piece by piece.
 
-    temperature 0 is greedy. seed: drawn when None, and reported either way.
+    temperature 0 is greedy. seed: drawn when None, and reported either way. prompt_lookup: how many tokens to propose
+    at once where the text repeats itself.
     Raises ValueError when the prompt leaves no room in the context or an option describes no distribution.
     """
     greedy = temperature == 0
@@ -141,6 +143,7 @@ def stream_text(
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         seed=seed,
+        prompt_lookup_num_tokens=prompt_lookup,
         **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),
         **({} if greedy else {"top_k": top_k, "top_p": top_p}),
     )[0]

@@ -4,15 +4,15 @@ Every class here is transformers' class of the same name with another forward: s
 arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from types import MethodType, NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, GPT2Config, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationMixin, GPT2Config, LogitsProcessorList
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
@@ -27,9 +27,6 @@ from .loading import LoadingMixin, check_config
 from .outputs import CausalLMOutput, LazyLogits
 from .patching import ATTENTION, replaces, swap_classes
 from .prompts import pad_left
-
-if TYPE_CHECKING:
-    from transformers.generation.streamers import BaseStreamer
 
 # --- what may be fused ----------------------------------------------------------------------------------------------
 
@@ -269,31 +266,37 @@ class _Generation:
         logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.RefuseNaN(), *seeds])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
 
+    def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
+        """The tokens that `generate` would append, (B,) each, as they come; stop asking and nothing more is computed.
+
+        inputs, options: as `generate` takes them. Raises ValueError, at once, on a call that the engine cannot take.
+        """
+        from . import routing
+
+        return iter(self.generate(inputs, streamer=routing.Handover(), **options))
+
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
         from . import routing
 
         routing.log_mode(generation_mode)
         super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: "BaseStreamer | None" = None,
-        **model_kwargs,
-    ):
+    @wraps(GenerationMixin._sample)  # type: ignore[attr-defined]
+    def _sample(self, input_ids: Tensor, **call):
+        return self._through_engine(super()._sample, input_ids, call)  # type: ignore[misc]
+
+    @wraps(GenerationMixin._assisted_decoding)  # type: ignore[attr-defined]
+    def _assisted_decoding(self, input_ids: Tensor, **call):
+        return self._through_engine(super()._assisted_decoding, input_ids, call)  # type: ignore[misc]
+
+    def _through_engine(self, loop: Callable, input_ids: Tensor, call: dict[str, Any]) -> Any:
         """Where transformers' `generate` has prepared everything and starts its loop over tokens."""
         from . import routing
 
-        processors = sampling.settle_seed(logits_processor, generation_config, model_kwargs.get("attention_mask"))
-        call = input_ids, processors, stopping_criteria, generation_config
-        generated = routing.try_engine(self, *call, streamer, {"synced_gpus": synced_gpus, **model_kwargs})
-        if generated is None:
-            generated = super()._sample(*call, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc]
-        return generated
+        processors, mask = call["logits_processor"], call.get("attention_mask")
+        call["logits_processor"] = sampling.settle_seed(processors, call["generation_config"], mask)
+        generated = routing.try_engine(self, input_ids, **call)
+        return loop(input_ids, **call) if generated is None else generated
 
 
 @replaces(hf.GPT2Model)

@@ -14,7 +14,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pytorch_utils import Conv1D
 
 from . import engine, modeling, ops, sampling
-from .engine import DeviceGeneration, Generation, Request
+from .engine import DeviceGeneration, Generation, LookupGeneration, Request
+from .engine.speculation import LONGEST_LOOKUP
 from .patching import ATTENTION
 
 logger = logging.getLogger("fastgpt")
@@ -41,7 +42,18 @@ _PLAIN: dict[str, type[nn.Module]] = {
     "lm_head": nn.Linear,
 }
 _PROCESSORS: set[type[LogitsProcessor]] = {*sampling.ON_DEVICE, sampling.RefuseNaN}
-_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_OTHER_ASSISTANTS = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_tensor"}
+
+
+class Handover(BaseStreamer):
+    """A streamer with which `try_engine` returns the generation itself, for its caller to iterate over."""
+
+    def put(self, value: Tensor) -> None:
+        """Nothing: transformers passes the prompt here."""
+
+    def end(self) -> None:
+        """Nothing."""
 
 
 def why_not_model(model: nn.Module) -> str | None:
@@ -110,9 +122,11 @@ def _obstacles_in_call(
         yield f"the logits processor {kind.__name__}"
     for kind in {type(criterion) for criterion in criteria} - {MaxLengthCriteria, EosTokenCriteria}:
         yield f"the stopping criterion {kind.__name__}"
-    for name in ("output_scores", "output_logits", "prefill_chunk_size", "is_assistant"):
+    for name in ("output_scores", "output_logits", "prefill_chunk_size", "is_assistant", *_OTHER_ASSISTANTS):
         if getattr(config, name, None):
             yield f"{name} was asked for"
+    if config.prompt_lookup_num_tokens is not None and len(ids) > 1:
+        yield "prompt lookup takes one row"
 
     cache = inputs.get("past_key_values")
     if type(cache) is not DynamicCache or not inputs.get("use_cache"):
@@ -144,67 +158,81 @@ def _pad_id(config: GenerationConfig) -> int:
 
 
 def log_mode(mode: GenerationMode) -> None:
-    """Say that a call never comes to `try_engine`, when it does not: beams, assistants, prompt lookup."""
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    """Say that a call never comes to `try_engine`, when it does not, as with beams."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION):
         logger.debug("generate: transformers' loop, because %s was asked for", mode.value.replace("_", " "))
 
 
 def try_engine(
     model: Any,
     ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    inputs: dict[str, Any],
-) -> Tensor | GenerateDecoderOnlyOutput | None:
-    """What the engine generates, in the form of transformers' `_sample`; None when it cannot take the call.
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    **inputs: Any,
+) -> "Tensor | GenerateDecoderOnlyOutput | Generation | DeviceGeneration | None":
+    """What the engine generates, in the form of transformers' own loops; None when it cannot take the call.
 
-    ids, processors, criteria, config, inputs: what transformers hands to `_sample`.
+    Its arguments are those that transformers hands to `_sample` and `_assisted_decoding`.
     """
-    obstacle = why_not_model(model) or next(_obstacles_in_call(model, ids, processors, criteria, config, inputs), None)
+    obstacle = why_not_model(model) or next(
+        _obstacles_in_call(model, ids, logits_processor, stopping_criteria, generation_config, inputs), None
+    )
     if obstacle is not None:
-        logger.debug("generate: transformers' loop, because %s", obstacle)
-        return None
+        return _decline(obstacle, streamer)
 
-    eos_ids = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-    past: DynamicCache | None = inputs["past_key_values"] if config.return_dict_in_generate else None
+    eos_ids = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    past: DynamicCache | None = inputs["past_key_values"] if generation_config.return_dict_in_generate else None
     request = Request(
         ids=ids,
         mask=inputs.get("attention_mask"),
         positions=inputs["position_ids"],
-        process=processors,
-        do_sample=bool(config.do_sample),
-        max_length=criteria.max_length,  # type: ignore[arg-type]
+        process=logits_processor,
+        do_sample=bool(generation_config.do_sample),
+        max_length=stopping_criteria.max_length,  # type: ignore[arg-type]
         eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
-        pad_id=_pad_id(config),
+        pad_id=_pad_id(generation_config),
         past=past,
     )
-    generation = _start(model, request)
-    if generation is None:
-        return None
+    generation = _start(model, request, generation_config)
+    if isinstance(generation, str):
+        return _decline(generation, streamer)
+    if isinstance(streamer, Handover):
+        return generation
     for tokens in generation:
         if streamer is not None:
             streamer.put(tokens.cpu())
     if streamer is not None:
         streamer.end()
     sequences = generation.sequences.contiguous()
-    if not config.return_dict_in_generate:
+    if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)  # type: ignore[arg-type]
 
 
-def _start(model: Any, request: Request) -> Generation | DeviceGeneration | None:
-    """The generation of a request on the kernels where they decode, else on torch's operations."""
-    obstacle = None
+def _decline(obstacle: str, streamer: BaseStreamer | None) -> None:
+    if isinstance(streamer, Handover):
+        raise ValueError(f"the engine cannot stream this call, because {obstacle}: give generate() a streamer")
+    logger.debug("generate: transformers' loop, because %s", obstacle)
+
+
+def _start(model: Any, request: Request, config: GenerationConfig) -> Generation | DeviceGeneration | str:
+    """The generation of a request on the kernels where they decode, else on torch's operations; or why on neither."""
+    obstacle, n_proposed = None, config.prompt_lookup_num_tokens
     if _decodes_on_kernels(model):
         options = sampling.device_options(request.process, request.do_sample, len(request.ids), model.device)
-        obstacle = engine.obstacle(model, len(request.ids)) or ("" if options else "of its logits processors")
-        if options is not None and not obstacle:
+        obstacle = engine.obstacle(model, len(request.ids))
+        if options is None:
+            obstacle = obstacle or "its logits processors have no kernel"
+        if n_proposed is not None:
+            obstacle = obstacle or "prompt lookup has no kernel"
+        if options is not None and obstacle is None:
             logger.debug("generate: the engine, on kernels")
             return DeviceGeneration(model, request, options)
         if ops.selected_backend() == "triton":
-            logger.debug("generate: transformers' loop on the triton backend asked for by name, because %s", obstacle)
-            return None
-    logger.debug("generate: the engine%s", f", on torch's operations because {obstacle}" if obstacle else "")
+            return f"on the triton backend, asked for by name, {obstacle}"
+    logger.debug("generate: the engine%s", f", on torch's operations, because {obstacle}" if obstacle else "")
+    if n_proposed is not None:
+        return LookupGeneration(model, request, n_proposed, config.max_matching_ngram_size or LONGEST_LOOKUP)
     return Generation(model, request)

@@ -32,6 +32,9 @@ def check_generation_options(generation_config: GenerationConfig, overrides: dic
     def option(name: str) -> Any:
         return overrides[name] if name in overrides else getattr(generation_config, name, None)
 
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        if option(name) is not None and option(name) < 1:
+            raise ValueError(f"{name} must be 1 or more, not {option(name)}")
     if option("do_sample"):
         check_sampling_options(temperature=option("temperature"), top_k=option("top_k"), top_p=option("top_p"))
 

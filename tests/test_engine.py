@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 import fastgpt
 from fastgpt import engine, routing, sampling
 
+GREEDY = {"do_sample": False, "eos_token_id": None}
 THE_ENGINE = "generate: the engine"
 
 
@@ -275,7 +276,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),
         ({"pad_token_id": 131, "eos_token_id": 130}, "pad_token_id 131 is outside"),
         ({"num_beams": 2}, "beam search was asked for"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted generation was asked for"),
+        ({"prompt_lookup_num_tokens": 3}, None),
         ({"synced_gpus": True}, "synced_gpus was given"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
@@ -416,6 +417,41 @@ def test_streamer_gets_the_prompt_and_then_every_token() -> None:
     assert torch.equal(torch.stack(tokens, 1), sequences[:, 8:])
 
 
+def test_stream_gives_the_tokens_as_they_come(monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    forwards, decode = [], engine.decode_one_token
+    monkeypatch.setattr(engine.generation, "decode_one_token", lambda *call: forwards.append(1) or decode(*call))
+    ids, options = token_ids(3, 8, 131), {"max_new_tokens": 7, "do_sample": True, "seed": 3, "eos_token_id": None}
+    expected = ours.generate(ids, **options)[:, 8:]
+    forwards.clear()
+    received = []
+    for tokens in ours.stream(ids, **options):
+        assert torch.is_grad_enabled()
+        assert len(forwards) == len(received)  # the first token is the prompt's
+        received.append(tokens.clone())
+    assert torch.equal(torch.stack(received, 1), expected)
+    assert [len(tokens) for tokens in ours.stream([[1, 2], [3]], max_new_tokens=2, **GREEDY)] == [2, 2]
+    some = ours.stream(ids, prompt_lookup_num_tokens=None, **options)
+    next(some)
+    some.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores was asked for"),
+        ({"num_beams": 2}, "streamer"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must be"),
+        ({"use_cache": False}, "the cache is off"),
+    ],
+    ids=str,
+)
+def test_stream_refuses_at_once_what_it_cannot_give(options: dict, reason: str) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=reason):
+        ours.stream(token_ids(1, 8, 131), max_new_tokens=3, **options)
+
+
 # --- the decode step ------------------------------------------------------------------------------------------------
 
 
@@ -423,7 +459,7 @@ def test_streamer_gets_the_prompt_and_then_every_token() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_decode_step_equals_the_blocks(dtype: torch.dtype, padded: bool) -> None:
-    """One token over the cache beside the whole sequence through the model's own blocks."""
+    """One token over the cache, and three at once, beside the whole sequence through the model's own blocks."""
     _, ours = pair(tiny_config(n_layer=3))
     ours.to(dtype)
     ids, mask = token_ids(3, 12, 131), None
@@ -433,12 +469,16 @@ def test_decode_step_equals_the_blocks(dtype: torch.dtype, padded: bool) -> None
         mask[0, :5] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)
     weights = engine.view_weights(ours)
-    cache = engine.KVCache.allocate(ours, 3, 12)
+    cache, other_cache = (engine.KVCache.allocate(ours, 3, 12) for _ in range(2))
     assert weights.layers[1].qkv.weight is ours.transformer.h[1].attn.c_attn.weight
     first = engine.prefill(ours, cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])
     steps = [engine.decode_one_token(weights, cache, ids[:, t], positions[:, t]) for t in range(9, 12)]
+    engine.prefill(ours, other_cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])
+    together = engine.decode_tokens(weights, other_cache, ids[:, 9:], positions[:, 9:])
     expected = ours(ids, attention_mask=mask, position_ids=positions).logits[:, 8:]
-    assert_same_within_rounding(torch.stack([first, *steps], 1), expected, n_ulps=64 if dtype.itemsize > 2 else 4)
+    n_ulps = 64 if dtype.itemsize > 2 else 4
+    assert_same_within_rounding(torch.stack([first, *steps], 1), expected, n_ulps)
+    assert_same_within_rounding(together, expected[:, 1:], n_ulps)
     if dtype == torch.float32:
         wrong = engine.decode_one_token(weights, engine.KVCache.allocate(ours, 3, 1), ids[:, 11], positions[:, 11])
         assert (wrong - expected[:, -1]).abs().max() > 0.1, "this test does not see the cache"

@@ -6,15 +6,18 @@
 from .cache import KVCache, prefill
 from .device import DeviceGeneration, obstacle, tier
 from .generation import Generation, Request
-from .step import decode_one_token
+from .speculation import LookupGeneration
+from .step import decode_one_token, decode_tokens
 from .weights import view_weights
 
 __all__ = [
     "DeviceGeneration",
     "Generation",
     "KVCache",
+    "LookupGeneration",
     "Request",
     "decode_one_token",
+    "decode_tokens",
     "obstacle",
     "prefill",
     "tier",

@@ -185,6 +185,7 @@ class DeviceGeneration:
         """(B, n_tokens): prompt and continuation."""
         return self._sequences[:, : self.n_tokens]
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,) on the host, until every row is finished.
 

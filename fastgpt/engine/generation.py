@@ -48,15 +48,16 @@ class Generation:
         self.model, self.request = model, request
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
-        self.next_position = int(request.positions[:, -1].max()) + 1
+        next_position = int(request.positions[:, -1].max()) + 1
         # The last token needs no slot, and no row can go on when one has filled its context.
-        n_slots = min(request.max_length - 1, n_prompt + max(0, self.n_positions - self.next_position))
+        n_slots = min(request.max_length - 1, n_prompt + max(0, self.n_positions - next_position))
         copies_pay = model.device.type == "cpu" and model.dtype == torch.bfloat16 and n_rows == 1
         copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
         self.weights = view_weights(model, copy_for_one_row=copies_pay)
         self.cache = KVCache.allocate(model, n_rows, n_slots)
         self._sequences = request.ids.new_empty(n_rows, n_slots + 1)
         self._sequences[:, :n_prompt] = request.ids
+        self._unfinished = request.ids.new_ones(n_rows, dtype=torch.bool)
         self.n_tokens = n_prompt
 
     @property
@@ -64,6 +65,7 @@ class Generation:
         """(B, n_tokens): prompt and continuation."""
         return self._sequences[:, : self.n_tokens]
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,), until every row is finished.
 
@@ -75,27 +77,35 @@ class Generation:
 
     def _generate(self) -> Iterator[Tensor]:
         request = self.request
-        logits = prefill(self.model, self.cache, request.ids, request.mask, request.positions)
-        positions = request.positions[:, -1]
-        unfinished = request.ids.new_ones(request.ids.shape[0], dtype=torch.bool)
-        while True:
-            tokens = choose(request, self.sequences, logits)
-            if request.eos_ids is not None:
-                tokens = tokens.where(unfinished, request.pad_id)
-                unfinished = unfinished & ~torch.isin(tokens, request.eos_ids)
-            newest = self._sequences[:, self.n_tokens]
-            newest.copy_(tokens)
-            self.n_tokens += 1
-            yield newest
-            if self.n_tokens >= request.max_length or (request.eos_ids is not None and not unfinished.any()):
-                return
-            if self.next_position >= self.n_positions:
-                raise ValueError(
-                    f"position {self.next_position} is outside the context: n_positions is {self.n_positions}"
-                )
-            positions = positions + 1
-            logits = decode_one_token(self.weights, self.cache, newest, positions)
-            self.next_position += 1
+        yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
+        while self._goes_on():
+            newest = self._sequences[:, self.n_tokens - 1]
+            yield self._append(decode_one_token(self.weights, self.cache, newest, self._positions(1)[:, 0]))
+
+    def _append(self, logits: Tensor) -> Tensor:
+        """Choose the next token of every row from logits (B, V). Returns the tokens (B,)."""
+        tokens, eos_ids = choose(self.request, self.sequences, logits), self.request.eos_ids
+        if eos_ids is not None:
+            tokens = tokens.where(self._unfinished, self.request.pad_id)
+            self._unfinished &= ~torch.isin(tokens, eos_ids)
+        newest = self._sequences[:, self.n_tokens]
+        newest.copy_(tokens)
+        self.n_tokens += 1
+        return newest
+
+    def _goes_on(self) -> bool:
+        """Whether a row needs another token. Raises ValueError when it does and has filled its context."""
+        ended = self.request.eos_ids is not None and not self._unfinished.any()
+        if ended or self.n_tokens >= self.request.max_length:
+            return False
+        if self.n_tokens == self._sequences.shape[1]:
+            raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+        return True
+
+    def _positions(self, n_new: int) -> Tensor:
+        """(B, N) or (1, N): of the newest token, and of those proposed to follow it."""
+        first = self.n_tokens - self.request.ids.shape[1]
+        return self.request.positions[:, -1:] + torch.arange(first, first + n_new, device=self.request.ids.device)
 
 
 @torch.inference_mode()

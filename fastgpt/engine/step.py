@@ -1,6 +1,6 @@
-"""The forward of one token per row in torch's operations, over the model's own weights.
+"""The forward of the newest tokens of every row in torch's operations, over the model's own weights.
 
-B batch, T slots of the cache, H heads, D head size, C channels, V vocabulary.
+B batch, N new tokens per row, T slots of the cache, H heads, D head size, C channels, V vocabulary.
 """
 
 import torch
@@ -11,27 +11,43 @@ from .cache import KVCache
 from .weights import Weights
 
 
-@torch.inference_mode()
 def decode_one_token(weights: Weights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The forward of one token per row over the cache, to which its keys and values are appended.
+    """`decode_tokens` for one token per row. tokens: (B,). positions: (B,) or (1,). Returns logits (B, V)."""
+    return decode_tokens(weights, cache, tokens[:, None], positions[:, None])[:, 0]
 
-    tokens: (B,). positions: (B,) or (1,). Returns logits (B, V).
+
+@torch.inference_mode()
+def decode_tokens(weights: Weights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The forward of N tokens per row over the cache, to which their keys and values are appended.
+
+    tokens: (B, N). positions: (B, N) or (1, N). Returns logits (B, N, V), of what follows each of them.
     """
-    here = cache.n_tokens
-    filled = slice(here + 1)
-    hidden = None if cache.hidden is None else cache.hidden[..., filled]
-    head_shape = tokens.shape[0], 3, weights.n_heads, -1
+    n_rows, n_new = tokens.shape
+    here = slice(cache.n_tokens, cache.n_tokens + n_new)
+    filled = slice(here.stop)
+    hidden = _hidden_from(cache, n_new)
+    head_shape = n_rows, n_new, 3, weights.n_heads, -1
 
-    x = F.embedding(tokens, weights.wte) + F.embedding(positions, weights.wpe)  # (B, C)
+    x = (F.embedding(tokens, weights.wte) + F.embedding(positions, weights.wpe)).flatten(0, 1)  # (B*N, C)
     for layer, memory in zip(weights.layers, cache.memory, strict=True):
-        qkv = layer.qkv(layer.ln_1(x)).view(head_shape)  # (B, 3, H, D)
-        memory[..., here, :] = qkv[:, 1:].transpose(0, 1)
+        qkv = layer.qkv(layer.ln_1(x)).view(head_shape).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        memory[..., here, :] = qkv[1:]
         keys, values = memory[..., filled, :]  # each (B, H, T, D)
-        attended = F.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values, attn_mask=hidden, scale=layer.scale)
-        x += layer.attn_proj(attended.reshape(x.shape))
+        attended = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=hidden, scale=layer.scale)
+        x += layer.attn_proj(attended.transpose(1, 2).reshape(x.shape))
         x += layer.mlp_proj(layer.activation(layer.fc(layer.ln_2(x))))
-    cache.n_tokens = here + 1
-    return _head(weights.ln_f(x), weights.head)
+    cache.n_tokens = here.stop
+    return _head(weights.ln_f(x), weights.head).unflatten(0, (n_rows, n_new))
+
+
+def _hidden_from(cache: KVCache, n_new: int) -> Tensor | None:
+    """What is added to the scores of N new tokens, (B, 1, N, T) or without its first axes; None where nothing is."""
+    n_filled = cache.n_tokens + n_new
+    padding = None if cache.hidden is None else cache.hidden[..., :n_filled]
+    if n_new == 1:
+        return padding
+    later = cache.memory.new_full((n_new, n_filled), -torch.inf).triu(cache.n_tokens + 1)
+    return later if padding is None else later + padding
 
 
 def _head(x: Tensor, weight: Tensor) -> Tensor:

@@ -38,9 +38,11 @@ class Product(NamedTuple):
 
 
 class RowProduct(Product):
-    """A product of one row. weight: (out, in), a copy."""
+    """A product made for one row. weight: (out, in), a copy."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return F.linear(x, self.weight, self.bias)
         return torch.addmv(self.bias, self.weight, x[0])[None]
 
 
