@@ -4,27 +4,21 @@ The other engines live in processes of their own: `benchmarks/engines.py` says w
 
 pip install ctranslate2 onnxruntime onnx onnxscript     # what is missing is left out, with the reason
 python -m benchmarks.cpu --model gpt2 --out benchmarks/results/cpu/DATE-gpt2-peers.json
-python -m benchmarks.cpu --model gpt2 --batches 1,2,4,8 --contexts 64,128,256,512,768,992 --out ...     # and curves
 """
 
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import transformers
 import typer
 from rich.console import Console
-from transformers import GPT2LMHeadModel
 
-from fastgpt import benchmark, plotting, workloads
+from fastgpt import benchmark, plotting
 from fastgpt.workloads import BASELINES
 
-from . import curves
 from .peers import CPU_PEERS
-
-CPU_IN_FLOAT32 = torch.device("cpu"), torch.float32
 
 
 def main(
@@ -37,13 +31,8 @@ def main(
     baselines: Annotated[str, typer.Option(help="of transformers; comma-separated")] = ",".join(BASELINES),
     peers: Annotated[str, typer.Option(help="other engines; comma-separated")] = ",".join(CPU_PEERS),
     runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 7,
-    batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "",
-    contexts: Annotated[str, typer.Option(help="time of a token after prompts of these lengths")] = "",
 ) -> None:
-    """Measure tokens/s in float32 beside transformers and other engines, after a parity check of each.
-
-    Memory and time of a token are those of fastgpt beside transformers' sdpa.
-    """
+    """Measure tokens/s in float32 beside transformers and other engines, after a parity check of each."""
     unknown = [name for name in peers.split(",") if name and name not in CPU_PEERS]
     if unknown:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(CPU_PEERS)}")
@@ -62,35 +51,13 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     transformers.logging.set_verbosity_error()
-    loaded = workloads.load_base(model)
     with benchmark.progress_bar(Console(stderr=True)) as progress:
         chosen = {name: CPU_PEERS[name] for name in peers.split(",") if name}
-        result = benchmark.run_benchmark(options, progress, chosen, loaded)
-    result |= _curves(loaded[0], Path(model).name, _numbers(batches), _numbers(contexts), prompt_tokens, runs)
+        result = benchmark.run_benchmark(options, progress, chosen)
     timed = {row["contender"] for row in result["results"]}
     result["versions"] |= {name: metadata.version(name) for name in chosen if name in timed}
     out.write_text(json.dumps(result, indent=2) + "\n")
     plotting.render(result, Console(width=120))
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
-
-
-def _curves(
-    base: GPT2LMHeadModel, name: str, batches: list[int], contexts: list[int], prompt_tokens: int, runs: int
-) -> dict[str, dict[str, Any]]:
-    """Steps and parts as `benchmarks.gpu` has them."""
-    memory = {
-        f"{workload}, batch {n_batch}": curves.memory_at_batch(base, workload, n_batch, prompt_tokens, *CPU_IN_FLOAT32)
-        for workload in ("prefill", "train")
-        for n_batch in batches
-    }
-    latency = {
-        f"context {context}": curves.latency_at_context(base, context, 16, runs, *CPU_IN_FLOAT32)
-        for context in contexts
-    }
-    return {step: parts for step, parts in {f"memory {name}": memory, f"latency {name}": latency}.items() if parts}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,25 @@
-"""How peak memory grows with the batch and the time of a decode step with the context, beside transformers."""
+"""How peak memory grows with the batch and the time of a decode step with the context, beside transformers.
 
-from typing import Any
+python -m benchmarks.curves --model gpt2 --out benchmarks/results/cpu/DATE-gpt2-curves.json     # in float32 on a CPU
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import transformers
+import typer
+from rich.console import Console
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, machine, parity, workloads
+from fastgpt import accounting, benchmark, machine, parity, workloads
 from fastgpt.benchmark import rotated, spread
+from fastgpt.doctor import versions
+
+from .records import Result
+from .tables import detail_tables
 
 CONTENDERS = (workloads.OURS, "hf-sdpa")
 
@@ -71,3 +83,44 @@ def latency_at_context(
         {"contender": name, "batch": 1, "context": context, "seconds_per_token": spread(taken), "samples_s": taken}
         for name, taken in samples.items()
     ]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="the result")],
+    model: Annotated[str, typer.Option(help="demo, a preset's name, a directory, or a Hub id")] = "gpt2",
+    batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "1,2,4",
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of each of those sequences")] = 512,
+    contexts: Annotated[str, typer.Option(help="time of a token after this many")] = "64,256,512,768,992",
+    runs: Annotated[int, typer.Option(min=5, help="timed runs of each contender")] = 5,
+) -> None:
+    """Measure both in float32 on a CPU, beside transformers' sdpa."""
+    transformers.logging.set_verbosity_error()
+    device, dtype = torch.device("cpu"), torch.float32
+    base, _ = workloads.load_base(model)
+    name = Path(model).name
+    content: dict[str, Any] = {
+        "schema": benchmark.SCHEMA,
+        "environment": {"machine": machine.describe(device), "versions": versions()},
+        f"memory {name}": {},
+        f"latency {name}": {},
+    }
+    works = [(workload, int(number)) for workload in ("prefill", "train") for number in batches.split(",")]
+    with benchmark.progress_bar(Console(stderr=True)) as progress:
+        for number, (workload, n_batch) in enumerate(works):
+            part = f"{workload}, batch {n_batch}"
+            progress(f"memory of {part}", number, len(works))
+            content[f"memory {name}"][part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
+        for number, context in enumerate(map(int, contexts.split(","))):
+            progress(f"time of a token after {context}", number, len(contexts.split(",")))
+            content[f"latency {name}"][f"context {context}"] = latency_at_context(
+                base, context, 16, runs, device, dtype
+            )
+    out.write_text(json.dumps(content, indent=2) + "\n")
+    for block in detail_tables([Result(out, content)]):
+        typer.echo(f"{block}\n")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

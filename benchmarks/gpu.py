@@ -51,6 +51,7 @@ def steps(sizes: list[str]) -> Iterator[tuple[str, Step]]:
     yield "environment", environment
     yield "parity", gpu_kernels.parity
     yield "rates", gpu_kernels.rates
+    yield "waits", gpu_kernels.wait_times
     for size in sizes:
         yield f"decode {size}", partial(gpu_models.decode, size=size)
         if size == sizes[0]:

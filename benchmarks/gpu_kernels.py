@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastgpt_kernels import tuning
 from torch import Tensor
 
 from fastgpt import machine, ops
 from fastgpt.accounting import Shape
 from fastgpt.parity import ParityError
 
-from . import operations, peers
+from . import operations, peers, waits
 from .gpu_run import ROOT, TINY, Parts, Run
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -61,6 +62,16 @@ def rates(run: Run) -> Parts:
         measured = machine.measure_rates(run.extent.device, run.extent.dtype)
     for name, rate in measured.items():
         yield name, lambda rate=rate: rate
+
+
+def wait_times(run: Run) -> Parts:
+    """An empty grid barrier, and a node of a CUDA graph: what the tiers of decoding are made of."""
+    device, row_s = run.extent.device, run.extent.row_s
+    n_times = 2 if run.extent.shapes is TINY else 200
+    yield "grid barrier", partial(waits.barrier_seconds, device, n_times, row_s)
+    yield "graph node", partial(waits.node_seconds, device, False, n_times, row_s)
+    if tuning.overlaps_launches(device):
+        yield "graph node, overlapped", partial(waits.node_seconds, device, True, n_times, row_s)
 
 
 def ceilings(run: Run) -> Parts:

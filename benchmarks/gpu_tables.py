@@ -17,6 +17,9 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"parity: {tests.get('summary')}", *tests.get("failures", [])[:20], sep="\n", markup=False)
     for fault in records.faults(result):
         console.print(fault, style="red", markup=False)
+    for what, wait in result.get("waits", {}).items():
+        if "fault" not in wait:
+            console.print(f"{what}: {1e6 * wait['median_s']:.2f} us")
     if benchmarks := records.benchmarks(result):
         console.print(_model_table(benchmarks))
     for size, rows in records.operations(result).items():

@@ -22,6 +22,7 @@ from fastgpt import benchmark
 from fastgpt.benchmark import BenchmarkOptions
 from fastgpt.workloads import BASELINES
 
+from .records import benchmarks
 from .report import ROOT
 from .tables import RESULTS, describe_work
 
@@ -95,8 +96,10 @@ def main(
     transformers.logging.set_verbosity_error()
     verdicts: list[Verdict] = []
     for file in files or sorted((ROOT / RESULTS / "cpu").glob("*.json")):
-        then = json.loads(file.read_text())
-        verdicts += compare(then, measure_again(then, Console(stderr=True)))
+        for then in benchmarks(json.loads(file.read_text())).values():
+            verdicts += compare(then, measure_again(then, Console(stderr=True)))
+    if not verdicts:
+        raise typer.BadParameter("there is no ratio to transformers in these results")
     render(verdicts, Console(width=120))
     if any(verdict.has_fallen for verdict in verdicts):
         raise typer.Exit(1)

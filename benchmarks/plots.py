@@ -175,7 +175,7 @@ def _curves(
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
         )
-        figure.suptitle(caption, fontsize=10)
+        figure.suptitle(caption.replace(", ", "\n", 1), fontsize=10)
 
     return Plot(name, caption, panels, (4.6 * max(1, len(panels)), 3.6), draw)
 

@@ -27,7 +27,16 @@ from .workloads import BASELINES, OURS, WORKLOADS
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BenchmarkOptions", "ParityError", "plot", "progress_bar", "render", "run_benchmark"]
+__all__ = [
+    "BenchmarkOptions",
+    "ParityError",
+    "bring_together",
+    "plot",
+    "progress_bar",
+    "render",
+    "run_benchmark",
+    "run_series",
+]
 
 SCHEMA = 1
 MIN_RUNS = 5
@@ -165,6 +174,30 @@ def run_benchmark(
         "ratios": ratios,
         "skipped": skipped,
     }
+
+
+def run_series(series: Sequence[BenchmarkOptions], progress: Progress | None = None) -> list[dict[str, Any]]:
+    """`run_benchmark` of one model with each of several options, which differ in dtype and batch. Raises as it does."""
+    model, random_weights, seed = series[0].model, series[0].random_weights, series[0].seed
+    with _Steps(progress, 1)(f"loading {model}"):
+        loaded = workloads.load_base(model, random_weights=random_weights, seed=seed)
+    results, rates = [], {}
+    for options in series:
+        results.append(run_benchmark(options, progress, loaded=loaded, rates=rates.get(options.dtype)))
+        rates[options.dtype] = results[-1]["rates"]
+    return results
+
+
+def bring_together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of a series as one, ready for JSON: a single one as it is, several by dtype and batch."""
+    first = results[0]
+    if len(results) == 1:
+        return dict(first)
+    whole: dict[str, Any] = {"schema": SCHEMA, "environment": {name: first[name] for name in ("machine", "versions")}}
+    for result in results:
+        options = result["options"]
+        whole.setdefault(options["dtype"], {})[f"batch {options['batch']}"] = result
+    return whole
 
 
 def make_tokens(options: BenchmarkOptions, shape: accounting.Shape) -> Tensor:

@@ -82,11 +82,11 @@ def bench(
         bool, typer.Option("--random-weights", help="Build the model from its configuration alone.")
     ] = False,
     workload: Annotated[str, typer.Option(help="prefill, decode, train; comma-separated.")] = "prefill,decode",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[str, typer.Option(help="Sequences at a time; comma-separated.")] = "1",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt or training sequence.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode adds.")] = 32,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = None,
     baselines: Annotated[
         str, typer.Option(help="hf-eager, hf-sdpa, hf-compile; comma-separated.")
     ] = "hf-eager,hf-sdpa",
@@ -100,29 +100,36 @@ def bench(
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
     from . import benchmark, plotting
 
-    run_options = benchmark.BenchmarkOptions(
-        model=model,
-        random_weights=random_weights,
-        workloads=workload.split(","),
-        batch=batch,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        device=device,
-        dtype=dtype,
-        baselines=baselines.split(","),
-        runs=runs,
-    )
+    series = [
+        benchmark.BenchmarkOptions(
+            model=model,
+            random_weights=random_weights,
+            workloads=workload.split(","),
+            batch=n_batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            device=device,
+            dtype=name,
+            baselines=baselines.split(","),
+            runs=runs,
+        )
+        for name in (dtype.split(",") if dtype else [None])
+        for n_batch in _numbers("--batch", batch)
+    ]
+    if profile_file is not None and len(series) > 1:
+        raise typer.BadParameter("--profile takes one dtype and one batch size")
     with benchmark.progress_bar(notes) as progress:
-        result = benchmark.run_benchmark(run_options, progress)
-    plotting.render(result, _tables())
+        results = benchmark.run_series(series, progress)
+    for result in results:
+        plotting.render(result, _tables())
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        json_file.write_text(json.dumps(benchmark.bring_together(results), indent=2) + "\n")
     if plot_file is not None:
-        plotting.plot(result, plot_file)
+        plotting.plot(results, plot_file)
     if profile_file is not None:
         from . import profiling
 
-        profiling.render(profiling.profile(run_options, profile_file), notes)
+        profiling.render(profiling.profile(series[0], profile_file), notes)
 
 
 @app.command()
@@ -179,6 +186,13 @@ def doctor(device: Device = None, as_json: AsJson = False) -> None:
         checks.render(diagnosis, _tables())
     if not diagnosis["parity"]["passed"]:
         raise typer.Exit(1)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
 
 
 def _tables() -> Console:

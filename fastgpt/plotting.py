@@ -1,7 +1,7 @@
 """A benchmark's result for the eye: tables on a terminal and bars in a PNG."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _memory(n_bytes: int | None) -> str:
 # --- plot -----------------------------------------------------------------------------------------------------------
 
 
-def plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw tokens/s of every contender as a PNG, one panel for each workload.
+def plot(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw tokens/s of every contender as a PNG, a row for each result and a panel for each workload.
 
     Bars are medians, whiskers the quartiles, the dashed line the ceiling where it is near.
     Raises ValueError when matplotlib is not installed.
@@ -125,15 +125,17 @@ def plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('plots need matplotlib: pip install "fastgpt[bench]"') from error
-    groups = by_workload(result)
-    n_bars = max(len(rows) for rows in groups.values())
-    figure = Figure(figsize=(4.6 * len(groups), 1.5 + 0.55 * n_bars), layout="constrained", facecolor="white")
+    groups = [by_workload(result) for result in results]
+    heights = [1.5 + 0.55 * max(map(len, group.values())) for group in groups]
+    figure = Figure(figsize=(4.6 * len(groups[0]), sum(heights)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for panel, (workload, rows) in zip(panels, groups.items(), strict=True):
-        draw(panel, result, workload, rows)
-    machine = result["machine"]
-    figure.suptitle(f"{title(result)} - {machine['gpu'] or machine['cpu']}", fontsize=10)
+    parts = figure.subfigures(len(results), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, result, group in zip(parts, results, groups, strict=True):
+        panels = part.subplots(1, len(group), squeeze=False)[0]
+        for panel, (workload, rows) in zip(panels, group.items(), strict=True):
+            draw(panel, result, workload, rows)
+        machine, batch = result["machine"], result["options"]["batch"]
+        part.suptitle(f"{title(result)}, batch {batch} - {machine['gpu'] or machine['cpu']}", fontsize=10)
     figure.savefig(path, dpi=160, format="png")
 
 

@@ -1,6 +1,7 @@
 """Sampling options, their checks, and draws that a seed decides."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,17 +97,21 @@ def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask:
     return processors
 
 
-# The processors that the engine knows, in the order in which its sampling kernel stands in for them.
-ON_DEVICE: tuple[type[LogitsProcessor], ...] = (
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    GumbelNoise,
-)
+# The processors that the engine knows, in the order in which its sampling kernel stands in for them, and the options
+# under which it does what they do.
+_OPTIONS: dict[type[LogitsProcessor], Callable[[Any], dict[str, Any]]] = {
+    logits_process.RepetitionPenaltyLogitsProcessor: lambda p: {"repetition_penalty": p.penalty},
+    logits_process.MinLengthLogitsProcessor: lambda p: {"min_length": p.min_length},
+    logits_process.MinNewTokensLengthLogitsProcessor: lambda p: {
+        "min_length": p.prompt_length_to_skip + p.min_new_tokens
+    },
+    logits_process.TemperatureLogitsWarper: lambda p: {"temperature": float(p.temperature)},
+    logits_process.TopKLogitsWarper: lambda p: {"top_k": p.top_k},
+    logits_process.TopPLogitsWarper: lambda p: {"top_p": float(p.top_p)},
+    logits_process.MinPLogitsWarper: lambda p: {"min_p": float(p.min_p)},
+    GumbelNoise: lambda p: {"seed": p.seed, "n_continuations": p.n_continuations},
+}
+ON_DEVICE = tuple(_OPTIONS)
 
 
 def device_options(
@@ -117,41 +122,28 @@ def device_options(
     Without a seed one is drawn from torch's generator, and rows of equal prompts get noise of their own.
     """
     found = [processor for processor in processors if not isinstance(processor, RefuseNaN)]
-    kinds = [type(processor) for processor in found]
-    if kinds != sorted(set(kinds), key=lambda kind: ON_DEVICE.index(kind) if kind in ON_DEVICE else -1):
+    if not all(map(_is_on_device, found)):
         return None
-    by_kind: dict[type, Any] = dict(zip(kinds, found, strict=True))
-    options: dict[str, Any] = {"min_length": 0}
-    for kind, processor in by_kind.items():
-        if kind not in ON_DEVICE:
-            return None
-        if getattr(processor, "filter_value", -math.inf) != -math.inf:
-            return None
-        if kind is not logits_process.TopKLogitsWarper and getattr(processor, "min_tokens_to_keep", 1) != 1:
-            return None
-        match processor:
-            case logits_process.RepetitionPenaltyLogitsProcessor():
-                options["repetition_penalty"] = processor.penalty
-            case logits_process.MinLengthLogitsProcessor():
-                options["min_length"] = max(options["min_length"], processor.min_length)
-            case logits_process.MinNewTokensLengthLogitsProcessor():
-                n_least = processor.prompt_length_to_skip + processor.min_new_tokens
-                options["min_length"] = max(options["min_length"], n_least)
-            case logits_process.TemperatureLogitsWarper():
-                options["temperature"] = float(processor.temperature)
-            case logits_process.TopKLogitsWarper():
-                options["top_k"] = processor.top_k
-            case logits_process.TopPLogitsWarper():
-                options["top_p"] = float(processor.top_p)
-            case logits_process.MinPLogitsWarper():
-                options["min_p"] = float(processor.min_p)
-            case GumbelNoise():
-                options |= {"seed": processor.seed, "n_continuations": processor.n_continuations}
-    if do_sample and GumbelNoise not in by_kind:
+    places = [ON_DEVICE.index(type(processor)) for processor in found]
+    if places != sorted(set(places)):
+        return None
+    options: dict[str, Any] = {}
+    for processor in found:
+        option = _OPTIONS[type(processor)](processor)
+        for name in options.keys() & option:  # min_length, of which there are two
+            option[name] = max(options[name], option[name])
+        options |= option
+    if do_sample and "seed" not in options:
         options |= {"seed": int(torch.randint(2**63 - 1, ())), "n_continuations": n_rows}
     if "seed" in options:
         options["seed"] = reference.seed_tensor(options["seed"], device)
     return SamplingOptions(**options)
+
+
+def _is_on_device(processor: LogitsProcessor) -> bool:
+    kind = type(processor)
+    keeps_one = kind is logits_process.TopKLogitsWarper or getattr(processor, "min_tokens_to_keep", 1) == 1
+    return kind in _OPTIONS and keeps_one and getattr(processor, "filter_value", -math.inf) == -math.inf
 
 
 def seen_tokens(processors: LogitsProcessorList, ids: Tensor, n_tokens: int) -> Tensor | None:

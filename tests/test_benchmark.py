@@ -329,7 +329,7 @@ def test_plot_is_a_png_with_something_on_it(result: dict[str, Any], tmp_path: Pa
     from matplotlib.image import imread
 
     path = tmp_path / "speed.png"
-    benchmark.plot(json.loads(json.dumps(result)), path)
+    benchmark.plot([json.loads(json.dumps(result))] * 2, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     pixels = imread(path)[..., :3]
     assert min(pixels.shape[:2]) > 200
@@ -341,7 +341,7 @@ def test_plot_without_matplotlib_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install .*fastgpt\[bench\]"):
-        benchmark.plot(result, tmp_path / "speed.png")
+        benchmark.plot([result], tmp_path / "speed.png")
 
 
 # --- profile --------------------------------------------------------------------------------------------------------

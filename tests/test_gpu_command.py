@@ -85,6 +85,8 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     assert records.faults(result) == []
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert result["parity"]["tests"]["passed"]
+    assert set(result["waits"]) == {"grid barrier", "graph node"}
+    assert "grid barrier: " in output
     assert set(result["ceilings"]) == {"memory", "large product", "products tiny"}
     assert {row["product"] for row in result["ceilings"]["products tiny"]} >= {"qkv", "fc", "head"}
     assert all(row["flops_per_s"] > 0 for row in result["ceilings"]["products tiny"])

@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from benchmarks import guard
+from benchmarks.records import benchmarks
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +19,7 @@ def result(ratio: float, spread: float = 0.0, baseline: str = "hf-sdpa") -> dict
     return {
         "options": {"batch": 1, "prompt_tokens": 512, "new_tokens": 32, "dtype": "float32", "runs": 7},
         "ratios": [{"workload": "decode", "baseline": baseline, "ratio": ratio, "paired": paired}],
+        "results": [],
     }
 
 
@@ -48,8 +50,9 @@ def test_only_ratios_to_transformers_are_guarded() -> None:
 def test_the_committed_results_can_be_measured_again() -> None:
     files = sorted((ROOT / guard.RESULTS / "cpu").glob("*.json"))
     assert files
-    for file in files:
-        then = json.loads(file.read_text())
+    committed = [then for file in files for then in benchmarks(json.loads(file.read_text())).values()]
+    assert committed
+    for then in committed:
         guard.BenchmarkOptions(**then["options"])
         verdicts = list(guard.compare(then, then))
         assert verdicts
@@ -72,3 +75,10 @@ def test_the_command_exits_1_on_a_fallen_ratio(
         guard.main([file])
     assert ended.value.exit_code == 1
     assert "has fallen" in capsys.readouterr().out
+
+
+def test_results_without_a_ratio_are_wrong_usage(tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    file.write_text(json.dumps({"environment": {}}))
+    with pytest.raises(typer.BadParameter, match="no ratio to transformers"):
+        guard.main([file])

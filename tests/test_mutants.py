@@ -21,6 +21,12 @@ TESTS = {
     "linear_cross_entropy_kernels.py": ["test_linear_cross_entropy_kernel.py"],
     "linear_cross_entropy.py": ["test_linear_cross_entropy_kernel.py"],
     "dropout.py": ["test_causal_attention_kernel.py"],
+    "decode_step_kernels.py": ["test_decode_step_kernel.py"],
+    "decode_step.py": ["test_decode_step_kernel.py"],
+    "sampling_kernels.py": ["test_sampling_kernel.py"],
+    "sampling.py": ["test_sampling_kernel.py"],
+    "persistent_decode_kernels.py": ["test_persistent_decode_kernel.py"],
+    "persistent_decode.py": ["test_persistent_decode_kernel.py"],
 }
 
 

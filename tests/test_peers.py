@@ -15,7 +15,7 @@ from models import lively, token_ids
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks import cpu, engines, operations, peers, records
+from benchmarks import cpu, engines, operations, peers
 from fastgpt import benchmark, workloads
 from fastgpt.accounting import Shape
 from fastgpt.benchmark import BenchmarkOptions
@@ -150,17 +150,11 @@ def test_command_writes_a_result(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"
     command = [sys.executable, "-m", "benchmarks.cpu", "--model", "demo", "--out", str(file), "--runs", "5"]
     command += ["--workload", "prefill", "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--peers", "ctranslate2"]
-    command += ["--batches", "1,2", "--contexts", "8,16"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(file.read_text())
     contenders = {row["contender"] for row in result["results"]} | {row["baseline"] for row in result["skipped"]}
     assert contenders == {"fastgpt", "hf-sdpa", "ctranslate2"}
-    memory, latency = (records.curve(result, kind)["demo"] for kind in ("memory", "latency"))
-    assert {(row["workload"], row["batch"]) for row in memory} == {(w, n) for w in ("prefill", "train") for n in (1, 2)}
-    assert {(row["contender"], row["context"]) for row in latency} == {
-        (name, context) for name in ("fastgpt", "hf-sdpa") for context in (8, 16)
-    }
     assert "fastgpt" in finished.stdout
 
 
