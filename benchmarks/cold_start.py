@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastgpt import GPT2LMHeadModel
-from fastgpt.parity import ParityError
+from fastgpt.benchmark.parity import ParityError
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300

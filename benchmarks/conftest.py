@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, parity, workloads
-from fastgpt.benchmark import BenchmarkOptions, make_tokens
+from fastgpt import accounting
+from fastgpt.benchmark import BenchmarkOptions, make_tokens, parity, workloads
 from fastgpt.generation import DTYPES
 
 

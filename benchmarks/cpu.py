@@ -15,8 +15,9 @@ import transformers
 import typer
 from rich.console import Console
 
-from fastgpt import benchmark, plotting
-from fastgpt.workloads import BASELINES
+from fastgpt import benchmark
+from fastgpt.benchmark import plotting
+from fastgpt.benchmark.workloads import BASELINES
 
 from .peers import CPU_PEERS
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, benchmark, machine, parity, workloads
-from fastgpt.benchmark import rotated, spread
+from fastgpt import accounting, benchmark
+from fastgpt.benchmark import machine, parity, rotated, spread, workloads
 from fastgpt.doctor import versions
 
 from .records import Result

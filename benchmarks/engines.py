@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel
 
-from fastgpt import machine
+from fastgpt.benchmark import machine
 
 CPU = torch.device("cpu")
 

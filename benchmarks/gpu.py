@@ -23,8 +23,8 @@ import transformers
 import typer
 from rich.console import Console
 
-from fastgpt import machine
 from fastgpt.accounting import PRESETS
+from fastgpt.benchmark import machine
 from fastgpt.doctor import versions
 
 from . import gpu_kernels, gpu_models, gpu_tables, records

@@ -11,9 +11,10 @@ import torch
 from fastgpt_kernels import tuning
 from torch import Tensor
 
-from fastgpt import machine, ops
+from fastgpt import ops
 from fastgpt.accounting import Shape
-from fastgpt.parity import ParityError
+from fastgpt.benchmark import machine
+from fastgpt.benchmark.parity import ParityError
 
 from . import operations, peers, waits
 from .gpu_run import ROOT, TINY, Parts, Run

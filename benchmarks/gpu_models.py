@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, benchmark, engine, parity, workloads
+from fastgpt import accounting, benchmark, engine
 from fastgpt.accounting import Shape
-from fastgpt.benchmark import BenchmarkOptions
-from fastgpt.parity import ParityError
-from fastgpt.workloads import Work
+from fastgpt.benchmark import BenchmarkOptions, parity, workloads
+from fastgpt.benchmark.parity import ParityError
+from fastgpt.benchmark.workloads import Work
 
 from . import cold_start, curves
 from .gpu_run import Parts, Run

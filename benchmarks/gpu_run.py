@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel
 
-from fastgpt import machine, workloads
 from fastgpt.accounting import PRESETS, Shape
+from fastgpt.benchmark import machine, workloads
 
 ROOT = Path(__file__).parent.parent
 TINY = {"tiny": Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)}

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import plotting
+from fastgpt.benchmark import plotting
 
 from . import records
 

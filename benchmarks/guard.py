@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fastgpt import benchmark
 from fastgpt.benchmark import BenchmarkOptions
-from fastgpt.workloads import BASELINES
+from fastgpt.benchmark.workloads import BASELINES
 
 from .records import benchmarks
 from .report import ROOT

@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import benchmark, engine, load_demo, machine, workloads
-from fastgpt.benchmark import Progress, rotated, spread
+from fastgpt import benchmark, engine, load_demo
+from fastgpt.benchmark import Progress, machine, rotated, spread, workloads
+from fastgpt.benchmark.parity import ParityError
 from fastgpt.doctor import versions
 from fastgpt.generation import DTYPES
-from fastgpt.parity import ParityError
 
 from .records import Result
 from .tables import detail_tables

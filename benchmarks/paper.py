@@ -11,8 +11,8 @@ from typing import Any
 
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, Shape, count_parameters
+from fastgpt.benchmark.workloads import OURS
 from fastgpt.generation import DTYPES
-from fastgpt.workloads import OURS
 
 from .tables import describe_work, markdown_table
 

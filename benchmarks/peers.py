@@ -15,8 +15,8 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 
 from fastgpt.accounting import Shape
 from fastgpt.benchmark import MakeWork
-from fastgpt.parity import ParityError
-from fastgpt.workloads import Work
+from fastgpt.benchmark.parity import ParityError
+from fastgpt.benchmark.workloads import Work
 
 from . import operations
 from .engines import CTranslate2, Engine, OnnxRuntime, Remote

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt import plotting
-from fastgpt.workloads import OURS, WORKLOADS
+from fastgpt.benchmark import plotting
+from fastgpt.benchmark.workloads import OURS, WORKLOADS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

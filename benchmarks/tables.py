@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastgpt import plotting
+from fastgpt.benchmark import plotting
+from fastgpt.benchmark.workloads import OURS, WORKLOADS
 from fastgpt.generation import DTYPES
-from fastgpt.workloads import OURS, WORKLOADS
 
 from .peers import CPU_PEERS
 from .records import Result, Row, benchmarks, cold_starts, curve, forwards, lookups, operations, products

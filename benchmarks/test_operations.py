@@ -12,9 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastgpt import machine
 from fastgpt.accounting import PRESETS, Shape
-from fastgpt.benchmark import BenchmarkOptions
+from fastgpt.benchmark import BenchmarkOptions, machine
 from fastgpt.generation import DTYPES, default_device
 
 from . import operations

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from fastgpt.benchmark import BenchmarkOptions
-from fastgpt.workloads import OURS, make_work
+from fastgpt.benchmark.workloads import OURS, make_work
 
 CONTENDERS = [OURS, "hf-eager", "hf-sdpa"]
 

@@ -24,8 +24,8 @@ import typer
 from fastgpt_kernels import tuning
 from rich.console import Console
 
-from fastgpt import machine
 from fastgpt.accounting import PRESETS, Shape
+from fastgpt.benchmark import machine
 from fastgpt.doctor import versions
 from fastgpt.ops import backend
 

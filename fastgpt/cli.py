@@ -98,7 +98,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
-    from . import benchmark, plotting
+    from . import benchmark
 
     series = [
         benchmark.BenchmarkOptions(
@@ -121,13 +121,13 @@ def bench(
     with benchmark.progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
     for result in results:
-        plotting.render(result, _tables())
+        benchmark.render(result, _tables())
     if json_file is not None:
         json_file.write_text(json.dumps(benchmark.bring_together(results), indent=2) + "\n")
     if plot_file is not None:
-        plotting.plot(results, plot_file)
+        benchmark.plot(results, plot_file)
     if profile_file is not None:
-        from . import profiling
+        from .benchmark import profiling
 
         profiling.render(profiling.profile(series[0], profile_file), notes)
 

@@ -14,8 +14,8 @@ from models import lively, tiny_config
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from fastgpt import accounting, benchmark, engine, machine, parity, profiling, workloads
-from fastgpt.benchmark import BenchmarkOptions, ParityError, run_benchmark
+from fastgpt import accounting, benchmark, engine
+from fastgpt.benchmark import BenchmarkOptions, ParityError, machine, parity, profiling, run_benchmark, workloads
 
 SMALL: dict[str, Any] = {"prompt_tokens": 12, "new_tokens": 8, "batch": 2, "runs": 5, "device": "cpu"}
 

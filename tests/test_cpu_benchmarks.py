@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import lookup, records, tables
 from fastgpt import engine
-from fastgpt.parity import ParityError
+from fastgpt.benchmark.parity import ParityError
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,8 +17,8 @@ from models import pair, tiny_config, token_ids
 from benchmarks import cold_start, gpu, gpu_models, gpu_run, records
 from benchmarks.gpu_run import OutOfTime, Run, take
 from fastgpt.benchmark import BenchmarkOptions, run_benchmark
-from fastgpt.parity import ParityError
-from fastgpt.workloads import load_base
+from fastgpt.benchmark.parity import ParityError
+from fastgpt.benchmark.workloads import load_base
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]

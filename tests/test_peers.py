@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from benchmarks import cpu, engines, operations, peers
-from fastgpt import benchmark, workloads
+from fastgpt import benchmark
 from fastgpt.accounting import Shape
-from fastgpt.benchmark import BenchmarkOptions
-from fastgpt.parity import ParityError
+from fastgpt.benchmark import BenchmarkOptions, workloads
+from fastgpt.benchmark.parity import ParityError
 
 ROOT = Path(__file__).parent.parent
 SHAPE = Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)
@@ -96,7 +96,7 @@ def test_no_engine_is_loaded_beside_torch() -> None:
     script = (
         "import sys, torch\n"
         "from benchmarks import peers\n"
-        "from fastgpt import workloads\n"
+        "from fastgpt.benchmark import workloads\n"
         "if __name__ == '__main__':\n"
         "    base = workloads.load_base('demo')[0]\n"
         "    ids = torch.arange(9)[None]\n"

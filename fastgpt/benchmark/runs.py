@@ -17,26 +17,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from . import accounting, machine, ops, parity, workloads
-from .doctor import versions
-from .generation import DTYPES, default_device
-from .parity import ParityError
-from .plotting import plot, render
+from .. import accounting, ops
+from ..doctor import versions
+from ..generation import DTYPES, default_device
+from . import machine, parity, workloads
 from .workloads import BASELINES, OURS, WORKLOADS
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = [
-    "BenchmarkOptions",
-    "ParityError",
-    "bring_together",
-    "plot",
-    "progress_bar",
-    "render",
-    "run_benchmark",
-    "run_series",
-]
 
 SCHEMA = 1
 MIN_RUNS = 5

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompileConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..parameters import ALIASES, PRESETS
+from ..patching import patch, unpatch
 from .machine import seconds
-from .parameters import ALIASES, PRESETS
-from .patching import patch, unpatch
 
 WORKLOADS = ("prefill", "decode", "train")
 BASELINES = ("hf-eager", "hf-sdpa", "hf-compile")
@@ -34,11 +34,11 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
     random_weights: take only the configuration of a directory or id. seed: of random weights.
     Returns (model, "demo" | "random" | "loaded"). Raises ValueError or OSError when there is no such GPT-2.
     """
-    from .modeling import GPT2LMHeadModel as OurModel
+    from ..modeling import GPT2LMHeadModel as OurModel
 
     is_preset = ALIASES.get(name, name) in PRESETS and not Path(name).is_dir()
     if name == "demo":
-        from .demo import load_demo
+        from ..demo import load_demo
 
         ours, weights = load_demo()[0], "demo"
     elif is_preset or random_weights:

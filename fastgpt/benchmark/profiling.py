@@ -8,10 +8,10 @@ import torch
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, record_function
 
+from ..generation import DTYPES
+from ..parameters import shape_of
 from . import machine, workloads
-from .benchmark import BenchmarkOptions, make_tokens
-from .generation import DTYPES
-from .parameters import shape_of
+from .runs import BenchmarkOptions, make_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .accounting import forward_flops, shape_of
+from ..accounting import forward_flops, shape_of
 from .workloads import OURS, autocast, contender
 
 # The truth in float64 costs more than the timing itself past this, per forward pass on a CPU.

@@ -1,0 +1,36 @@
+"""Tokens/s beside transformers with the same weights: the work, the gate before it, the runs, and what shows them."""
+
+from .parity import ParityError
+from .plotting import plot, render
+from .runs import (
+    SCHEMA,
+    BenchmarkOptions,
+    MakeWork,
+    Progress,
+    bring_together,
+    compare,
+    make_tokens,
+    progress_bar,
+    rotated,
+    run_benchmark,
+    run_series,
+    spread,
+)
+
+__all__ = [
+    "SCHEMA",
+    "BenchmarkOptions",
+    "MakeWork",
+    "ParityError",
+    "Progress",
+    "bring_together",
+    "compare",
+    "make_tokens",
+    "plot",
+    "progress_bar",
+    "render",
+    "rotated",
+    "run_benchmark",
+    "run_series",
+    "spread",
+]
