@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.pytorch_utils import Conv1D
 
 from . import engine, modeling, ops, sampling
-from .engine import DeviceGeneration, Generation, LookupGeneration, Request
+from .engine import DeviceGeneration, DeviceLookupGeneration, Generation, LookupGeneration, Request
 from .engine.speculation import LONGEST_LOOKUP
 from .patching import ATTENTION
 
@@ -220,19 +220,22 @@ def _decline(obstacle: str, streamer: BaseStreamer | None) -> None:
 def _start(model: Any, request: Request, config: GenerationConfig) -> Generation | DeviceGeneration | str:
     """The generation of a request on the kernels where they decode, else on torch's operations; or why on neither."""
     obstacle, n_proposed = None, config.prompt_lookup_num_tokens
+    n_longest = config.max_matching_ngram_size or LONGEST_LOOKUP
     if _decodes_on_kernels(model):
         options = sampling.device_options(request.process, request.do_sample, len(request.ids), model.device)
         obstacle = engine.obstacle(model, len(request.ids))
         if options is None:
             obstacle = obstacle or "its logits processors have no kernel"
-        if n_proposed is not None:
-            obstacle = obstacle or "prompt lookup has no kernel"
+        elif n_proposed is not None and options.repetition_penalty != 1:
+            obstacle = obstacle or "prompt lookup with a repetition penalty has no kernel"
         if options is not None and obstacle is None:
             logger.debug("generate: the engine, on kernels")
+            if n_proposed is not None:
+                return DeviceLookupGeneration(model, request, options, n_proposed, n_longest)
             return DeviceGeneration(model, request, options)
         if ops.selected_backend() == "triton":
             return f"on the triton backend, asked for by name, {obstacle}"
     logger.debug("generate: the engine%s", f", on torch's operations, because {obstacle}" if obstacle else "")
     if n_proposed is not None:
-        return LookupGeneration(model, request, n_proposed, config.max_matching_ngram_size or LONGEST_LOOKUP)
+        return LookupGeneration(model, request, n_proposed, n_longest)
     return Generation(model, request)

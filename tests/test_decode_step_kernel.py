@@ -139,6 +139,32 @@ def test_contexts_around_a_block_of_keys(n_tokens: int) -> None:
     assert_case(make_case(torch.float32, [0, 1], n_tokens, n_steps=1), n_slots=96)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("n_new", [1, 3, 6])
+@pytest.mark.parametrize("start", [0, 33])
+def test_several_new_tokens_of_one_sequence(dtype: torch.dtype, n_new: int, start: int) -> None:
+    """In few and in many rows; the last of them, in the slot past the cache, goes nowhere and still has its logits."""
+    case = make_case(dtype, [start], 41, n_new)
+    cache, weights = filled_cache(case, 40), kernel_weights(case.ours)
+    step = DecodeStep(weights, n_new, 40, one_sequence=True)
+    for scratch in vars(step).values():
+        if isinstance(scratch, Tensor):
+            scratch.fill_(float("nan"))
+    logits = torch.full((n_new, case.ours.config.vocab_size), float("nan"))
+    slots = torch.arange(case.n_prompt, 41)
+    before = cache.memory.clone()
+    step.decode(weights, cache.memory, case.ids[0, -n_new:], slots - start, slots, case.starts.repeat(n_new), logits)
+    assert_as_accurate(logits.to(dtype), case.eager[0], case.truth[0])
+    assert torch.equal(
+        cache.memory[..., : case.n_prompt, :].nan_to_num(7.0), before[..., : case.n_prompt, :].nan_to_num(7.0)
+    )
+    assert cache.memory[..., case.n_prompt :, :].isfinite().all()
+    if dtype == torch.float32:
+        expected = filled_cache(case, 48)
+        decode(case, expected)
+        torch.testing.assert_close(cache.memory[..., start:, :], expected.memory[..., start:40, :])
+
+
 @pytest.mark.parametrize("width", [(768, 12), (1280, 20), (1600, 25)], ids=str)
 def test_widths_of_gpt2(width: tuple[int, int]) -> None:
     case = make_case(torch.bfloat16, [0], 9, 1, n_embd=width[0], n_head=width[1], n_layer=1)
@@ -188,7 +214,7 @@ def test_index_arithmetic_of_a_huge_cache() -> None:
         kernel[(n_rows * n_heads * 2,)](
             small, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), *[small] * 5,
             n_heads=n_heads, n_slots=n_slots, head_dim=head_dim, scale=1.0,
-            BLOCK_DIM=64, BLOCK_KEYS=32, N_SPLITS=2, STAGES=2, OVERLAP=False,
+            BLOCK_DIM=64, BLOCK_KEYS=32, BLOCK_NEW=0, N_SPLITS=2, STAGES=2, OVERLAP=False,
         )  # fmt: skip
 
 

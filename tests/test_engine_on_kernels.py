@@ -20,7 +20,7 @@ from transformers.generation import logits_process
 
 import fastgpt
 from fastgpt import routing, sampling
-from fastgpt.engine import device
+from fastgpt.engine import workspace
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -145,6 +145,85 @@ def test_return_dict_holds_the_cache() -> None:
     assert torch.equal(found.past_key_values.layers[0].keys, kept), "the next call wrote into a returned cache"
 
 
+# --- prompt lookup --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_new_tokens": 7},
+        {"eos_token_id": list(range(0, 131, 9))},
+        {"min_new_tokens": 12, "eos_token_id": list(range(0, 131, 3))},
+        {"do_sample": True, "seed": 5, "temperature": 0.3},
+        {"do_sample": True, "top_k": 3},
+        {"attention_mask": torch.tensor([[0] * 3 + [1] * 9])},
+        {"return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n_proposed", [2, 6])
+def test_lookup_gives_the_tokens_that_come_without(options: dict[str, Any], n_proposed: int, route) -> None:
+    """From the same torch.manual_seed where they sample, in few rows and in many."""
+    _, ours = small_pair()
+    ids = token_ids(1, 4, 131).repeat(1, 3).to(DEVICE)
+    options = GREEDY | {"max_new_tokens": 20} | options
+    if "attention_mask" in options:
+        options["attention_mask"] = options["attention_mask"].to(DEVICE)
+    torch.manual_seed(1)
+    expected = ours.generate(ids, **options)
+    torch.manual_seed(1)
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=n_proposed, **options)
+    if "return_dict_in_generate" in options:
+        pairs = zip(looked_up.past_key_values.layers, expected.past_key_values.layers, strict=True)
+        for layer, expected_layer in pairs:
+            torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-4, atol=1e-5)
+        expected, looked_up = expected.sequences, looked_up.sequences
+    assert looked_up.tolist() == expected.tolist()
+    assert route() == {"generate: the engine, on kernels"}
+
+
+def test_lookup_takes_fewer_steps_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = small_pair()
+    with torch.no_grad():  # what follows a token is then decided by the token alone
+        ours.transformer.h[0].attn.c_proj.weight.zero_()
+        ours.transformer.wpe.weight.zero_()
+    sizes, decode = [], workspace.Workspace.decode
+    monkeypatch.setattr(
+        workspace.Workspace, "decode", lambda self, model, n_new=1: sizes.append(n_new) or decode(self, model, n_new)
+    )
+    ids = token_ids(1, 3, 131).to(DEVICE)
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=5, max_new_tokens=40, **GREEDY)
+    assert set(sizes) == {1, 6}
+    assert len(sizes) < 25
+    assert looked_up.tolist() == ours.generate(ids, max_new_tokens=40, **GREEDY).tolist()
+
+
+def test_lookup_fills_the_context_and_no_more() -> None:
+    _, ours = small_pair()
+    options = GREEDY | {"prompt_lookup_num_tokens": 4}
+    ids = token_ids(1, 5, 131).repeat(1, 10).to(DEVICE)
+    assert ours.generate(ids, max_new_tokens=15, **options).shape == (1, 65)
+    with pytest.raises(ValueError, match="position 64 is outside the context"):
+        ours.generate(ids, max_new_tokens=16, **options)
+
+
+def test_lookup_refuses_nan_logits() -> None:
+    _, ours = small_pair()
+    ours.transformer.wpe.weight.data[14] = float("nan")
+    ids = token_ids(1, 4, 131).repeat(1, 3).to(DEVICE)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        ours.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=9, **GREEDY)
+
+
+def test_lookup_with_a_repetition_penalty_is_left_to_torch(route) -> None:
+    _, ours = small_pair()
+    ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"repetition_penalty": 1.3, "max_new_tokens": 4}
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=4, **options)
+    assert looked_up.tolist() == ours.generate(ids, **options).tolist()
+    assert "prompt lookup with a repetition penalty has no kernel" in " ".join(route())
+
+
 # --- what is kept between calls -------------------------------------------------------------------------------------
 
 
@@ -152,9 +231,9 @@ def test_a_workspace_serves_again_until_something_changes() -> None:
     theirs, ours = small_pair()
     ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 4}
 
-    def run() -> device.Workspace:
+    def run() -> workspace.Workspace:
         assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
-        return device._kept[ours]
+        return workspace._kept[ours]
 
     first = run()
     assert run() is first
@@ -168,32 +247,32 @@ def test_a_workspace_serves_again_until_something_changes() -> None:
     assert run() is not second
     two_rows = token_ids(2, 5, 131).to(DEVICE)
     assert ours.generate(two_rows, **options).tolist() == theirs.generate(two_rows, **options).tolist()
-    assert device._kept[ours].n_rows == 2
+    assert workspace._kept[ours].n_rows == 2
 
 
 def test_nothing_of_a_model_outlives_it() -> None:
     _, ours = small_pair()
     ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
-    n_kept = len(device._kept)
+    n_kept = len(workspace._kept)
     parameters = [weakref.ref(parameter) for parameter in ours.parameters()]
-    kept = device._kept[ours]
+    kept = workspace._kept[ours]
     del ours
     gc.collect()
-    assert len(device._kept) == n_kept - 1
+    assert len(workspace._kept) == n_kept - 1
     assert [p for p in parameters if p() is not None] == [], "the workspace holds weights"
     assert kept.cache.memory.isfinite().any()
 
 
 def test_large_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = small_pair()
-    monkeypatch.setattr(device, "_KEPT_CACHE_BYTES", 64)
+    monkeypatch.setattr(workspace, "_KEPT_CACHE_BYTES", 64)
     ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
-    assert ours not in device._kept
+    assert ours not in workspace._kept
 
 
 def test_two_calls_at_once_do_not_share_memory() -> None:
     _, ours = small_pair()
-    with device.workspace(ours, 1, 8) as first, device.workspace(ours, 1, 8) as second:
+    with workspace.workspace(ours, 1, 8) as first, workspace.workspace(ours, 1, 8) as second:
         assert first.cache.memory.data_ptr() != second.cache.memory.data_ptr()
 
 
@@ -201,7 +280,7 @@ def test_two_calls_at_once_do_not_share_memory() -> None:
 
 
 def test_unknown_tier() -> None:
-    with pytest.raises(ValueError, match="unknown tier 'fast'"), device.tier("fast"):
+    with pytest.raises(ValueError, match="unknown tier 'fast'"), workspace.tier("fast"):
         pass
 
 
@@ -210,10 +289,10 @@ def test_persistent_tier_equals_transformers(route, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tuning, "persistent_programs", lambda _: 1)
     theirs, ours = small_pair(n_embd=128, n_head=2, n_layer=2)
     ids, options = token_ids(1, 7, 131).to(DEVICE), GREEDY | {"max_new_tokens": 5}
-    with device.tier("persistent"):
+    with workspace.tier("persistent"):
         assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
         assert "generate: the engine, on kernels" in route()
-        assert "one row, not 2" in str(device.obstacle(ours, 2))
+        assert "one row, not 2" in str(workspace.obstacle(ours, 2))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="needs a GPU")
@@ -222,9 +301,9 @@ def test_graph_replays_what_eager_launches() -> None:
     inputs = on_device(left_padded(ragged(3, 131)))
     runs = []
     for name in ("eager", "graph"):
-        with device.tier(name):
+        with workspace.tier(name):
             runs.append([ours.generate(**inputs, **GREEDY, max_new_tokens=30).tolist() for _ in range(2)])
-    assert device._kept[ours]._graph is not None
+    assert workspace._kept[ours]._graphs[1] is not None
     assert runs[0] == runs[1]
 
 

@@ -463,16 +463,18 @@ def test_bytes_of_the_packed_copy() -> None:
 
 
 @only_interpreted
-def test_offsets_past_int32() -> None:
+@pytest.mark.parametrize("n_programs", [25, 2**19])
+def test_offsets_past_int32(n_programs: int) -> None:
+    """Of the cache, where the last of few programs attends with the last head, and of the stream of many programs."""
     with tuned(25), torch.inference_mode():
         decoder = make_decoder(make_model(small_config(1600, n_layer=1), torch.bfloat16))
         nothing = torch.empty(1, 131)
         integers = [integer(0)] * 4
         sizes = decoder._sizes | {"n_layers": 3, "n_slots": 2**24}
         tensors = *integers, nothing, nothing, *[nothing] * 7, *decoder._scratch, integer(0)
-        # The last program attends with the last head.
+        constants = kernels.constants(1600, torch.bfloat16, tuning.architecture(nothing.device), n_programs, "gelu_new")
         with dry_run(), mock.patch.object(kernels, "_grid_barrier"):
-            launch(kernels._persistent_decode_kernel, 25, *tensors, **sizes, **decoder._constants)
+            launch(kernels._persistent_decode_kernel, n_programs, *tensors, **sizes, **constants)
 
 
 def test_what_is_not_inlined_uses_no_shared_memory() -> None:

@@ -207,6 +207,38 @@ def test_penalty_and_barred_end_tokens_are_those_of_transformers(function: Any) 
     assert [int(token) == 4 for token in tokens] == [n + 1 >= 9 for n in rows.slots.tolist()]
 
 
+@pytest.mark.parametrize("function", [sample, twin.sample])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_penalty_decides_between_tokens(filters: dict[str, Any], function: Any) -> None:
+    """It brings a seen token below another that has not been seen, whichever sign its score has."""
+    logits = torch.full((2, 131), -40.0, device=DEVICE)
+    logits[0, [100, 3]] = torch.tensor([-5.0, -7.5], device=DEVICE)
+    logits[1, [100, 3]] = torch.tensor([30.0, 20.0], device=DEVICE)
+    rows = make_rows(2, 131, penalty=2.0)
+    assert rows.seen is not None
+    rows.seen.zero_()
+    rows.seen[:, 100] = True
+    options = SamplingOptions(temperature=0.1, repetition_penalty=2.0, seed=1, **filters)
+    assert after(function, logits, rows, options).tokens.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("function", [sample, twin.sample])
+def test_the_best_token_alone_is_kept(function: Any) -> None:
+    logits = make_logits(40, 131, scale=0.1)
+    options = SamplingOptions(top_k=1, seed=1)
+    tokens = after(function, logits, make_rows(40, 131), options).tokens
+    assert torch.equal(tokens, logits.argmax(1))
+
+
+@pytest.mark.parametrize("function", [sample, twin.sample])
+def test_of_equal_scores_far_apart_the_first_is_taken(function: Any) -> None:
+    """Also where one thread looks at both, one after the other."""
+    distance = kernels.GROUP_SIZE * tuning.sampling_choice_block(tuning.architecture(torch.device(DEVICE)))
+    logits = torch.zeros(1, distance + 40, device=DEVICE)
+    logits[0, [17, distance + 17]] = 1.0
+    assert after(function, logits, make_rows(1, distance + 40), SamplingOptions()).tokens.tolist() == [17]
+
+
 @cases(60)
 @given(
     n_rows=st.integers(1, 3),

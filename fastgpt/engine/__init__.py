@@ -4,14 +4,16 @@
 """
 
 from .cache import KVCache, prefill
-from .device import DeviceGeneration, obstacle, tier
+from .device import DeviceGeneration
 from .generation import Generation, Request
-from .speculation import LookupGeneration
+from .speculation import DeviceLookupGeneration, LookupGeneration
 from .step import decode_one_token, decode_tokens
 from .weights import view_weights
+from .workspace import obstacle, tier
 
 __all__ = [
     "DeviceGeneration",
+    "DeviceLookupGeneration",
     "Generation",
     "KVCache",
     "LookupGeneration",

@@ -8,15 +8,21 @@ N proposed tokens, V vocabulary.
 from collections.abc import Iterator, Sequence
 
 import torch
+from fastgpt_kernels.sampling_reference import Rows, SamplingOptions
 from torch import Tensor
 
+from .. import sampling
 from ..modeling import GPT2LMHeadModel
 from .cache import prefill
+from .device import Arrival, DeviceGeneration
 from .generation import Generation, Request
 from .step import decode_tokens
+from .workspace import Workspace
 
 # Runs of this length or shorter are looked up, unless `max_matching_ngram_size` says another.
 LONGEST_LOOKUP = 3
+# A program of the kernels holds the keys of all new tokens of a step.
+_MOST_PROPOSED_ON_DEVICE = 31
 
 
 class NGramIndex:
@@ -83,3 +89,69 @@ class LookupGeneration(Generation):
         newest = super()._append(logits)
         self.index.extend(newest.tolist())
         return newest
+
+
+class DeviceLookupGeneration(DeviceGeneration):
+    """As `LookupGeneration`, on the kernels: one graph for a step with proposals, and one for a step without.
+
+    The host reads the tokens of every step, since the next proposals depend on them. options: no repetition penalty.
+    """
+
+    def __init__(
+        self, model: GPT2LMHeadModel, request: Request, options: SamplingOptions, n_proposed: int, n_longest: int
+    ):
+        super().__init__(model, request, options)
+        self.n_new = 1 + min(n_proposed, _MOST_PROPOSED_ON_DEVICE)
+        self.index = NGramIndex(n_longest)
+        self.index.extend(request.ids[0].tolist())
+
+    @property
+    def sequences(self) -> Tensor:
+        return torch.tensor([self.index.tokens], device=self.request.ids.device)
+
+    def _generate(self, work: Workspace) -> Iterator[Tensor]:
+        request = self.request
+        logits = prefill(self.model, work.cache, request.ids, request.mask, request.positions)
+        self._start(work)
+        yield self._append(self._choose(work, logits)[0])
+        while self._goes_on():
+            proposed = self.index.propose(min(self.n_new, self.n_most - self.n_tokens) - 1)
+            n_new = self.n_new if proposed else 1
+            self._feed(work, proposed + [0] * (n_new - 1 - len(proposed)))
+            work.decode(self.model, n_new)
+            for number, token in enumerate(self._choose(work, work.logits[:n_new])):
+                yield self._append(token)
+                if proposed[number : number + 1] != [token] or not self._goes_on():
+                    break
+
+    def _feed(self, work: Workspace, proposed: list[int]) -> None:
+        """Make the newest token and proposed ones, in the slots that follow each other, what goes into the step."""
+        tokens, n_past = [self.index.tokens[-1], *proposed], self.n_tokens - 1
+        first_position = self.last_position + self.n_tokens - self.request.ids.shape[1]
+        places = [range(first, first + len(tokens)) for first in (first_position, n_past)]
+        state = torch.tensor([tokens, *map(list, places)], pin_memory=work.state.is_cuda)
+        work.state[:3, : len(tokens)].copy_(state, non_blocking=True)
+
+    def _choose(self, work: Workspace, logits: Tensor) -> list[int]:
+        """What follows each of the n tokens of a step, given logits (n, V)."""
+        tokens, positions, slots, _ = work.state[:, : len(logits)]
+        finished = torch.zeros_like(tokens, dtype=torch.bool)
+        rows = Rows(tokens, positions, slots, finished, sequences=tokens.new_empty(len(tokens), 0), seen=None)
+        self._chooser(rows)(logits)
+        return Arrival.of(tokens).wait().tolist()
+
+    def _append(self, token: int) -> Tensor:
+        if token < 0:
+            raise ValueError(sampling.NAN_LOGITS)
+        self.index.extend([token])
+        self.n_tokens += 1
+        return torch.tensor([token])
+
+    def _goes_on(self) -> bool:
+        """Whether another token is wanted. Raises ValueError when it is and the context is full."""
+        ended = self._end_tokens is not None and self.index.tokens[-1] in self._end_tokens
+        if ended or self.n_tokens >= self.request.max_length:
+            return False
+        if self.n_tokens == self.n_most:
+            raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+        return True

@@ -30,6 +30,7 @@ class DecodeStep:
     """The step for batches of one size, with the memory that it works in. It keeps no weights, only their sizes.
 
     weights: a model's own tensors, dense, of one dtype on one device. n_rows: B. n_slots: T of the caches.
+    one_sequence: the rows are the newest tokens of one sequence, in their order, and the cache is that of one row.
     """
 
     @staticmethod
@@ -44,8 +45,9 @@ class DecodeStep:
             return f"rows of {n_channels} channels are too wide for the layer norm kernel"
         return None
 
-    def __init__(self, weights: DecodeWeights, n_rows: int, n_slots: int):
+    def __init__(self, weights: DecodeWeights, n_rows: int, n_slots: int, *, one_sequence: bool = False):
         self.n_rows, self.n_heads, self.eps = n_rows, weights.n_heads, weights.eps
+        self.block_new = triton.next_power_of_2(n_rows) if one_sequence else 0
         self.n_channels, self.n_hidden = weights.wte.shape[1], weights.layers[0].fc_weight.shape[1]
         self.device, self.element_size = weights.wte.device, weights.wte.element_size()
         self.architecture = tuning.architecture(self.device)
@@ -72,7 +74,8 @@ class DecodeStep:
         """Fill logits (B, V), float32, and append to the cache (L, 2, B, H, T, D), keys before values.
 
         tokens, positions, slots: (B,) int64. A token attends to what lies in the slots from its row's start on, up to
-        its own, where its keys and values go, unless that is past the cache. starts: (B,) int64.
+        its own, where its keys and values go, unless that is past the cache. starts: (B,) int64. The slots of one
+        sequence follow each other.
         Ids and positions outside their tables are clamped, for an engine that runs ahead of what it has looked at.
         """
         steps = self._decode_fused if self.is_fused else self._decode_with_products
@@ -138,7 +141,8 @@ class DecodeStep:
             _decode_attention_kernel, self.n_rows * n_heads * self.n_splits,
             self.qkv, slots, starts, memory[0], memory[1], self.mixed, self.peak, self.total,
             n_heads=n_heads, n_slots=n_slots, head_dim=head_dim, scale=layer.scale,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_KEYS=tuning.DECODE_BLOCK_KEYS, N_SPLITS=self.n_splits,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_KEYS=tuning.DECODE_BLOCK_KEYS,
+            BLOCK_NEW=self.block_new, N_SPLITS=self.n_splits,
             STAGES=tuning.DECODE_ATTENTION_STAGES, **self._launch_options(tuning.DECODE_ATTENTION_WARPS),
         )  # fmt: skip
 

@@ -62,6 +62,20 @@ def _load_residual(
 
 
 @triton.jit
+def _attend_block(query, keys, values, is_seen, peak, total, mixed):
+    """What attention knows (largest score, sum of weights, values mixed) with a block of keys (n, D) taken in.
+
+    query: (D,), with the scale of the scores and log2(e) in it. is_seen: (n,), of which one is true.
+    """
+    scores = tl.where(is_seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+    weights = tl.exp2(scores - new_peak)
+    rescale = tl.exp2(peak - new_peak)
+    mixed = mixed * rescale + tl.sum(values.to(tl.float32) * weights[:, None], axis=0)
+    return new_peak, total * rescale + tl.sum(weights, axis=0), mixed
+
+
+@triton.jit
 def _merge_splits(
     mixed_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS: tl.constexpr
 ):  # fmt: skip
@@ -176,13 +190,15 @@ def _decode_head_kernel(
 def _decode_attention_kernel(
     qkv_ptr, slots_ptr, starts_ptr, keys_ptr, values_ptr, mixed_ptr, peak_ptr, total_ptr,
     n_heads, n_slots, head_dim, scale,
-    BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, N_SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_NEW: tl.constexpr, N_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program attends to one split of the keys of one head of one row.
 
-    qkv: (B, 3, H, D) of the newest token, which goes to its slot of keys and values (B, H, n_slots, D) if there is
-    one; split 0 does that and takes its score from registers. Splits are whole blocks: short contexts fill few.
+    qkv: (B, 3, H, D) of the newest tokens, which go to their slots of keys and values (B, H, n_slots, D) if there are
+    such; split 0 does that and takes new keys from qkv. Splits are whole blocks: short contexts fill few.
+    BLOCK_NEW: 0 where every row has a sequence of its own. Else the rows, at most so many, are the newest tokens of one
+    sequence in their order, with one cache (H, n_slots, D), and each also sees those before it.
     Leaves with one split the result in mixed (B, H, D), else unnormalised ones (N_SPLITS, B, H, D) with their peak
     and total (N_SPLITS, B, H).
     """
@@ -191,7 +207,7 @@ def _decode_attention_kernel(
     n_row_heads = tl.num_programs(0) // N_SPLITS
     dims = tl.arange(0, BLOCK_DIM)
     in_dim = dims < head_dim
-    cache_base = row_head.to(tl.int64) * n_slots * head_dim
+    cache_base = (row_head if BLOCK_NEW == 0 else head).to(tl.int64) * n_slots * head_dim
     qkv_offsets = (row * 3 * n_heads + head) * head_dim + dims
     _await_previous_kernel(OVERLAP)
 
@@ -205,11 +221,23 @@ def _decode_attention_kernel(
         tl.store(keys_ptr + cache_base + slot * head_dim + dims, new_key, mask=in_cache)
         tl.store(values_ptr + cache_base + slot * head_dim + dims, new_value, mask=in_cache)
 
-    new_score = tl.sum(query * new_key.to(tl.float32), axis=0)
-    peak = tl.where(split == 0, new_score, float("-inf"))
-    total = tl.where(split == 0, 1.0, 0.0)
-    mixed = tl.where(split == 0, new_value.to(tl.float32), 0.0)
-    end = tl.minimum(slot, n_slots).to(tl.int32)
+    if BLOCK_NEW == 0:
+        cached_end = slot
+        peak, total, mixed = tl.sum(query * new_key.to(tl.float32), axis=0), 1.0, new_value.to(tl.float32)
+    else:
+        cached_end = tl.load(slots_ptr)
+        siblings = tl.arange(0, BLOCK_NEW)
+        is_seen = siblings <= row
+        sibling_offsets = (siblings[:, None] * 3 * n_heads + n_heads + head) * head_dim + dims[None, :]
+        in_block = is_seen[:, None] & in_dim[None, :]
+        new_keys = tl.load(qkv_ptr + sibling_offsets, mask=in_block, other=0.0)
+        new_values = tl.load(qkv_ptr + sibling_offsets + n_heads * head_dim, mask=in_block, other=0.0)
+        peak, total, mixed = tl.full((), float("-inf"), tl.float32), 0.0, tl.zeros((BLOCK_DIM,), dtype=tl.float32)
+        peak, total, mixed = _attend_block(query, new_keys, new_values, is_seen, peak, total, mixed)
+    peak = tl.where(split == 0, peak, float("-inf"))
+    total = tl.where(split == 0, total, 0.0)
+    mixed = tl.where(split == 0, mixed, 0.0)
+    end = tl.minimum(cached_end, n_slots).to(tl.int32)
     per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_KEYS), N_SPLITS) * BLOCK_KEYS
     first = start + split * per_split
     last = tl.minimum(first + per_split, end)
@@ -220,13 +248,7 @@ def _decode_attention_kernel(
         offsets = cache_base + key_slots[:, None] * head_dim + dims[None, :]
         keys = tl.load(keys_ptr + offsets, mask=in_tile, other=0.0)
         values = tl.load(values_ptr + offsets, mask=in_tile, other=0.0)
-        scores = tl.where(in_split, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - new_peak)
-        rescale = tl.exp2(peak - new_peak)
-        mixed = mixed * rescale + tl.sum(values.to(tl.float32) * weights[:, None], axis=0)
-        total = total * rescale + tl.sum(weights, axis=0)
-        peak = new_peak
+        peak, total, mixed = _attend_block(query, keys, values, in_split, peak, total, mixed)
 
     out_offsets = row_head.to(tl.int64) * head_dim + dims
     if N_SPLITS == 1:
@@ -323,20 +345,22 @@ def _shipped_at(
     yield configuration(_decode_head_kernel, n_cols, "head", label="", N_PARTIALS=mlp_parts)
     yield configuration(_decode_project_kernel, attention_cols, "project", label="attention", N_SPLITS=n_splits)
     yield configuration(_decode_project_kernel, mlp_cols, "project", label="MLP", N_SPLITS=1)
-    yield Configuration(
-        operation="decode",
-        kernel=_decode_attention_kernel,
-        label=f"{dtype} H={n_heads} B={n_rows}",
-        dtype=dtype,
-        constants={
-            "BLOCK_DIM": 64,
-            "BLOCK_KEYS": tuning.DECODE_BLOCK_KEYS,
-            "N_SPLITS": n_splits,
-            "STAGES": tuning.DECODE_ATTENTION_STAGES,
-        }
-        | overlap,
-        types={"slots_ptr": "*i64", "starts_ptr": "*i64", "mixed_ptr": f"*{mixed_type}", "scale": "fp32"}
-        | dict.fromkeys(("peak_ptr", "total_ptr"), "*fp32"),
-        divisible=("head_dim", "n_slots"),
-        num_warps=tuning.DECODE_ATTENTION_WARPS,
-    )
+    for block_new, kind in ((0, f"B={n_rows}"), (16, f"B={n_rows}, one sequence")):
+        yield Configuration(
+            operation="decode",
+            kernel=_decode_attention_kernel,
+            label=f"{dtype} H={n_heads} {kind}",
+            dtype=dtype,
+            constants={
+                "BLOCK_DIM": 64,
+                "BLOCK_KEYS": tuning.DECODE_BLOCK_KEYS,
+                "BLOCK_NEW": block_new,
+                "N_SPLITS": n_splits,
+                "STAGES": tuning.DECODE_ATTENTION_STAGES,
+            }
+            | overlap,
+            types={"slots_ptr": "*i64", "starts_ptr": "*i64", "mixed_ptr": f"*{mixed_type}", "scale": "fp32"}
+            | dict.fromkeys(("peak_ptr", "total_ptr"), "*fp32"),
+            divisible=("head_dim", "n_slots"),
+            num_warps=tuning.DECODE_ATTENTION_WARPS,
+        )
