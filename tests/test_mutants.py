@@ -24,6 +24,7 @@ TESTS = {
     "decode_step_kernels.py": ["test_decode_step_kernel.py"],
     "decode_step.py": ["test_decode_step_kernel.py"],
     "sampling_kernels.py": ["test_sampling_kernel.py"],
+    "sampling_filter_kernels.py": ["test_sampling_kernel.py"],
     "sampling.py": ["test_sampling_kernel.py"],
     "persistent_decode_kernels.py": ["test_persistent_decode_kernel.py"],
     "persistent_decode.py": ["test_persistent_decode_kernel.py"],

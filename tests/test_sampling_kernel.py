@@ -14,6 +14,7 @@ from fastgpt_kernels import sampling_reference as twin
 from fastgpt_kernels.fused import sampling as module
 from fastgpt_kernels.fused import sampling_kernels as kernels
 from fastgpt_kernels.fused.sampling import sample, supports
+from fastgpt_kernels.fused.sampling_filter_kernels import _sampling_filtered_choice_kernel
 from fastgpt_kernels.sampling_reference import Rows, SamplingOptions
 from fuzz import cases
 from hypothesis import given
@@ -477,7 +478,7 @@ def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
     }  # fmt: skip
     groups_kernel: Any = kernels._sampling_groups_kernel
     choice_kernel: Any = kernels._sampling_choice_kernel
-    filtered_kernel: Any = kernels._sampling_filtered_choice_kernel
+    filtered_kernel: Any = _sampling_filtered_choice_kernel
     advancing: Any = {"sequence_row_stride": 2**22, "n_slots": 2**22, "pad_id": 0, "BLOCK": 64}
     with dry_run():
         groups_kernel[(n_rows * -(-n_groups // 4),)](
