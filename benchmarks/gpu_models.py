@@ -4,7 +4,7 @@ Models choose their backend as they do for anyone: which it was stands in the re
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,9 +29,12 @@ def decode(run: Run, size: str) -> Parts:
     """tokens/s of one sequence and of many, around one context."""
     prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
     for n_batch in run.extent.decode_batches:
+        peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in run.extent.tiers}
+        if n_batch == 1:  # random weights soon repeat themselves, which is the text that lookup is for
+            peers["fastgpt, lookup 8"] = partial(_decode_with_lookup, 8)
         yield (
             f"batch {n_batch}",
-            partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, run.extent.tiers),
+            partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, peers),
         )
 
 
@@ -62,9 +65,9 @@ def _bench(
     n_batch: int,
     prompt_tokens: int,
     baselines: tuple[str, ...],
-    tiers: tuple[str, ...] = (),
+    peers: Mapping[str, benchmark.MakeWork] | None = None,
 ) -> dict[str, Any]:
-    """A result of `fastgpt bench`, with the tiers of decoding as further contenders."""
+    """A result of `fastgpt bench`, with further contenders."""
     extent = run.extent
     options = BenchmarkOptions(
         model=extent.models[size],
@@ -77,7 +80,6 @@ def _bench(
         baselines=baselines,
         runs=extent.n_runs,
     )
-    peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in tiers}
     return benchmark.run_benchmark(options, run.check_time, peers, run.load(size), run.result["rates"])
 
 
@@ -99,6 +101,18 @@ def _decode_on_tier(
 
     check_greedy_tokens(base, on_tier(work.run)[:1], ids.shape[1], dtype)
     return replace(work, run=partial(on_tier, work.run), seconds=partial(on_tier, work.seconds))
+
+
+def _decode_with_lookup(
+    n_proposed: int, workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
+) -> Work:
+    """Our decoding with prompt lookup. Raises ParityError where it is wrong."""
+    model = workloads.contender(workloads.OURS, base, ids.device, dtype)
+    assert model.generation_config is not None
+    model.generation_config.prompt_lookup_num_tokens = n_proposed
+    work = workloads.decode(workloads.OURS, model, ids, n_new_tokens)
+    check_greedy_tokens(base, work.run(), ids.shape[1], dtype)
+    return work
 
 
 @torch.no_grad()
