@@ -20,19 +20,28 @@ torch.set_num_threads(1)
 settings.load_profile("quick")
 
 
+# Tests that run when an option of their marker's name asks for them.
+ON_REQUEST = {
+    "mutants": "also try the tests on kernels with deliberate mistakes",
+    "soak": "also run what takes minutes to show",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--mutants", action="store_true", help="also try the tests on kernels with deliberate mistakes")
+    for name, what in ON_REQUEST.items():
+        parser.addoption(f"--{name}", action="store_true", help=what)
     parser.addoption("--accuracy-table", action="store_true", help="end with the worst error of each operation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--accuracy-table"):
         config.pluginmanager.register(accuracy_table)
-    config.addinivalue_line("markers", "mutants: runs other tests on a kernel with a mistake; asked for by --mutants")
+    for name, what in ON_REQUEST.items():
+        config.addinivalue_line("markers", f"{name}: {what}; asked for by --{name}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--mutants"):
-        unwanted = [item for item in items if item.get_closest_marker("mutants")]
-        items[:] = [item for item in items if item not in unwanted]
-        config.hook.pytest_deselected(items=unwanted)
+    left_out = [name for name in ON_REQUEST if not config.getoption(f"--{name}")]
+    unwanted = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    items[:] = [item for item in items if item not in unwanted]
+    config.hook.pytest_deselected(items=unwanted)
