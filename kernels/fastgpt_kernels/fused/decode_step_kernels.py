@@ -79,7 +79,7 @@ def _attend_block(query, keys, values, is_seen, peak, total, mixed):
 def _merge_splits(
     mixed_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS: tl.constexpr
 ):  # fmt: skip
-    """What attention gives, from what its splits left. Split 0 has seen a key in every row: its peak is finite."""
+    """What attention gives, from what its splits left. Every peak is finite, and split 0 has seen a key."""
     offsets = rows[:, None] * n_cols + cols[None, :]
     heads = rows[:, None] * n_heads + (cols // head_dim)[None, :]
     mixed = tl.load(mixed_ptr + offsets, mask=inside, other=0.0)
@@ -234,7 +234,7 @@ def _decode_attention_kernel(
         new_values = tl.load(qkv_ptr + sibling_offsets + n_heads * head_dim, mask=in_block, other=0.0)
         peak, total, mixed = tl.full((), float("-inf"), tl.float32), 0.0, tl.zeros((BLOCK_DIM,), dtype=tl.float32)
         peak, total, mixed = _attend_block(query, new_keys, new_values, is_seen, peak, total, mixed)
-    peak = tl.where(split == 0, peak, float("-inf"))
+    # New keys count in split 0 alone. Their largest score may stand for the peak of another: it cancels.
     total = tl.where(split == 0, total, 0.0)
     mixed = tl.where(split == 0, mixed, 0.0)
     end = tl.minimum(cached_end, n_slots).to(tl.int32)
