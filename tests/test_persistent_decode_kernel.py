@@ -37,7 +37,7 @@ from triton.runtime.errors import InterpreterError
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF] if INTERPRETING else HALF
-SHIPPED = tuning.PersistentRing(2, 8, 6)
+SHIPPED = tuning.PersistentRing(4, 8, 6)
 # In the interpreter time goes with the number of tiles.
 LARGE_TILES = SHIPPED._replace(groups=16)
 HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 20, 1600: 25}

@@ -55,7 +55,7 @@ class PersistentDecoder:
         if device.type == "cpu" and not knobs.runtime.interpret:
             return "on a CPU it runs only in triton's interpreter"
         architecture = tuning.architecture(device)
-        if tuning.persistent_ring(dtype, architecture) is None:
+        if tuning.persistent_ring(n_channels, dtype, architecture) is None:
             return f"it has no configuration for {dtype} on {architecture}"
         return None
 
@@ -71,7 +71,7 @@ class PersistentDecoder:
 
         architecture, self._n_programs = tuning.architecture(device), tuning.persistent_programs(device)
         self._constants = constants(n_channels, wte.dtype, architecture, self._n_programs, weights.activation)
-        ring = tuning.persistent_ring(wte.dtype, architecture)
+        ring = tuning.persistent_ring(n_channels, wte.dtype, architecture)
         assert ring is not None
         self._options = {"num_warps": ring.num_warps}
         if device.type == "cuda":

@@ -28,6 +28,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 # Below every score, yet a number: the difference of two of them is zero.
 _LOWEST = tl.constexpr(-3.4e38)
 HEAD_DIM = tl.constexpr(64)
+# Parts of a row: each of 8 warps multiplies one of them, and the sums of all meet at the end.
+_PARTS = tl.constexpr(8)
 
 
 @triton.jit(noinline=True)
@@ -53,8 +55,8 @@ def _grid_barrier(counter_ptr, target):
 
 @triton.jit
 def _channels(BLOCK_C: tl.constexpr):
-    """0 .. BLOCK_C - 1 as (parts, 256), the form of every row here: `_for_each_unit` says why."""
-    return tl.arange(0, BLOCK_C // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    """0 .. BLOCK_C - 1 as (parts, BLOCK_C / parts), the form of every row here."""
+    return tl.arange(0, _PARTS)[:, None] * (BLOCK_C // _PARTS) + tl.arange(0, BLOCK_C // _PARTS)[None, :]
 
 
 @triton.jit
@@ -69,13 +71,16 @@ def _norm(x, weight, bias, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _for_each_unit(x, UNITS: tl.constexpr):
-    """A row (parts, 256) as (parts, UNITS, 256), the form of a tile.
+def _operand(x, dtype: tl.constexpr):
+    """Columns x (parts, K, 1 or 8) in float32 as what a tile meets on the tensor cores, (parts, K, 8) in dtype.
 
-    32 threads take 16 bytes each of 256 weights in half precision, so that the compiler gives a unit to one warp, which
-    adds it up without the others.
+    Column 2q meets the units of quarter q, for which x may have a column of its own, with x rounded to dtype, and
+    column 2q + 1 with what that leaves: together they have twice the bits of dtype.
     """
-    return tl.broadcast_to(x[:, None, :], (x.shape[0], UNITS, 256))
+    is_rounded = tl.arange(0, 8)[None, None, :] % 2 == 0
+    rounded = x.to(dtype)
+    rest = (x - rounded.to(tl.float32)).to(dtype)
+    return tl.where(is_rounded, rounded, rest)
 
 
 @triton.jit
@@ -125,7 +130,7 @@ def _attend(
 def _combine(
     mixed_ptr, peaks_ptr, sums_ptr, n_splits, C: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr
 ):
-    """What all heads attended to (parts, 256), from the first n_splits splits."""
+    """What all heads attended to (parts, BLOCK_C / parts), from the first n_splits splits."""
     n_heads: tl.constexpr = C // HEAD_DIM
     heads, dims = tl.arange(0, BLOCK_C // HEAD_DIM), tl.arange(0, HEAD_DIM)
     offsets = heads[:, None] * HEAD_DIM + dims[None, :]
@@ -146,7 +151,7 @@ def _combine(
         peak = new_peak
 
     # A row that attends nothing gives zeros.
-    return tl.reshape(mixed / tl.where(total == 0.0, 1.0, total)[:, None], (BLOCK_C // 256, 256))
+    return tl.reshape(mixed / tl.where(total == 0.0, 1.0, total)[:, None], (_PARTS, BLOCK_C // _PARTS))
 
 
 # One compiled form for all sizes, and for any element of a larger tensor: decoding must not meet the compiler.
@@ -176,7 +181,10 @@ def _persistent_decode_kernel(
     program = tl.program_id(0)
     cols, units = _channels(BLOCK_C), tl.arange(0, UNITS)
     in_row = cols < C
+    dtype: tl.constexpr = stream_ptr.dtype.element_ty
     tile_cols, tile_units = cols[:, None, :], units[None, :, None]
+    quarter = tl.arange(0, 8) // 2  # that a column of `_operand` belongs to
+    meets = (units[:, None] % 4 == quarter[None, :])[None, :, :]
     # The end of this program's slice of each phase.
     qkv_end = tl.minimum((program + 1) * QKV_SLICE, 3 * C)
     out_end = tl.minimum((program + 1) * OUT_SLICE, C)
@@ -201,7 +209,7 @@ def _persistent_decode_kernel(
     tl.store(residual_ptr + cols, x, mask=in_row)
     weight = tl.load(norms_ptr + cols, mask=in_row, other=0.0)
     x = _norm(x, weight, tl.load(norms_ptr + C + cols, mask=in_row, other=0.0), eps, C, BLOCK_C)
-    inputs = _for_each_unit(x, UNITS)
+    inputs = _operand(x[:, :, None], dtype)
     tl.debug_barrier()
 
     n_stream_tiles = n_layers * TILES
@@ -223,7 +231,8 @@ def _persistent_decode_kernel(
         in_tile = (tile_units < n_units - unit) & (tile_cols < C)
         tile = tl.load(tile_ptr + tile_units * C + tile_cols, mask=in_tile, other=0.0)
         bias = tl.load(biases_ptr + place * UNITS + units, mask=units < tl.where(in_head, 0, UNITS), other=0.0)
-        sums = tl.sum(tl.sum(tile.to(tl.float32) * inputs, axis=0), axis=1) + bias
+        products = tl.where(meets, tl.dot(tile, inputs, input_precision="ieee"), 0.0)  # (parts, units, 8)
+        sums = tl.sum(tl.sum(products, axis=2), axis=0) + bias
 
         layer_offset = layer.to(tl.int64) * 2 * C * n_slots
         key_ptr, value_ptr = cache_ptr + layer_offset, cache_ptr + layer_offset + n_slots.to(tl.int64) * C
@@ -249,7 +258,7 @@ def _persistent_decode_kernel(
                 target += N_PROGRAMS
                 _grid_barrier(counter_ptr, target)
                 x = _combine(mixed_ptr, peaks_ptr, sums_ptr, n_splits, C, BLOCK_C, MAX_SPLITS)
-                inputs = _for_each_unit(x, UNITS)
+                inputs = _operand(x[:, :, None], dtype)
         elif t < OUT_END:
             out_rows = program * OUT_SLICE + unit + units
             before = tl.load(residual_ptr + out_rows, mask=out_rows < out_end, other=0.0, cache_modifier=".cg")
@@ -257,7 +266,7 @@ def _persistent_decode_kernel(
             if t == OUT_END - 1:
                 target += N_PROGRAMS
                 x = _norm_of_stream(residual_ptr, norm_ptr + 2 * C, counter_ptr, target, eps, C, BLOCK_C)
-                inputs = _for_each_unit(x, UNITS)
+                inputs = _operand(x[:, :, None], dtype)
         elif t < FC_END:
             fc_rows = program * FC_SLICE + unit + units
             activated, _ = activation_and_derivative(sums, ACTIVATION)
@@ -265,8 +274,9 @@ def _persistent_decode_kernel(
             if t == FC_END - 1:
                 target += N_PROGRAMS
                 _grid_barrier(counter_ptr, target)
-                offsets = tile_units % 4 * C + tile_cols
-                inputs = tl.load(hidden_ptr + offsets, mask=tile_cols < C, other=0.0, cache_modifier=".cg")
+                quarter_cols, in_quarter = quarter[None, None, :] * C + cols[:, :, None], cols[:, :, None] < C
+                hidden = tl.load(hidden_ptr + quarter_cols, mask=in_quarter, other=0.0, cache_modifier=".cg")
+                inputs = _operand(hidden, dtype)
         elif t < TILES:
             mlp_rows = program * OUT_SLICE + unit // 4 + tl.arange(0, GROUPS)
             stream = tl.load(residual_ptr + mlp_rows, mask=mlp_rows < out_end, other=0.0, cache_modifier=".cg")
@@ -276,7 +286,7 @@ def _persistent_decode_kernel(
                 # The first norm of the next layer, or the one before the head.
                 target += N_PROGRAMS
                 x = _norm_of_stream(residual_ptr, norm_ptr + 4 * C, counter_ptr, target, eps, C, BLOCK_C)
-                inputs = _for_each_unit(x, UNITS)
+                inputs = _operand(x[:, :, None], dtype)
         else:
             tl.store(logits_ptr + head_row + units, sums, mask=head_row + units < head_end)
 
@@ -288,7 +298,7 @@ def constants(
     n_channels: int, dtype: torch.dtype, architecture: str, n_programs: int, activation: str
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel for a model and a GPU that has a ring."""
-    ring = tuning.persistent_ring(dtype, architecture)
+    ring = tuning.persistent_ring(n_channels, dtype, architecture)
     assert ring is not None
     return {
         "C": n_channels,
@@ -330,10 +340,10 @@ _FLOATS = "biases", "scales", "logits", "residual", "query", "mixed", "peaks", "
 def shipped_configurations(architecture: str) -> Iterator[Configuration]:
     """The four sizes of GPT-2 on the GPUs that have a ring."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        ring = tuning.persistent_ring(dtype, architecture)
-        if ring is None:
-            continue
         for size, n_channels in _N_CHANNELS.items():
+            ring = tuning.persistent_ring(n_channels, dtype, architecture)
+            if ring is None:
+                continue
             yield Configuration(
                 operation="persistent_decode",
                 kernel=_persistent_decode_kernel,
