@@ -462,6 +462,20 @@ def test_bytes_of_the_packed_copy() -> None:
     assert not INTERPRETING or decoder.n_bytes == matrices + biases + norms + 3 * 4
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_activations_keep_twice_the_bits(dtype: torch.dtype) -> None:
+    """Where nothing is rounded into the cache and read from there, products err far less than eager's."""
+    model = make_model(small_config(n_layer=1), dtype)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_proj.weight.zero_()
+    token = token_ids(1, 1, model.config.vocab_size).to(DEVICE)
+    with tuned(5), torch.inference_mode():
+        cache, _ = read_prompt(model, token[:, :0], 1)
+        logits = decode(make_decoder(model), cache, int(token), 0, 0)
+        eager, truth = (m(token).logits[:, -1] for m in (model, copy.deepcopy(model).double()))
+    assert max_error(logits, truth) < 0.03 * max_error(eager, truth)
+
+
 @only_interpreted
 @pytest.mark.parametrize("n_programs", [25, 2**19])
 def test_offsets_past_int32(n_programs: int) -> None:
