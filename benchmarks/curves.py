@@ -3,7 +3,6 @@
 python -m benchmarks.curves --model gpt2 --out benchmarks/results/cpu/DATE-gpt2-curves.json     # in float32 on a CPU
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +15,8 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import accounting, benchmark
 from fastgpt.benchmark import machine, parity, rotated, spread, workloads
-from fastgpt.doctor import versions
 
-from .records import Result
-from .tables import detail_tables
+from .tables import publish
 
 CONTENDERS = (workloads.OURS, "hf-sdpa")
 
@@ -98,26 +95,17 @@ def main(
     device, dtype = torch.device("cpu"), torch.float32
     base, _ = workloads.load_base(model)
     name = Path(model).name
-    content: dict[str, Any] = {
-        "schema": benchmark.SCHEMA,
-        "environment": {"machine": machine.describe(device), "versions": versions()},
-        f"memory {name}": {},
-        f"latency {name}": {},
-    }
+    memory, latency = {}, {}
     works = [(workload, int(number)) for workload in ("prefill", "train") for number in batches.split(",")]
     with benchmark.progress_bar(Console(stderr=True)) as progress:
         for number, (workload, n_batch) in enumerate(works):
             part = f"{workload}, batch {n_batch}"
             progress(f"memory of {part}", number, len(works))
-            content[f"memory {name}"][part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
+            memory[part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
         for number, context in enumerate(map(int, contexts.split(","))):
             progress(f"time of a token after {context}", number, len(contexts.split(",")))
-            content[f"latency {name}"][f"context {context}"] = latency_at_context(
-                base, context, 16, runs, device, dtype
-            )
-    out.write_text(json.dumps(content, indent=2) + "\n")
-    for block in detail_tables([Result(out, content)]):
-        typer.echo(f"{block}\n")
+            latency[f"context {context}"] = latency_at_context(base, context, 16, runs, device, dtype)
+    publish(out, {f"memory {name}": memory, f"latency {name}": latency})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python -m benchmarks.lookup --out benchmarks/results/cpu/DATE-lookup.json
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,9 @@ from torch import Tensor
 from fastgpt import benchmark, engine, load_demo
 from fastgpt.benchmark import Progress, machine, rotated, spread, workloads
 from fastgpt.benchmark.parity import ParityError
-from fastgpt.doctor import versions
 from fastgpt.generation import DTYPES
 
-from .records import Result
-from .tables import detail_tables
+from .tables import publish
 
 N_PROPOSED = (0, 4, 8, 16)
 PASSAGE = (
@@ -111,20 +108,10 @@ def main(
 ) -> None:
     """Measure prompt lookup on a CPU."""
     chosen = {name: DTYPES[name] for name in dtypes.split(",")}
-    content: dict[str, Any] = {
-        "schema": benchmark.SCHEMA,
-        "environment": {"machine": machine.describe(torch.device("cpu")), "versions": versions()},
-    }
     with benchmark.progress_bar(Console(stderr=True)) as progress:
-        content["lookup demo"] = {
-            "texts": [row for dtype in chosen.values() for row in measure_texts(dtype, runs, progress)]
-        }
-        content[f"forwards {model}"] = {
-            name: measure_forwards(model, dtype, context, runs) for name, dtype in chosen.items()
-        }
-    out.write_text(json.dumps(content, indent=2) + "\n")
-    for block in detail_tables([Result(out, content)]):
-        typer.echo(f"{block}\n")
+        texts = [row for dtype in chosen.values() for row in measure_texts(dtype, runs, progress)]
+        forwards = {name: measure_forwards(model, dtype, context, runs) for name, dtype in chosen.items()}
+    publish(out, {"lookup demo": {"texts": texts}, f"forwards {Path(model).name}": forwards})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The tables of the documentation, from results, as Markdown."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastgpt.benchmark import plotting
+import torch
+
+from fastgpt.benchmark import SCHEMA, machine, plotting
 from fastgpt.benchmark.workloads import OURS, WORKLOADS
+from fastgpt.doctor import versions
 from fastgpt.generation import DTYPES
 
 from .peers import CPU_PEERS
@@ -106,6 +110,15 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
                 where = _where(place["machine"], place["versions"])
                 blocks += [f"**{kind} of {size}**: {where}. {file}", table(rows)]
     return blocks
+
+
+def publish(file: Path, parts: Mapping[str, Any]) -> None:
+    """Write what was measured on the CPU at hand to a file, and print its tables."""
+    environment = {"machine": machine.describe(torch.device("cpu")), "versions": versions()}
+    content = {"schema": SCHEMA, "environment": environment, **parts}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    for block in detail_tables([Result(file, content)]):
+        print(block, end="\n\n")
 
 
 def _memory_table(rows: Sequence[Row]) -> str:

@@ -465,7 +465,7 @@ def test_bytes_of_the_packed_copy() -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_activations_keep_twice_the_bits(dtype: torch.dtype) -> None:
     """Where nothing is rounded into the cache and read from there, products err far less than eager's."""
-    model = make_model(small_config(n_layer=1), dtype)
+    model: Any = make_model(small_config(n_layer=1), dtype)
     with torch.no_grad():
         model.transformer.h[0].attn.c_proj.weight.zero_()
     token = token_ids(1, 1, model.config.vocab_size).to(DEVICE)
