@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from fastgpt_kernels import tuning
-from fastgpt_kernels.fused import attention, decode_step, gelu_mlp, persistent_decode  # noqa: F401
 from interpreter import DEVICE, INTERPRETING
 from models import pair, tiny_config, token_ids
 from test_engine import left_padded, ragged

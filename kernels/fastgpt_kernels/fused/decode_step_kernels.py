@@ -27,7 +27,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _await_previous_kernel(OVERLAP: tl.constexpr):
+def _await_previous_launch(OVERLAP: tl.constexpr):
     """What was written before this launch may be read from here on; the next launch may begin."""
     if OVERLAP:
         gdc_wait()
@@ -109,7 +109,7 @@ def _decode_embed_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)
     in_row = cols < n_cols
-    _await_previous_kernel(OVERLAP)
+    _await_previous_launch(OVERLAP)
 
     token = tl.minimum(tl.maximum(tl.load(tokens_ptr + row), 0), n_tokens - 1)
     position = tl.minimum(tl.maximum(tl.load(positions_ptr + row), 0), n_positions - 1)
@@ -142,7 +142,7 @@ def _decode_norm_product_kernel(
     bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    _await_previous_kernel(OVERLAP)
+    _await_previous_launch(OVERLAP)
 
     x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
     if N_PARTIALS > 0 and program == 0:
@@ -169,7 +169,7 @@ def _decode_head_kernel(
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    _await_previous_kernel(OVERLAP)
+    _await_previous_launch(OVERLAP)
 
     x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
     normalised, _ = _normalise(x, inside, n_cols, eps)
@@ -209,7 +209,7 @@ def _decode_attention_kernel(
     in_dim = dims < head_dim
     cache_base = (row_head if BLOCK_NEW == 0 else head).to(tl.int64) * n_slots * head_dim
     qkv_offsets = (row * 3 * n_heads + head) * head_dim + dims
-    _await_previous_kernel(OVERLAP)
+    _await_previous_launch(OVERLAP)
 
     slot = tl.load(slots_ptr + row)
     start = tl.load(starts_ptr + row).to(tl.int32)
@@ -281,7 +281,7 @@ def _decode_project_kernel(
     weight_offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
     in_weight = in_part[:, None] & in_out[None, :]
     weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
-    _await_previous_kernel(OVERLAP)
+    _await_previous_launch(OVERLAP)
 
     if N_SPLITS > 1:
         x = _merge_splits(x_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS)
@@ -340,6 +340,15 @@ def _shipped_at(
     attention_parts, attention_cols = tuning.decode_parts(n_cols, n_cols)
     mlp_parts, mlp_cols = tuning.decode_parts(4 * n_cols, n_cols)
     norm = _decode_norm_product_kernel, n_cols, "norm_product"
+    yield Configuration(
+        operation="decode",
+        kernel=_decode_embed_kernel,
+        label=f"{dtype} C={n_cols} B={n_rows}",
+        dtype=dtype,
+        constants={"BLOCK_COLS": triton.next_power_of_2(n_cols)} | overlap,
+        types={"tokens_ptr": "*i64", "positions_ptr": "*i64", "stream_ptr": "*fp32"},
+        divisible=("n_cols",),
+    )
     yield configuration(*norm, label="QKV", N_PARTIALS=mlp_parts, ACTIVATION="none")
     yield configuration(*norm, label="FC", N_PARTIALS=attention_parts, ACTIVATION="gelu_new")
     yield configuration(_decode_head_kernel, n_cols, "head", label="", N_PARTIALS=mlp_parts)
