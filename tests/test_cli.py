@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from models import tiny_config
 
 import fastgpt
-from fastgpt import cli
+from fastgpt import cli, engine
 
 
 class Result:
@@ -71,6 +72,35 @@ def test_greedy_needs_no_seed(run) -> None:
     assert len(texts) == 1
 
 
+def test_prompt_lookup_gives_the_same_text_in_fewer_forwards(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decode = [], engine.decode_tokens
+    monkeypatch.setattr(
+        engine.speculation, "decode_tokens", lambda *call: sizes.append(call[2].shape[1]) or decode(*call)
+    )
+    command = "generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "40", "--dtype", "float32"
+    plain = run(*command)
+    assert sizes == []
+    assert run(*command, "--prompt-lookup", "5").out == plain.out
+    assert max(sizes) == 6
+    assert len(sizes) < 39
+
+
+def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
+    file = tmp_path / "result.json"
+    command = ["bench", "--model", "demo", "--dtype", "float32,bfloat16", "--batch", "1,2", "--workload", "prefill"]
+    result = run(*command, "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--runs", "5", "--json", str(file))
+    assert result.code == 0
+    written = json.loads(file.read_text())
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    measured = {
+        (dtype, part, inner["options"]["dtype"], inner["options"]["batch"])
+        for dtype in ("float32", "bfloat16")
+        for part, inner in written[dtype].items()
+    }
+    assert measured == {(d, f"batch {n}", d, n) for d in ("float32", "bfloat16") for n in (1, 2)}
+    assert result.out.count("demo (demo weights), bfloat16 on cpu") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,6 +115,7 @@ def test_greedy_needs_no_seed(run) -> None:
         (["params", "gpt2-xxl"], ["gpt2-xxl", "gpt2-xl"]),
         (["bench", "--workload", "sleep"], ["sleep", "prefill"]),
         (["bench", "--baselines", "magic"], ["magic", "hf-sdpa"]),
+        (["bench", "--batch", "1,0"], ["batch must be 1 or more, not 0"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -100,7 +131,13 @@ def test_directory_without_weights(run, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--wrong"], ["generate", "hi", "--wrong"], ["generate"], ["wrong"], ["generate", "hi", "--max-new-tokens", "no"]],
+    [
+        *(["--wrong"], ["generate", "hi", "--wrong"], ["generate"], ["wrong"]),
+        ["generate", "hi", "--max-new-tokens", "no"],
+        ["generate", "hi", "--prompt-lookup", "0"],
+        ["bench", "--batch", "two"],
+        ["bench", "--model", "demo", "--batch", "1,2", "--profile", "trace.json"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str]) -> None:

@@ -51,9 +51,7 @@ class DeviceGeneration:
         self.model, self.request, self.options = model, request, options
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
-        self.last_position = int(request.positions[:, -1].max())  # of the prompt
-        # No row can go on when one has filled its context.
-        self.n_most = min(request.max_length, n_prompt + max(1, self.n_positions - self.last_position))
+        self.n_most = request.longest(self.n_positions)
         self._sequences = request.ids.new_empty(n_rows, self.n_most)
         self._sequences[:, :n_prompt] = request.ids
         self._end_tokens = None if request.eos_ids is None else request.eos_ids.cpu()

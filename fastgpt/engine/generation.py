@@ -35,6 +35,11 @@ class Request:
     pad_id: int = 0
     past: DynamicCache | None = None
 
+    def longest(self, n_positions: int) -> int:
+        """Tokens of a row at most: max_length, or fewer, since no row can go on when one has filled its context."""
+        last_position = int(self.positions[:, -1].max())
+        return min(self.max_length, self.ids.shape[1] + max(1, n_positions - last_position))
+
 
 # On a CPU torch multiplies one bfloat16 row by the rows of a matrix 1.25 to 1.5 times as fast as by its columns, and
 # copying the weights of gpt2 takes as long as that saves in about thirty steps.
@@ -48,9 +53,7 @@ class Generation:
         self.model, self.request = model, request
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
-        next_position = int(request.positions[:, -1].max()) + 1
-        # The last token needs no slot, and no row can go on when one has filled its context.
-        n_slots = min(request.max_length - 1, n_prompt + max(0, self.n_positions - next_position))
+        n_slots = request.longest(self.n_positions) - 1  # the last token needs none
         copies_pay = model.device.type == "cpu" and model.dtype == torch.bfloat16 and n_rows == 1
         copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
         self.weights = view_weights(model, copy_for_one_row=copies_pay)

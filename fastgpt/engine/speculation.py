@@ -102,6 +102,7 @@ class DeviceLookupGeneration(DeviceGeneration):
     ):
         super().__init__(model, request, options)
         self.n_new = 1 + min(n_proposed, _MOST_PROPOSED_ON_DEVICE)
+        self._last_position = int(request.positions[0, -1])  # of the prompt
         self.index = NGramIndex(n_longest)
         self.index.extend(request.ids[0].tolist())
 
@@ -127,7 +128,7 @@ class DeviceLookupGeneration(DeviceGeneration):
     def _feed(self, work: Workspace, proposed: list[int]) -> None:
         """Make the newest token and proposed ones, in the slots that follow each other, what goes into the step."""
         tokens, n_past = [self.index.tokens[-1], *proposed], self.n_tokens - 1
-        first_position = self.last_position + self.n_tokens - self.request.ids.shape[1]
+        first_position = self._last_position + self.n_tokens - self.request.ids.shape[1]
         places = [range(first, first + len(tokens)) for first in (first_position, n_past)]
         state = torch.tensor([tokens, *map(list, places)], pin_memory=work.state.is_cuda)
         work.state[:3, : len(tokens)].copy_(state, non_blocking=True)
