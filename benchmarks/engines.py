@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from fastgpt.benchmark import machine
+from fastgpt.versions import CACHE
 
 CPU = torch.device("cpu")
 
@@ -225,7 +226,7 @@ class _CachedStep(nn.Module):
         cache: Any = DynamicCache()
         for layer in range(self.model.config.n_layer):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        logits = self.model(ids, past_key_values=cache, use_cache=True).logits
+        logits = self.model(ids, use_cache=True, **{CACHE: cache}).logits
         present = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
         return (logits, *present)
 

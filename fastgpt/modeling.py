@@ -27,6 +27,7 @@ from .loading import LoadingMixin, check_config
 from .outputs import CausalLMOutput, LazyLogits
 from .patching import ATTENTION, replaces, swap_classes
 from .prompts import pad_left
+from .versions import CACHE, take_cache
 
 # --- what may be fused ----------------------------------------------------------------------------------------------
 
@@ -117,23 +118,24 @@ class GPT2Attention(hf.GPT2Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        past: Cache | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        past = take_cache(past, kwargs)
         if self.config._attn_implementation != ATTENTION or encoder_hidden_states is not None:
-            arguments: Any = (hidden_states, past_key_values, attention_mask, encoder_hidden_states)
+            arguments: Any = (hidden_states, past, attention_mask, encoder_hidden_states)
             return super().forward(*arguments, **kwargs)  # type: ignore[return-value]
         B, T, C = hidden_states.shape
 
         qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), read in place
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
-        if past_key_values is not None:
+        if isinstance(past, EncoderDecoderCache):
+            past = past.self_attention_cache
+        if past is not None:
             assert self.layer_idx is not None
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, past + T, D)
+            key, value = past.update(key, value, self.layer_idx)  # (B, H, past + T, D)
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
         attended = attend(
@@ -171,25 +173,26 @@ class GPT2Block(hf.GPT2Block):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        past: Cache | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         use_cache: bool | None = False,
         **kwargs,
     ) -> Tensor:
+        past = take_cache(past, kwargs)
         residual = hidden_states  # (B, T, C)
         attended, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
+            **{CACHE: past},
             **kwargs,
         )
 
         if encoder_hidden_states is not None:
             residual = residual + attended
-            attended = self._cross_attend(residual, past_key_values, encoder_hidden_states, encoder_attention_mask)
+            attended = self._cross_attend(residual, past, encoder_hidden_states, encoder_attention_mask)
 
         if is_plain(self.ln_2, LayerNorm):
             ln = self.ln_2
@@ -204,7 +207,7 @@ class GPT2Block(hf.GPT2Block):
     def _cross_attend(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None,
+        past: Cache | None,
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor | None,
     ) -> Tensor:
@@ -212,9 +215,9 @@ class GPT2Block(hf.GPT2Block):
             raise ValueError("encoder_hidden_states needs a model built with config.add_cross_attention=True")
         attended, _ = self.crossattention(
             self.ln_cross_attn(hidden_states),
-            past_key_values=past_key_values,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            **{CACHE: past},
         )
         return attended
 
@@ -274,6 +277,21 @@ class _Generation:
         from . import routing
 
         return iter(self.generate(inputs, streamer=routing.Handover(), **options))
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args, **kwargs):
+        attention = self.config._attn_implementation  # type: ignore[attr-defined]
+        if attention != ATTENTION:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        # Pages of keys are transformers' own, and so is the attention that reads them until the manager stops.
+        self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.set_attn_implementation(attention)  # type: ignore[attr-defined]
+            raise
+        manager._original_attn_impl = attention
+        return manager
 
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
         from . import routing
@@ -343,10 +361,10 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
         return CausalLMOutput(
             loss=loss,
             logits=LazyLogits(self.lm_head, hidden_states),  # type: ignore[arg-type]
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     # transformers warns on every GPT-2 that it has to guess this loss, which also breaks torch.compile's full graph.

@@ -17,6 +17,7 @@ from . import engine, modeling, ops, sampling
 from .engine import DeviceGeneration, DeviceLookupGeneration, Generation, LookupGeneration, Request
 from .engine.speculation import LONGEST_LOOKUP
 from .patching import ATTENTION
+from .versions import CACHE
 
 logger = logging.getLogger("fastgpt")
 
@@ -43,7 +44,7 @@ _PLAIN: dict[str, type[nn.Module]] = {
 }
 _PROCESSORS: set[type[LogitsProcessor]] = {*sampling.ON_DEVICE, sampling.RefuseNaN}
 _OTHER_ASSISTANTS = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
-_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_tensor"}
+_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_tensor"}
 
 
 class Handover(BaseStreamer):
@@ -128,11 +129,11 @@ def _obstacles_in_call(
     if config.prompt_lookup_num_tokens is not None and len(ids) > 1:
         yield "prompt lookup takes one row"
 
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE)
     if type(cache) is not DynamicCache or not inputs.get("use_cache"):
         yield f"the cache is {'off' if cache is None else type(cache).__name__}"
     elif getattr(cache, "_is_user_defined", False):
-        yield "past_key_values was given"
+        yield "a cache was given"
     elif cache.offloading:
         yield "the cache is offloaded"
     if ids.dtype != torch.int64 or ids.device != model.device:
@@ -183,7 +184,7 @@ def try_engine(
         return _decline(obstacle, streamer)
 
     eos_ids = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
-    past: DynamicCache | None = inputs["past_key_values"] if generation_config.return_dict_in_generate else None
+    past: DynamicCache | None = inputs[CACHE] if generation_config.return_dict_in_generate else None
     request = Request(
         ids=ids,
         mask=inputs.get("attention_mask"),
@@ -208,7 +209,7 @@ def try_engine(
     sequences = generation.sequences.contiguous()
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)  # type: ignore[arg-type]
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: past})  # type: ignore[arg-type]
 
 
 def _decline(obstacle: str, streamer: BaseStreamer | None) -> None:

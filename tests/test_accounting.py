@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 import fastgpt
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, Shape, count_parameters, render, report, shape_of
+from fastgpt.versions import CACHE
 
 FAMILY = json.loads((Path(__file__).parent / "data" / "gpt2_family.json").read_text())["models"]
 TINY: dict[str, Any] = {"n_layer": 3, "n_embd": 24, "n_head": 4, "n_positions": 32, "vocab_size": 101, "n_inner": 56}
@@ -308,7 +309,7 @@ def test_weight_bytes_are_those_of_the_tensors(tied, cross):
 
 def test_kv_cache_bytes_are_those_of_a_cache():
     config = tiny_config()
-    cache = GPT2LMHeadModel(config)(torch.zeros(2, 9, dtype=torch.int64), use_cache=True).past_key_values
+    cache = GPT2LMHeadModel(config)(torch.zeros(2, 9, dtype=torch.int64), use_cache=True)[CACHE]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert accounting.kv_cache_bytes(shape_of(config), 9, batch=2, element_bytes=4) == held
     assert accounting.kv_cache_bytes(PRESETS["gpt2"]) == 2 * 12 * 768 * 2

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgpt.engine import KVCache
 from fastgpt.engine.weights import kernel_weights
+from fastgpt.versions import CACHE
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 HALVES = [torch.bfloat16, torch.float16]
@@ -57,7 +58,7 @@ def make_case(
     padding = torch.tensor(starts)
     places = torch.arange(n_tokens)[None] - padding[:, None]
     inputs = {"attention_mask": (places >= 0).long(), "position_ids": places.clamp(min=0)}
-    past = theirs(ids[:, :-n_steps], **{name: x[:, :-n_steps] for name, x in inputs.items()}).past_key_values
+    past = theirs(ids[:, :-n_steps], **{name: x[:, :-n_steps] for name, x in inputs.items()})[CACHE]
     eager = theirs(ids, **inputs).logits[:, -n_steps:]
     truth = theirs.double()(ids, **inputs).logits[:, -n_steps:]
     return Case(ours, ids, padding, n_steps, truth, eager, past)

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
 from fastgpt import engine, routing, sampling
+from fastgpt.versions import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 THE_ENGINE = "generate: the engine"
@@ -167,10 +168,10 @@ def test_return_dict_holds_a_cache_to_continue_from() -> None:
     assert type(output) is type(expected)
     assert output.keys() == expected.keys()
     assert output.sequences.tolist() == expected.sequences.tolist()
-    for layer, expected_layer in zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for layer, expected_layer in zip(output[CACHE].layers, expected[CACHE].layers, strict=True):
         assert_same_within_rounding(layer.keys, expected_layer.keys)
         assert_same_within_rounding(layer.values, expected_layer.values)
-    continued = ours.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=7, **options)
+    continued = ours.generate(output.sequences, max_new_tokens=7, **{CACHE: output[CACHE]}, **options)
     whole = ours.generate(ids, max_new_tokens=18, **options)
     assert continued.sequences.tolist() == whole.sequences.tolist()
 
@@ -270,7 +271,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states was given"),
         ({"use_cache": False}, "cache is off"),
         ({"cache_implementation": "static"}, "cache is StaticCache"),
-        ({"past_key_values": DynamicCache()}, "past_key_values was given"),
+        ({CACHE: DynamicCache()}, "a cache was given"),
         ({"token_type_ids": torch.ones(2, 8, dtype=torch.long)}, "token_type_ids was given"),
         ({"attention_mask": torch.tensor([[1] * 7 + [0], [1] * 8])}, "hides more than padding on the left"),
         ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),

@@ -20,6 +20,7 @@ from transformers.generation import logits_process
 import fastgpt
 from fastgpt import routing, sampling
 from fastgpt.engine import workspace
+from fastgpt.versions import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -137,11 +138,11 @@ def test_return_dict_holds_the_cache() -> None:
     options = GREEDY | {"return_dict_in_generate": True, "max_new_tokens": 5}
     expected, found = theirs.generate(ids, **options), ours.generate(ids, **options)
     assert found.sequences.tolist() == expected.sequences.tolist()
-    for layer, expected_layer in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for layer, expected_layer in zip(found[CACHE].layers, expected[CACHE].layers, strict=True):
         torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-5, atol=1e-5)
-    kept = found.past_key_values.layers[0].keys.clone()
+    kept = found[CACHE].layers[0].keys.clone()
     ours.generate(token_ids(2, 6, 131, seed=9).to(DEVICE), **GREEDY, max_new_tokens=5)
-    assert torch.equal(found.past_key_values.layers[0].keys, kept), "the next call wrote into a returned cache"
+    assert torch.equal(found[CACHE].layers[0].keys, kept), "the next call wrote into a returned cache"
 
 
 # --- prompt lookup --------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_lookup_gives_the_tokens_that_come_without(options: dict[str, Any], n_pr
     torch.manual_seed(1)
     looked_up = ours.generate(ids, prompt_lookup_num_tokens=n_proposed, **options)
     if "return_dict_in_generate" in options:
-        pairs = zip(looked_up.past_key_values.layers, expected.past_key_values.layers, strict=True)
+        pairs = zip(looked_up[CACHE].layers, expected[CACHE].layers, strict=True)
         for layer, expected_layer in pairs:
             torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-4, atol=1e-5)
         expected, looked_up = expected.sequences, looked_up.sequences

@@ -18,10 +18,11 @@ from models import (
     token_ids,
 )
 from torch import Tensor
-from transformers import DynamicCache, GPT2Config, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GPT2Config, StaticCache
 
 import fastgpt
 from fastgpt import modeling, ops, outputs
+from fastgpt.versions import CACHE
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -323,10 +324,27 @@ def test_continuing_from_a_cache(cache: str, padded: bool, n_new: int) -> None:
     for model in (theirs, ours):
         config = model.config
         past = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=20)
-        first = model(ids[:, : 12 - n_new], attention_mask=mask[:, : 12 - n_new], past_key_values=past)
-        second = model(ids[:, 12 - n_new :], attention_mask=mask, past_key_values=past)
+        first = model(ids[:, : 12 - n_new], attention_mask=mask[:, : 12 - n_new], **{CACHE: past})
+        second = model(ids[:, 12 - n_new :], attention_mask=mask, **{CACHE: past})
         results.append(torch.cat([first.logits, second.logits], 1)[mask.bool()])
     assert_same_within_rounding(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("name", [None, CACHE, "past_key_values"])
+@torch.no_grad()
+def test_a_cache_by_position_and_by_either_name(name: str | None) -> None:
+    theirs, ours = pair(tiny_config())
+    hidden, ids = torch.randn(1, 5, 64), token_ids(1, 5, 131)
+    for path, inputs in ("transformer.h.0", hidden), ("transformer.h.0.attn", hidden), ("transformer", ids):
+        results = []
+        for model in (theirs, ours):
+            module, past = model.get_submodule(path), DynamicCache(config=model.config)
+            position, names = ([past], {}) if name is None else ([], {name: past})
+            outputs = [module(part, *position, **names) for part in (inputs[:, :4], inputs[:, 4:])]
+            assert past.get_seq_length() == 5
+            results += [outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1][0]]
+        assert_same_within_rounding(results[1], results[0])
 
 
 @pytest.mark.parametrize(
@@ -353,6 +371,20 @@ def test_generate_equals_transformers(options: dict) -> None:
         output = model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
         sequences.append(output if isinstance(output, Tensor) else output.sequences)
     assert sequences[1].tolist() == sequences[0].tolist()
+
+
+def test_continuous_batching_equals_transformers_and_gives_the_attention_back() -> None:
+    theirs, ours = pair(tiny_config())
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [row.tolist()[: 4 + 3 * i] for i, row in enumerate(token_ids(2, 7, 131))]
+    memory = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    expected, found = (
+        [result.generated_tokens for result in model.generate_batch(prompts, options, memory).values()]
+        for model in (theirs, ours)
+    )
+    assert found == expected
+    assert [len(tokens) for tokens in found] == [6, 6]
+    assert ours.config._attn_implementation == "fastgpt"
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from triton import knobs
 from triton.runtime.errors import InterpreterError
 
+from fastgpt.versions import CACHE
+
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF] if INTERPRETING else HALF
 SHIPPED = tuning.PersistentRing(4, 8, 6)
@@ -139,7 +141,7 @@ def read_prompt(model: Any, ids: Tensor, n_slots: int, start: int = 0) -> Prompt
     shape = config.n_layer, 2, 1, config.n_head, n_slots, config.n_embd // config.n_head
     cache = torch.full(shape, torch.nan, dtype=model.dtype, device=DEVICE)
     if ids.shape[1]:
-        model(ids, past_key_values=past)
+        model(ids, **{CACHE: past})
         cache[..., start : start + ids.shape[1], :] = keys_and_values(past)
     return Prompt(cache, past)
 
@@ -171,7 +173,7 @@ def check(
     for position in range(n_past, n_past + n_steps):
         token = ids[:, position : position + 1]
         logits = decode(decoder, cache, int(token), position, start + position, start or None, seed + position)
-        eager, truth = (m(token, past_key_values=p).logits[:, -1] for m, p in ((model, past), (exact, exact_past)))
+        eager, truth = (m(token, **{CACHE: p}).logits[:, -1] for m, p in ((model, past), (exact, exact_past)))
         assert_as_accurate(logits.to(model.dtype), eager, truth, 1.25 * slack, slack)
 
     appended = slice(start + n_past, start + n_past + n_steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt import engine
 from fastgpt.engine.speculation import NGramIndex
+from fastgpt.versions import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
@@ -130,7 +131,7 @@ def test_cache_of_the_result_holds_what_was_accepted() -> None:
     _, ours = pair(tiny_config(n_positions=128))
     options = GREEDY | {"max_new_tokens": 40, "return_dict_in_generate": True}
     plain, looked_up = (ours.generate(repeating(), **options, **more) for more in ({}, {"prompt_lookup_num_tokens": 6}))
-    for ours_of_layer, expected in zip(looked_up.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours_of_layer, expected in zip(looked_up[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(ours_of_layer.keys, expected.keys)
         torch.testing.assert_close(ours_of_layer.values, expected.values)
 

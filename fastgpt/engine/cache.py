@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..modeling import GPT2LMHeadModel
+from ..versions import CACHE
 
 
 @dataclass
@@ -60,9 +61,8 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
     Fills the empty cache. Returns logits (B, V) of what follows. Raises as the model's forward does.
     """
     past = Cache(layers=[_PromptLayer(memory) for memory in cache.memory])
-    outputs = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True, logits_to_keep=1
-    )
+    inputs = {"attention_mask": mask, "position_ids": positions, CACHE: past}
+    outputs = model(ids, **inputs, use_cache=True, logits_to_keep=1)
     cache.n_tokens = ids.shape[1]
     if mask is not None:
         padding = F.pad(mask == 0, (0, cache.memory.shape[-2] - ids.shape[1]))  # (B, T)
