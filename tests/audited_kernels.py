@@ -1,12 +1,15 @@
 """Audits kernels of which each has one fault, and prints the findings as JSON; run without TRITON_INTERPRET."""
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from fastgpt_kernels import audit
-from fastgpt_kernels.fused.launch import Configuration
+from fastgpt_kernels.shipped import Call
 
 
 @triton.jit
@@ -24,21 +27,33 @@ def _scaling_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + cols, x * total + tl.sum(x * total, axis=0))
 
 
-def square(label: str, dtype: str, block: int, precision: str, tensor_cores: bool = False) -> Configuration:
-    constants = {"BLOCK": block, "PRECISION": precision}
-    return Configuration("square", _square_kernel, label, dtype, constants, tensor_cores=tensor_cores)
+def launching(kernel: Any, *pointers: torch.Tensor, **options: Any) -> Callable[[], Any]:
+    return lambda: kernel[(1,)](*pointers, **options)
+
+
+def square(label: str, dtype: torch.dtype, block: int, precision: str) -> Call:
+    x, out = torch.zeros(block, block, dtype=dtype), torch.zeros(block, block)
+    return Call("square", label, launching(_square_kernel, x, out, BLOCK=block, PRECISION=precision))
+
+
+def scale(label: str, block: int, num_warps: int = 4) -> Call:
+    x = torch.zeros(block)
+    return Call("scale", label, launching(_scaling_kernel, x, BLOCK=block, num_warps=num_warps))
 
 
 if __name__ == "__main__":
-    plain = Configuration("scale", _scaling_kernel, "sound", "fp32", {"BLOCK": 1024})
+    half, single = torch.bfloat16, torch.float32
+    # By name, as products of prefill and training are.
+    audit._MATRIX_KERNELS |= {"_square_kernel", "_scaling_kernel"}
     cases = [
-        (plain, "sm_90"),
-        (plain, "gfx942"),
-        (replace(plain, label="spills", constants={"BLOCK": 16384}, num_warps=1), "sm_90"),
-        (replace(plain, label="does not compile", constants={"BLOCK": 1000}), "sm_90"),
-        (square("tf32", "fp32", 32, "tf32"), "sm_90"),
-        (square("no tf32", "fp32", 32, "ieee"), "sm_90"),
-        (square("wgmma", "bf16", 64, "ieee", tensor_cores=True), "sm_90"),
-        (replace(plain, label="no wgmma", tensor_cores=True), "sm_90"),
+        (scale("sound", 1024), "sm_90"),
+        (scale("sound", 1024), "gfx942"),
+        (scale("spills", 16384, num_warps=1), "sm_90"),
+        (scale("does not compile", 1000), "sm_90"),
+        (square("tf32", single, 32, "tf32"), "sm_90"),
+        (square("no tf32", single, 32, "ieee"), "sm_90"),
+        (square("bf16 wgmma", half, 64, "ieee"), "sm_90"),
+        (square("bf16 no wgmma", half, 16, "ieee"), "sm_90"),
     ]
-    print(json.dumps([asdict(audit.audit(*case)) for case in cases]))
+    launches = [(launch, chip) for call, chip in cases for launch in audit.record([call], chip)]
+    print(json.dumps([asdict(audit.audit(*launch)) for launch in launches]))

@@ -1,6 +1,5 @@
 """The audit compiles what ships and fails what may not ship."""
 
-import importlib
 import json
 import os
 import re
@@ -12,14 +11,16 @@ from pathlib import Path
 import fastgpt_kernels
 import pytest
 from fastgpt_kernels import audit
-from fastgpt_kernels.fused.launch import Configuration
-
-# Triton settles whether a kernel is interpreted when it is defined: before a test below says that none is.
-for _module in audit.AUDITED_MODULES:
-    importlib.import_module(f"fastgpt_kernels.{_module}")
 
 ROOT = Path(__file__).parent.parent
+LAUNCH = audit.Launch("layer_norm", "bf16 C=768", "", "_layer_norm_fwd_kernel", "{}")
 FINDING = audit.Finding("layer_norm", "layer_norm_fwd_kernel", "bf16 C<=1024", "sm_90", registers=56)
+# Every launch that ships for every chip, as JSON.
+LIST_LAUNCHES = """
+import json
+from fastgpt_kernels import audit
+print(json.dumps({name: [(l.kernel, l.label) for l in audit.launches(name)] for name in audit.SHARED_LIMITS}))
+"""
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -28,9 +29,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-def test_shipped_configurations_pass(tmp_path: Path) -> None:
+def test_what_ships_passes(tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
-    arguments = "--arch", "90,gfx942", "--only", "layer_norm bf16 C<=1024", "--json", str(file)
+    arguments = "--arch", "90,gfx942", "--only", "layer_norm bf16 C=768", "--json", str(file)
     finished = run("-m", "fastgpt_kernels.audit", *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     findings = json.loads(file.read_text())
@@ -38,29 +39,28 @@ def test_shipped_configurations_pass(tmp_path: Path) -> None:
     assert {finding["kernel"] for finding in findings} == {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
     assert all(finding["registers"] > 16 and finding["spilled_bytes"] == 0 for finding in findings)
     assert len(finished.stdout.splitlines()) == 1 + len(findings) == 1 + 2 * 4
-    assert f"{len(findings)} configurations" in finished.stderr
+    assert f"{len(findings)} launches" in finished.stderr
 
 
 def test_each_fault_is_found() -> None:
     finished = run(str(ROOT / "tests" / "audited_kernels.py"))
     assert finished.returncode == 0, finished.stderr
-    failures = [(f["configuration"], f["failure"]) for f in json.loads(finished.stdout)]
+    failures = [(f["configuration"].partition(":")[0], f["failure"]) for f in json.loads(finished.stdout)]
     reasons = dict(failures)
     assert len(failures) == 8
-    assert [label for label, failure in failures if failure is None] == ["sound", "sound", "no tf32", "wgmma"]
+    assert [label for label, failure in failures if failure is None] == ["sound", "sound", "no tf32", "bf16 wgmma"]
     assert reasons["spills"].endswith("bytes spilled")
     assert reasons["tf32"].endswith("tf32 instructions")
-    assert reasons["no wgmma"] == "no wgmma instruction"
+    assert reasons["bf16 no wgmma"] == "no wgmma instruction"
     assert reasons["does not compile"].startswith(("CompilationError", "ValueError"))
 
 
 def test_limit_of_shared_memory_is_the_chips() -> None:
-    configuration = Configuration("layer_norm", None, "", "bf16", {})
     for architecture, limit in audit.SHARED_LIMITS.items():
         finding = replace(FINDING, architecture=architecture, shared_bytes=limit * 1024)
-        assert audit._failure(configuration, finding) is None
+        assert audit._failure(LAUNCH, finding) is None
         beyond = replace(finding, shared_bytes=limit * 1024 + 1)
-        assert str(audit._failure(configuration, beyond)).endswith(f"exceed {limit} KiB")
+        assert str(audit._failure(LAUNCH, beyond)).endswith(f"exceed {limit} KiB")
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,14 @@ def test_exit_code_tells_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ("arguments", "message"),
     [
         (["--arch", "90,42"], "unknown sm_42: choose from sm_80"),
-        (["--only", "no such thing"], "no shipped configuration holds 'no such thing'"),
+        (["--only", "no such thing"], "no launch that ships holds 'no such thing'"),
     ],
 )
 def test_wrong_usage(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(audit, "launches", lambda *_: [])
     with pytest.raises(SystemExit) as raised:
         audit.main(arguments)
     assert raised.value.code == 2
@@ -112,9 +113,9 @@ def test_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_every_visible_kernel_is_audited() -> None:
     files = (Path(fastgpt_kernels.__file__).parent / "fused").glob("*_kernels.py")
     written = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
-    audited = set()
-    for architecture in audit.SHARED_LIMITS:
-        shipped = [(c.operation, c.kernel.__name__, c.label) for c in audit.configurations(architecture)]
-        assert len(set(shipped)) == len(shipped) > 0
-        audited |= {name for _, name, _ in shipped}
-    assert audited == written
+    finished = run("-c", LIST_LAUNCHES)
+    assert finished.returncode == 0, finished.stderr
+    launched: dict[str, list[list[str]]] = json.loads(finished.stdout)
+    for launches in launched.values():
+        assert len({tuple(launch) for launch in launches}) == len(launches)
+    assert {kernel for launches in launched.values() for kernel, _ in launches} == written

@@ -82,9 +82,9 @@ def make_mask(kind: str, n_batch: int, n_keys: int) -> Tensor | None:
 def test_as_accurate_as_eager(sizes: tuple[int, int, int, int, int], mask: str, dtype: torch.dtype) -> None:
     options = {"key_padding_mask": make_mask(mask, sizes[0], sizes[3])}
     inputs = make_inputs(*sizes, dtype=dtype)
-    # torch's own fused attention errs up to twice as much as the formula in float32.
+    # torch's own fused attention errs up to three times as much as the formula in float32, depending on the processor.
     assert_parity(
-        partial(reference.causal_attention, **options), partial(attention_formula, **options), inputs, slack=2
+        partial(reference.causal_attention, **options), partial(attention_formula, **options), inputs, slack=3
     )
 
 
@@ -131,7 +131,7 @@ def test_random_arguments(
         partial(attention_formula, **options),
         inputs,
         upstream,
-        slack=8,
+        slack=4,
     )
 
 

@@ -17,7 +17,6 @@ from fastgpt_kernels.fused.attention_kernels import (
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
-    padded_dim,
 )
 from fuzz import cases
 from hypothesis import given
@@ -98,9 +97,7 @@ def test_as_accurate_as_eager(
     sizes: tuple[int, int, int, int, int], mask: str, dropout_p: float, dtype: torch.dtype
 ) -> None:
     inputs = make_inputs(*sizes, dtype=dtype)
-    # For a product with few rows torch's CPU library adds in an order that errs a third as much.
-    slack = 4 if dtype == torch.float32 and sizes[2] < 16 else 1
-    assert_attention_parity(inputs, mask=make_mask(mask, sizes[0], sizes[3]), dropout_p=dropout_p, slack=slack)
+    assert_attention_parity(inputs, mask=make_mask(mask, sizes[0], sizes[3]), dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -165,7 +162,7 @@ def test_random_arguments(
     padding = make_mask(mask, n_batch, n_queries + n_past)
     # Where one key has all the weight, the gradient of the scores is what remains of terms that cancel.
     assert_attention_parity(
-        inputs, upstream, mask=padding, scale=scale, dropout_p=dropout_p, slack=8, terms_cancel=True
+        inputs, upstream, mask=padding, scale=scale, dropout_p=dropout_p, slack=4, terms_cancel=True
     )
 
 
@@ -409,7 +406,7 @@ def test_bug_offsets_overflow_in_large_tensors(n_tokens: int, head_dim: int, dty
     strides: Any = (n_heads * n_tokens * head_dim, head_dim, n_heads * head_dim)
     sizes: dict[str, Any] = {"n_batch_heads": n_batch * n_heads, "n_heads": n_heads, "n_queries": n_tokens}
     more: dict[str, Any] = {"n_keys": n_tokens, "score_scale": 1.0, "threshold": 9, "keep_scale": 1.0}
-    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim), "BLOCK_Q": 64}
+    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": attention.padded_dim(head_dim), "BLOCK_Q": 64}
     flags: dict[str, Any] = {"BLOCK_K": 64, "HAS_KEY_MASK": True, "HAS_DROPOUT": True}
     grid, stats = (n_batch * n_heads * n_tokens // 64,), (statistic, statistic)
     with interpreter.dry_run():

@@ -54,6 +54,11 @@ def fused(*inputs: Tensor, **options: Any) -> Tensor:
     return gelu_mlp(*inputs[:5], residual=inputs[5] if len(inputs) == 6 else None, seed=SEED, **options)  # pyright: ignore
 
 
+# A GPU adds up an element of a float32 product one term after the other; torch's CPU library takes several sums, which
+# err less where the inner axis is long.
+ONE_SUM = 2
+
+
 def formula(*inputs: Tensor, activation: str = "gelu_new", dropout_p: float = 0.0) -> Tensor:
     out = mlp_formula(*inputs[:5], activation=activation)  # pyright: ignore
     if dropout_p > 0.0:
@@ -89,7 +94,8 @@ def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("shape", "n_hidden"), [((3, 17, 32), 128), ((65, 33), 257)])
 def test_as_accurate_as_eager(shape: tuple[int, ...], n_hidden: int, activation: str, dtype: torch.dtype) -> None:
-    assert_mlp_parity(make_inputs(*shape, n_hidden=n_hidden, dtype=dtype), activation=activation)
+    inputs = make_inputs(*shape, n_hidden=n_hidden, dtype=dtype)
+    assert_mlp_parity(inputs, activation=activation, slack=ONE_SUM if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +104,7 @@ def test_as_accurate_as_eager(shape: tuple[int, ...], n_hidden: int, activation:
 @pytest.mark.usefixtures("small_tiles")
 def test_residual_and_dropout(shape: tuple[int, ...], n_out: int, dropout_p: float, dtype: torch.dtype) -> None:
     inputs = make_inputs(*shape, n_hidden=96, n_out=n_out, dtype=dtype, has_residual=True)
-    assert_mlp_parity(inputs, dropout_p=dropout_p, slack=4 if shape[0] == 1 else 1)
+    assert_mlp_parity(inputs, dropout_p=dropout_p, slack=2 if shape[0] == 1 else 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,7 +134,7 @@ def test_random_arguments(
 ) -> None:  # fmt: skip
     sizes: dict[str, Any] = {"n_hidden": n_hidden, "n_out": n_out, "dtype": dtype}
     inputs = make_inputs(*shape, n_channels, **sizes, layout=layout, has_residual=has_residual)
-    assert_mlp_parity(inputs, activation=activation, dropout_p=dropout_p, slack=8)
+    assert_mlp_parity(inputs, activation=activation, dropout_p=dropout_p, slack=4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -200,7 +206,7 @@ def test_dropout_is_the_references_to_the_bit(dtype: torch.dtype) -> None:
 def test_output_of_several_column_tiles(dropout_p: float) -> None:
     """Wider than the tile of the pass that sums the bias gradient."""
     n_out = 2 * tuning.GELU_MLP_BWD_PRODUCT.block_cols + 3
-    assert_mlp_parity(make_inputs(5, 8, n_hidden=16, n_out=n_out), dropout_p=dropout_p)
+    assert_mlp_parity(make_inputs(5, 8, n_hidden=16, n_out=n_out), dropout_p=dropout_p, slack=ONE_SUM)
 
 
 def test_seeds() -> None:

@@ -32,8 +32,6 @@ KERNEL_MODULES = {
     "gelu_mlp": "fused.gelu_mlp",
     "linear_cross_entropy": "fused.linear_cross_entropy",
 }
-# The modules of decoding, which keep state and are used by an engine rather than by a model.
-DECODING_MODULES: tuple[str, ...] = ("fused.decode_step", "fused.sampling", "fused.persistent_decode")
 
 
 class KernelUnavailableError(RuntimeError):

@@ -1,10 +1,11 @@
-"""Compile every shipped kernel configuration for GPUs that need not be there, and read what the machine code takes.
+"""Compile every kernel as it is launched, for GPUs that need not be there, and read what the machine code takes.
 
     python -m fastgpt_kernels.audit [--arch 90,gfx942] [--only TEXT] [--jobs 2] [--json FILE]
 
-Figures come from the machine code that triton itself made. A configuration fails when it does not compile, spills a
-register, needs more shared memory than the chip has, rounds float32 to tf32, or multiplies half-precision matrices on
-sm_90 without wgmma. Exit code 0 when all pass, 1 when one fails, 2 on wrong usage.
+The operations of `shipped` run on the CPU, where triton is told of a GPU and of every launch that it need not do it.
+Figures come from the machine code that triton itself made. A launch fails when it does not compile, spills a register,
+needs more shared memory than the chip has, rounds float32 to tf32, or multiplies half-precision matrices on sm_90
+without wgmma. Exit code 0 when all pass, 1 when one fails, 2 on wrong usage.
 """
 
 import argparse
@@ -14,36 +15,55 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-from . import DECODING_MODULES, KERNEL_MODULES
-from .fused.launch import FP_FUSION, Configuration
-
-# Modules with a function shipped_configurations(architecture), which yields what is compiled for one GPU.
-AUDITED_MODULES = (*dict.fromkeys(KERNEL_MODULES.values()), *DECODING_MODULES)
+from . import tuning
+from .shipped import Call, calls
 
 # Shared memory of one program, in KiB.
 SHARED_LIMITS = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
 }  # fmt: skip
+# Of the chips whose persistent kernels are compiled for their number: an H100 or H200, and a B200.
+_MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
 # The width of a local store in the machine code, in bytes.
 _STORE_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
+# Kernels of prefill and training that multiply matrices: in half precision wgmma must show on sm_90.
+_MATRIX_KERNELS = {
+    "_causal_attention_fwd_kernel", "_causal_attention_bwd_dq_kernel", "_causal_attention_bwd_dkdv_kernel",
+    "_gelu_mlp_fwd_hidden_kernel", "_gelu_mlp_fwd_out_kernel", "_gelu_mlp_bwd_pre_kernel",
+}  # fmt: skip
+_HALF = "bf16", "fp16"
+
+
+class Launch(NamedTuple):
+    """A kernel as it is launched: triton's own words for the types and values under which it is compiled."""
+
+    operation: str
+    label: str
+    module: str
+    kernel: str
+    specialization: str  # JSON, which triton reads again
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One compiled configuration: bytes and registers are those of a thread, shared_bytes those of a program."""
+    """One compiled launch: bytes and registers are those of a thread, shared_bytes those of a program."""
 
     operation: str
     kernel: str
@@ -57,48 +77,91 @@ class Finding:
     failure: str | None = None
 
 
-# --- one configuration ----------------------------------------------------------------------------------------------
+# --- what is launched -----------------------------------------------------------------------------------------------
 
 
-def audit(configuration: Configuration, architecture: str) -> Finding:
-    """Compile one configuration for one of `SHARED_LIMITS` and judge it."""
-    finding = Finding(
-        configuration.operation, configuration.kernel.__name__.strip("_"), configuration.label, architecture
-    )
+class _AbsentGpu:
+    """What triton asks of a GPU's driver before it compiles. Its caches tell devices apart by the chip's name."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_current_device(self) -> str:
+        return self.architecture
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        is_hip = self.architecture.startswith("gfx")
+        return GPUTarget("hip", self.architecture, 64) if is_hip else GPUTarget("cuda", int(self.architecture[3:]), 32)
+
+
+@contextmanager
+def _absent_gpu(architecture: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_AbsentGpu(architecture))  # type: ignore[arg-type]
     try:
-        compiled = _compile(configuration, architecture)
+        with tuning.assume(tuning.Chip(architecture, _MULTIPROCESSORS.get(architecture, 100))):
+            yield
+    finally:
+        driver._active = before
+
+
+def record(calls: Iterable[Call], architecture: str) -> list[Launch]:
+    """The different launches that calls make for one of `SHARED_LIMITS`, in their order; nothing is compiled or run."""
+    launches: dict[tuple[str, str], Launch] = {}
+    call = None
+
+    def note(*, fn: Any, compile: Any, **_: Any) -> bool:
+        assert call is not None
+        label = f"{call.label}: {_describe(fn.jit_function, compile)}"
+        launch = Launch(call.operation, label, fn.module, fn.name, compile["specialization_data"])
+        launches.setdefault((fn.name, launch.specialization), launch)
+        return True  # Done: triton does nothing more.
+
+    knobs.runtime.jit_cache_hook, before = note, knobs.runtime.jit_cache_hook
+    try:
+        with _absent_gpu(architecture):
+            for call in calls:
+                call.run()
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return list(launches.values())
+
+
+def _describe(kernel: Any, compile: Any) -> str:
+    """The compile-time arguments that are set, but for those which are 1 by chance."""
+    values = {kernel.arg_names[path[0]]: value for path, value in compile["constants"].items()}
+    shown = {name: value for name, value in values.items() if name.isupper() and value is not False}
+    words = [name if value is True else f"{name}={value}" for name, value in shown.items()]
+    return " ".join([*words, f"warps={compile['num_warps']}", f"stages={compile['num_stages']}"])
+
+
+# --- one of them ----------------------------------------------------------------------------------------------------
+
+
+def audit(launch: Launch, architecture: str) -> Finding:
+    """Compile what was recorded for a chip, and judge it."""
+    finding = Finding(launch.operation, launch.kernel.strip("_"), launch.label, architecture)
+    try:
+        compiled = compile_launch(launch, architecture)
     except Exception as error:  # Whatever a compiler raises is a finding about the kernel.
         reason = (str(error).strip() or "no message").splitlines()[-1]
         return replace(finding, failure=f"{type(error).__name__}: {reason}")
     read = _read_hip if architecture.startswith("gfx") else _read_cuda
     finding = replace(finding, shared_bytes=compiled.metadata.shared, **read(compiled))
-    return replace(finding, failure=_failure(configuration, finding))
+    return replace(finding, failure=_failure(launch, finding))
 
 
-def _compile(configuration: Configuration, architecture: str) -> CompiledKernel:
-    kernel = configuration.kernel
-    signature = {name: _type(configuration, name) for name in kernel.arg_names}
-    divisible = [
-        name
-        for name in kernel.arg_names
-        if signature[name].startswith("*") or (name in configuration.divisible and signature[name] != "constexpr")
-    ]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(configuration.constants), attrs=attributes)
-    is_hip = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if is_hip else GPUTarget("cuda", int(architecture[3:]), 32)
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    options |= FP_FUSION
-    return triton.compile(source, target=target, options=options)
+def compile_launch(launch: Launch, architecture: str) -> CompiledKernel:
+    """The machine code of a launch."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    with _absent_gpu(architecture):
+        return kernel.preload(launch.specialization)
 
 
-def _type(configuration: Configuration, name: str) -> str:
-    if name in configuration.constants:
-        return "constexpr"
-    return configuration.types.get(name, f"*{configuration.dtype}" if name.endswith("_ptr") else "i32")
-
-
-def _failure(configuration: Configuration, finding: Finding) -> str | None:
+def _failure(launch: Launch, finding: Finding) -> str | None:
     shared_limit = SHARED_LIMITS[finding.architecture]
     if finding.spilled_bytes:
         return f"{finding.spilled_bytes} bytes spilled"
@@ -106,7 +169,8 @@ def _failure(configuration: Configuration, finding: Finding) -> str | None:
         return f"{finding.shared_bytes} bytes of shared memory exceed {shared_limit} KiB"
     if finding.tf32:
         return f"{finding.tf32} tf32 instructions"
-    if configuration.tensor_cores and finding.architecture == "sm_90" and not finding.wgmma:
+    has_tensor_cores = launch.kernel in _MATRIX_KERNELS and launch.label.startswith(_HALF)
+    if has_tensor_cores and finding.architecture == "sm_90" and not finding.wgmma:
         return "no wgmma instruction"
     return None
 
@@ -151,33 +215,22 @@ def _read_hip(compiled: CompiledKernel) -> dict[str, Any]:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def configurations(architecture: str) -> Iterator[Configuration]:
-    """Everything that ships for one GPU."""
-    for module in AUDITED_MODULES:
-        yield from importlib.import_module(f".{module}", __package__).shipped_configurations(architecture)
-
-
-def _audit_nth(architecture: str, index: int) -> Finding:
-    """For worker processes, to which kernels cannot be sent."""
-    return audit(list(configurations(architecture))[index], architecture)
+def launches(architecture: str, only: str = "") -> list[Launch]:
+    """Everything that ships for a chip, where the operation and the label of a launch, with a space, contain `only`."""
+    recorded = record(calls(architecture), architecture)
+    return [launch for launch in recorded if only in f"{launch.operation} {launch.label}"]
 
 
 def audit_all(architectures: Sequence[str], only: str = "", n_jobs: int = 1) -> list[Finding]:
-    """The findings of every shipped configuration, in a fixed order.
+    """The findings of every launch, in a fixed order.
 
-    architectures: of `SHARED_LIMITS`. only: text that the operation and the label of a configuration, separated by a
-    space, must contain. n_jobs: worker processes, 1 for none.
+    architectures: of `SHARED_LIMITS`. only: as `launches` takes it. n_jobs: worker processes, 1 for none.
     """
-    tasks = [
-        (architecture, index)
-        for architecture in architectures
-        for index, configuration in enumerate(configurations(architecture))
-        if only in f"{configuration.operation} {configuration.label}"
-    ]
+    tasks = [(launch, architecture) for architecture in architectures for launch in launches(architecture, only)]
     if n_jobs == 1:
-        return [_audit_nth(*task) for task in tasks]
+        return [audit(*task) for task in tasks]
     with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_audit_nth, *zip(*tasks, strict=True), chunksize=8)) if tasks else []
+        return list(pool.map(audit, *zip(*tasks, strict=True), chunksize=8)) if tasks else []
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -205,7 +258,7 @@ def _architectures(text: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastgpt_kernels.audit", description="What every shipped kernel configuration takes."
+        prog="python -m fastgpt_kernels.audit", description="What every kernel that ships takes."
     )
     parser.add_argument("--arch", type=_architectures, default=list(SHARED_LIMITS), help="comma-separated; all of them")
     parser.add_argument("--only", default="", metavar="TEXT", help='such as "layer_norm bf16"')
@@ -216,12 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, under which nothing can be compiled: unset it")
     findings = audit_all(options.arch, options.only, options.jobs)
     if not findings:
-        parser.error(f"no shipped configuration holds {options.only!r}")
+        parser.error(f"no launch that ships holds {options.only!r}")
     if options.json:
         options.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
     n_failed = sum(finding.failure is not None for finding in findings)
     print(table(findings))
-    print(f"{len(findings)} configurations with triton {triton.__version__}, {n_failed} failed", file=sys.stderr)
+    print(f"{len(findings)} launches with triton {triton.__version__}, {n_failed} failed", file=sys.stderr)
     return 1 if n_failed else 0
 
 

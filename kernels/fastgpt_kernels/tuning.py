@@ -3,6 +3,8 @@
 Nothing is searched at run time: the first call is as fast as the next, and graph capture meets no measurement.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -10,14 +12,54 @@ import torch
 from torch import Tensor
 
 
+class Chip(NamedTuple):
+    """What the tables ask of a device. architecture: sm_90, gfx942, or cpu, which is the interpreter."""
+
+    architecture: str
+    n_multiprocessors: int
+
+
+_assumed: Chip | None = None
+
+
+@contextmanager
+def assume(chip: Chip) -> Iterator[None]:
+    """Choose as for a chip that need not be there, whatever holds the tensors: what the audit compiles."""
+    global _assumed
+    previous, _assumed = _assumed, chip
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
 @cache
+def _chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return Chip(device.type, 1)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return Chip(name, properties.multi_processor_count)
+
+
+def chip(device: torch.device) -> Chip:
+    """What launches on a device are chosen for."""
+    return _assumed or _chip_of(device)
+
+
 def architecture(device: torch.device) -> str:
     """What the kernels for a device are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return chip(device).architecture
+
+
+# In the interpreter few, so that each has several tiles to walk.
+_PROGRAMS_OF_CPU = 3
+
+
+def resident_programs(device: torch.device, n_resident: int) -> int:
+    """How many programs of a kernel a device holds at n_resident a multiprocessor."""
+    name, n_multiprocessors = chip(device)
+    return _PROGRAMS_OF_CPU if name == "cpu" else n_resident * n_multiprocessors
 
 
 # --- layer norm -----------------------------------------------------------------------------------------------------
@@ -63,8 +105,6 @@ LAYER_NORM_REDUCE_COLS = 16
 
 # Resident programs of 4 warps with up to 128 registers a thread: unmeasured.
 _BWD_PROGRAMS_PER_MULTIPROCESSOR = 4
-# In the interpreter few, so that each has several tiles to walk.
-_BWD_PROGRAMS_OF_CPU = 3
 
 
 def layer_norm_tiles(kernel: str, architecture: str) -> tuple[LayerNormTile, ...]:
@@ -86,10 +126,7 @@ def layer_norm_reduce_partials(architecture: str) -> int:
 
 def layer_norm_bwd_programs(x: Tensor) -> int:
     """How many programs share the rows of x in backward: the number of partial sums of the weight gradients."""
-    if not x.is_cuda:
-        return _BWD_PROGRAMS_OF_CPU
-    n_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return _BWD_PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors
+    return resident_programs(x.device, _BWD_PROGRAMS_PER_MULTIPROCESSOR)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -108,13 +145,13 @@ class AttentionTile(NamedTuple):
 # tensor-core product, so its accumulators set the tile.
 ATTENTION = {
     ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
-    ("fwd", 2, 128): AttentionTile(64, 64, 4, 2),
+    ("fwd", 2, 128): AttentionTile(128, 64, 8, 2),
     ("fwd", 4, 64): AttentionTile(64, 32, 8, 2),
     ("fwd", 4, 128): AttentionTile(16, 32, 8, 1),
     ("dq", 2, 64): AttentionTile(64, 64, 4, 3),
     ("dq", 2, 128): AttentionTile(64, 32, 4, 2),
     ("dq", 4, 64): AttentionTile(32, 32, 8, 2),
-    ("dq", 4, 128): AttentionTile(16, 32, 8, 2),
+    ("dq", 4, 128): AttentionTile(16, 16, 4, 2),
     ("dkdv", 2, 64): AttentionTile(32, 64, 4, 2),
     ("dkdv", 2, 128): AttentionTile(32, 64, 8, 2),
     ("dkdv", 4, 64): AttentionTile(32, 32, 8, 2),
@@ -132,18 +169,18 @@ _ATTENTION_OFF_HOPPER = {
 # often: compiled for sm_90, unmeasured.
 _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
 # Where a compiler (triton 3.6 or 3.9) spills a few bytes of the tiles above on one GPU: compiled, unmeasured.
-_ATTENTION_DQ_SM86 = {("dq", 2, 128): AttentionTile(64, 32, 8, 2)}
+_ATTENTION_SM86 = {("dq", 2, 128): AttentionTile(64, 32, 8, 2), ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2)}
 _ATTENTION_ON = {
     "sm_80": {
         ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
-        ("fwd", 4, 128): AttentionTile(16, 32, 4, 2),
+        ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
         ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
-        ("dq", 4, 128): AttentionTile(16, 32, 4, 2),
-        ("dkdv", 4, 64): AttentionTile(16, 32, 4, 2),
-        ("dkdv", 4, 128): AttentionTile(16, 32, 8, 2),
+        ("dkdv", 4, 64): AttentionTile(16, 32, 8, 2),
+        ("dkdv", 4, 128): AttentionTile(16, 32, 8, 1),
     },
-    "sm_86": _ATTENTION_DQ_SM86,
-    "sm_89": _ATTENTION_DQ_SM86,
+    "sm_86": _ATTENTION_SM86,
+    "sm_89": _ATTENTION_SM86,
+    "sm_100": {("dq", 2, 128): AttentionTile(32, 32, 4, 1)},
     "sm_120": {("fwd", 2, 128): AttentionTile(64, 32, 8, 2)},
     "gfx942": {("dkdv", 2, 128): AttentionTile(16, 32, 4, 2)},
 }
@@ -213,7 +250,10 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 # By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
 # keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here; with more
 # stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
-_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 4, 2)}
+_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
+# For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
+_PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
+_PRODUCT_OF_ODD_ROWS_SM120 = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -226,8 +266,8 @@ class RowsTile(NamedTuple):
     num_warps: int
 
 
-# 32 elements a thread, eight of a row at a time: compiled, unmeasured.
-GELU_MLP_BWD_PRODUCT = RowsTile(32, 128, 4)
+# 16 elements a thread, eight of a row at a time: compiled, unmeasured.
+GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 4)
 _ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -240,14 +280,9 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
         return _PRODUCT_OF_CPU
     if architecture == "sm_90" and element_size == 2 and describable:
         return _PRODUCT_DESCRIPTORS_HOPPER
-    return _PRODUCT[element_size]
-
-
-def resident_programs(device: torch.device, n_resident: int) -> int:
-    """How many programs of a persistent kernel a GPU holds at n_resident a multiprocessor."""
-    if device.type != "cuda":
-        return _BWD_PROGRAMS_OF_CPU
-    return n_resident * torch.cuda.get_device_properties(device).multi_processor_count
+    if describable:
+        return _PRODUCT[element_size]
+    return (_PRODUCT_OF_ODD_ROWS_SM120 if architecture == "sm_120" else _PRODUCT_OF_ODD_ROWS)[element_size]
 
 
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
@@ -291,9 +326,8 @@ def persistent_ring(n_channels: int, dtype: torch.dtype, architecture: str) -> P
 
 def persistent_programs(device: torch.device) -> int:
     """How many programs of the persistent decode kernel are resident: one a multiprocessor."""
-    if device.type != "cuda":
-        return _PERSISTENT_PROGRAMS_OF_CPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    name, n_multiprocessors = chip(device)
+    return _PERSISTENT_PROGRAMS_OF_CPU if name == "cpu" else n_multiprocessors
 
 
 # --- decode step ----------------------------------------------------------------------------------------------------

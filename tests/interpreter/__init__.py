@@ -13,7 +13,7 @@ The hooks reach into private interfaces, hence the fixed list of triton's releas
 import triton
 from triton import knobs
 
-from . import bfloat16, memory
+from . import arithmetic, memory
 from .grid import dry_run, shuffled_grid
 from .memory import OutOfBoundsError, check_overflow
 
@@ -34,7 +34,7 @@ def check_version(version: str) -> None:
 
 if INTERPRETING:
     check_version(triton.__version__)
-    bfloat16.repair()
+    arithmetic.repair()
     memory.watch()
 
 __all__ = [

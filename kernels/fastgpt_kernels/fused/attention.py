@@ -20,8 +20,6 @@ from .attention_kernels import (
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
-    padded_dim,
-    shipped_configurations,
 )
 from .launch import FP_FUSION, on_device
 
@@ -125,6 +123,11 @@ def _scores(q: Tensor, scale: float, dropout_p: float) -> dict[str, Any]:
         "threshold": threshold,
         "keep_scale": 65536 / (65536 - threshold),
     }
+
+
+def padded_dim(head_dim: int) -> int:
+    """The width of a tile that holds a head: a power of two, and no less than a matrix instruction takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _tile(kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
@@ -257,4 +260,4 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 _causal_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
-__all__ = ["causal_attention", "shipped_configurations", "supports"]
+__all__ = ["causal_attention", "supports"]

@@ -11,15 +11,10 @@ or float64 for float64 inputs, which the tests of the gradient take.
 # pyright: reportArgumentType=false
 # Triton declares compile-time parameters as constexpr, a type that no literal has.
 
-from collections.abc import Iterator
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .. import tuning
 from .dropout import dropout_keep
-from .launch import Configuration
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -373,59 +368,3 @@ def _causal_attention_bwd_dq_kernel(
     )  # fmt: skip
     dq_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
     _store_rows(dq_ptr, dq * scale, q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-# Heads of other sizes take fewer registers than the next of these, float16 as many as bfloat16.
-_SHIPPED = (("bf16", 2, (64, 80, 128)), ("fp32", 4, (64, 128)))
-_SCALARS: dict[str, str] = dict.fromkeys(("scale", "score_scale", "keep_scale"), "fp32")
-_STATISTICS: dict[str, str] = dict.fromkeys(("max_ptr", "norm_ptr", "delta_ptr"), "*fp32")
-_DIVISIBLE = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v", "dout") for axis in ("batch", "head", "token"))
-
-
-def padded_dim(head_dim: int) -> int:
-    """The width of a tile that holds a head: a power of two, and no less than a matrix instruction takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every tile that tuning gives, with key mask and dropout and without."""
-    kernels = {
-        "fwd": _causal_attention_fwd_kernel,
-        "dq": _causal_attention_bwd_dq_kernel,
-        "dkdv": _causal_attention_bwd_dkdv_kernel,
-    }
-    for dtype, element_size, head_dims in _SHIPPED:
-        for head_dim in head_dims:
-            dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim)}
-            common: dict[str, Any] = {"operation": "causal_attention", "dtype": dtype, "divisible": _DIVISIBLE}
-            for name, kernel in kernels.items():
-                for has_mask, has_dropout in ((False, False), (True, False), (False, True), (True, True)):
-                    tile = tuning.attention_tile(name, head_dim, element_size, architecture, has_dropout)
-                    flags = {"HAS_KEY_MASK": has_mask, "HAS_DROPOUT": has_dropout}
-                    absent = {"key_mask_ptr": not has_mask, "seed_ptr": not has_dropout}
-                    if has_mask != has_dropout and (dtype, head_dim) != ("bf16", 64):
-                        continue
-                    yield Configuration(
-                        **common,
-                        kernel=kernel,
-                        label=f"{dtype} D={head_dim}{' mask' * has_mask}{' dropout' * has_dropout}",
-                        constants=dims
-                        | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
-                        | flags
-                        | {pointer: None for pointer, is_absent in absent.items() if is_absent},
-                        types=_SCALARS | _STATISTICS | {"key_mask_ptr": "*u8", "seed_ptr": "*i64"},
-                        num_warps=tile.num_warps,
-                        num_stages=tile.num_stages,
-                        tensor_cores=dtype == "bf16",
-                    )
-            if dtype == "bf16":
-                tile = tuning.attention_tile("dq", head_dim, element_size, architecture, False)
-                yield Configuration(
-                    **common,
-                    kernel=_causal_attention_bwd_delta_kernel,
-                    label=f"{dtype} D={head_dim}",
-                    constants=dims | {"BLOCK_Q": tile.block_q},
-                    types=_STATISTICS,
-                )

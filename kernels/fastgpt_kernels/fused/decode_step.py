@@ -17,7 +17,6 @@ from .decode_step_kernels import (
     _decode_head_kernel,
     _decode_norm_product_kernel,
     _decode_project_kernel,
-    shipped_configurations,
 )
 from .decode_weights import DecodeLayer, DecodeWeights
 from .launch import launch
@@ -195,4 +194,4 @@ class DecodeStep:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
 
 
-__all__ = ["DecodeLayer", "DecodeStep", "DecodeWeights", "shipped_configurations"]
+__all__ = ["DecodeLayer", "DecodeStep", "DecodeWeights"]

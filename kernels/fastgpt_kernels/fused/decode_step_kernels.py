@@ -10,15 +10,11 @@ With OVERLAP a kernel starts while the one before it still runs, loads its slice
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import tuning
 from .activations import activation_and_derivative
-from .launch import Configuration
 from .layer_norm_kernels import _normalise
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -292,84 +288,3 @@ def _decode_project_kernel(
     in_sums = (rows < n_rows)[:, None] & in_out[None, :]
     sum_offsets = (part.to(tl.int64) * n_rows + rows[:, None]) * n_out + outs[None, :]
     tl.store(partial_ptr + sum_offsets, sums, mask=in_sums)
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-# The narrowest and the widest of GPT-2's sizes with their heads: those between take the same tiles.
-_SHIPPED_WIDTHS = ((768, 12), (1600, 25))
-_SHIPPED_ROWS = (1, 4)
-_DIVISIBLE = "n_cols", "n_out", "head_dim", "cols_per_part"
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every kernel at the widths of GPT-2 for few and many rows."""
-    overlap = {"OVERLAP": architecture.startswith("sm_") and int(architecture[3:]) >= 90}
-    for dtype, element_size in (("bf16", 2), ("fp32", 4)):
-        for n_cols, n_heads in _SHIPPED_WIDTHS:
-            for n_rows in _SHIPPED_ROWS:
-                yield from _shipped_at(architecture, dtype, element_size, n_cols, n_heads, n_rows, overlap)
-
-
-def _shipped_at(
-    architecture: str, dtype: str, element_size: int, n_cols: int, n_heads: int, n_rows: int, overlap: dict[str, bool]
-) -> Iterator[Configuration]:
-    n_splits = tuning.decode_splits(n_rows * n_heads, 1024, architecture)
-    mixed_type = dtype if n_splits == 1 else "fp32"
-
-    def configuration(kernel: object, inner: int, name: str, **constants: object) -> Configuration:
-        tile = tuning.decode_tile(name, n_rows, inner, element_size, architecture)
-        blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
-        if name == "head":
-            constants["STAGES"] = tile.num_stages
-        float_pointers = ("stream_ptr", "partial_ptr", "new_stream_ptr", "logits_ptr", "peak_ptr", "total_ptr")
-        types = dict.fromkeys(float_pointers, "*fp32") | {"eps": "fp32", "scale": "fp32"}
-        if constants.get("N_SPLITS", 1) != 1:
-            types["x_ptr"] = "*fp32"
-        return Configuration(
-            operation="decode",
-            kernel=kernel,
-            label=f"{dtype} C={n_cols} B={n_rows} {constants.pop('label', '')}".strip(),
-            dtype=dtype,
-            constants=blocks | constants | overlap,
-            types=types,
-            divisible=_DIVISIBLE,
-            num_warps=tile.num_warps,
-        )
-
-    attention_parts, attention_cols = tuning.decode_parts(n_cols, n_cols)
-    mlp_parts, mlp_cols = tuning.decode_parts(4 * n_cols, n_cols)
-    norm = _decode_norm_product_kernel, n_cols, "norm_product"
-    yield Configuration(
-        operation="decode",
-        kernel=_decode_embed_kernel,
-        label=f"{dtype} C={n_cols} B={n_rows}",
-        dtype=dtype,
-        constants={"BLOCK_COLS": triton.next_power_of_2(n_cols)} | overlap,
-        types={"tokens_ptr": "*i64", "positions_ptr": "*i64", "stream_ptr": "*fp32"},
-        divisible=("n_cols",),
-    )
-    yield configuration(*norm, label="QKV", N_PARTIALS=mlp_parts, ACTIVATION="none")
-    yield configuration(*norm, label="FC", N_PARTIALS=attention_parts, ACTIVATION="gelu_new")
-    yield configuration(_decode_head_kernel, n_cols, "head", label="", N_PARTIALS=mlp_parts)
-    yield configuration(_decode_project_kernel, attention_cols, "project", label="attention", N_SPLITS=n_splits)
-    yield configuration(_decode_project_kernel, mlp_cols, "project", label="MLP", N_SPLITS=1)
-    for block_new, kind in ((0, f"B={n_rows}"), (16, f"B={n_rows}, one sequence")):
-        yield Configuration(
-            operation="decode",
-            kernel=_decode_attention_kernel,
-            label=f"{dtype} H={n_heads} {kind}",
-            dtype=dtype,
-            constants={
-                "BLOCK_DIM": 64,
-                "BLOCK_KEYS": tuning.DECODE_BLOCK_KEYS,
-                "BLOCK_NEW": block_new,
-                "N_SPLITS": n_splits,
-                "STAGES": tuning.DECODE_ATTENTION_STAGES,
-            }
-            | overlap,
-            types={"slots_ptr": "*i64", "starts_ptr": "*i64", "mixed_ptr": f"*{mixed_type}", "scale": "fp32"}
-            | dict.fromkeys(("peak_ptr", "total_ptr"), "*fp32"),
-            divisible=("head_dim", "n_slots"),
-            num_warps=tuning.DECODE_ATTENTION_WARPS,
-        )

@@ -21,7 +21,6 @@ from .gelu_mlp_kernels import (
     _gelu_mlp_bwd_product_kernel,
     _gelu_mlp_fwd_hidden_kernel,
     _gelu_mlp_fwd_out_kernel,
-    shipped_configurations,
 )
 from .launch import FP_FUSION, launch, on_device
 
@@ -317,4 +316,4 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> Gradients:
 
 _gelu_mlp_op.register_autograd(_backward, setup_context=_setup_op_context)
 
-__all__ = ["gelu_mlp", "shipped_configurations", "supports"]
+__all__ = ["gelu_mlp", "supports"]

@@ -8,16 +8,11 @@ one tile each with pointers, many with descriptors, where the loads of the next 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
 
-from collections.abc import Iterator
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .. import tuning
 from .activations import activation_and_derivative
 from .dropout import dropout_keep
-from .launch import Configuration
 
 # Row tiles that are walked before the next column of tiles: neighbours share their operands in the cache.
 _GROUP_ROWS = tl.constexpr(8)
@@ -256,86 +251,3 @@ def _gelu_mlp_bwd_product_kernel(
 
     partial_ptrs = dbias_partial_ptr + first_tile.to(tl.int64) * n_cols + col + cols
     tl.store(partial_ptrs, dbias, mask=cols < n_cols - col)
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-# What is compiled of each product: the kernel, its flags, and what the label says of them. A kernel without a residual,
-# dropout or second store takes fewer registers, and of the activations the exact GELU takes the most; float16 is as
-# bfloat16.
-_HIDDEN = _gelu_mlp_fwd_hidden_kernel, {"ACTIVATION": "gelu_new", "STORE_PRE": True}, ""
-_OUT = (
-    _gelu_mlp_fwd_out_kernel,
-    {"HAS_RESIDUAL": False, "HAS_DROPOUT": False, "residual_ref": None, "seed_ptr": None},
-    "",
-)
-_OUT_DROPPED = _gelu_mlp_fwd_out_kernel, {"HAS_RESIDUAL": True, "HAS_DROPOUT": True}, " residual dropout"
-_PRE = _gelu_mlp_bwd_pre_kernel, {"ACTIVATION": "gelu_new", "STORE_HIDDEN": True}, ""
-_PRE_ERF = _gelu_mlp_bwd_pre_kernel, {"ACTIVATION": "gelu", "STORE_HIDDEN": True}, " erf"
-_SHIPPED = (
-    ("bf16", 2, (_HIDDEN, _OUT, _OUT_DROPPED, _PRE, _PRE_ERF)),
-    ("fp32", 4, (_HIDDEN, _OUT_DROPPED, _PRE)),
-    ("fp64", 8, (_HIDDEN, _OUT_DROPPED, _PRE)),
-)  # fmt: skip
-_DIVISIBLE = (
-    *(f"{name}_row_stride" for name in ("x", "weight", "hidden", "residual", "dproduct", "dout")), "n_cols", "n_inner",
-)  # fmt: skip
-
-
-def _product_configuration(
-    form: tuple[Any, dict[str, Any], str], dtype: str, tile: tuning.ProductTile
-) -> Configuration:
-    kernel, flags, label = form
-    rows, cols, inner = tile.block_rows, tile.block_cols, tile.block_inner
-    transposed = kernel is _gelu_mlp_bwd_pre_kernel
-    blocks = {
-        name: f"{rows},{inner}" if name == kernel.arg_names[0] else f"{rows},{cols // 4}"
-        for name in kernel.arg_names
-        if name.endswith("_ref")
-    }
-    blocks["weight_ref"] = f"{cols},{inner}" if transposed else f"{inner},{cols}"
-    accumulator = tl.float64 if dtype == "fp64" else tl.float32
-    return Configuration(
-        operation="gelu_mlp",
-        kernel=kernel,
-        label=f"{dtype}{label}{' descriptors' if tile.n_resident else ''}",
-        dtype=dtype,
-        constants={
-            "BLOCK_ROWS": rows, "BLOCK_COLS": cols, "BLOCK_INNER": inner, "WEIGHT_TRANSPOSED": transposed,
-            "DESCRIPTORS": tile.n_resident > 0, "ACCUMULATOR": accumulator, **flags,
-        },
-        types={
-            name: f"tensordesc<{dtype}[{block}]>" if tile.n_resident else f"*{dtype}" for name, block in blocks.items()
-        }
-        | {"seed_ptr": "*i64", "keep_scale": "fp32", "dbias_partial_ptr": f"*{accumulator.name}"},
-        divisible=_DIVISIBLE,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        tensor_cores=dtype == "bf16",
-    )  # fmt: skip
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every tile that tuning gives, with weights that lie (in, out) in memory."""
-    for dtype, element_size, forms in _SHIPPED:
-        tiles = {tuning.product_tile(element_size, architecture, describable) for describable in (False, True)}
-        for tile in sorted(tiles):
-            for form in forms:
-                yield _product_configuration(form, dtype, tile)
-    rows_tile = tuning.GELU_MLP_BWD_PRODUCT
-    yield Configuration(
-        operation="gelu_mlp",
-        kernel=_gelu_mlp_bwd_product_kernel,
-        label="bf16",
-        dtype="bf16",
-        constants={
-            "BLOCK_ROWS": rows_tile.block_rows,
-            "BLOCK_COLS": rows_tile.block_cols,
-            "HAS_DROPOUT": True,
-            "STORE_DPRODUCT": True,
-            "ACCUMULATOR": tl.float32,
-        },
-        types={"seed_ptr": "*i64", "keep_scale": "fp32", "dbias_partial_ptr": "*fp32"},
-        divisible=_DIVISIBLE,
-        num_warps=rows_tile.num_warps,
-    )

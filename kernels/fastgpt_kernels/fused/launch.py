@@ -1,8 +1,6 @@
 """What every fused operation needs around its kernels."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,25 +25,3 @@ def as_rows(x: Tensor) -> Tensor:
     """x (..., C), not empty, as (N, C) rows with a dense last axis: a view where the strides allow it, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One form in which an operation ships a kernel, as the audit compiles it.
-
-    label: what tells it from the kernel's other forms. dtype: triton's name of the dtype under which pointers are
-    compiled, and `types` the arguments that differ from it, or from i32 for those that are no pointers. constants:
-    compile-time arguments, with None for an absent pointer. divisible: integer arguments that are multiples of 16, as
-    pointers always are. tensor_cores: the kernel multiplies matrices in half precision.
-    """
-
-    operation: str
-    kernel: Any
-    label: str
-    dtype: str
-    constants: Mapping[str, Any]
-    types: Mapping[str, str] = field(default_factory=dict)
-    divisible: tuple[str, ...] = ()
-    num_warps: int = 4
-    num_stages: int = 3
-    tensor_cores: bool = False

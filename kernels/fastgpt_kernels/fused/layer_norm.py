@@ -14,7 +14,6 @@ from .layer_norm_kernels import (
     _layer_norm_bwd_kernel,
     _layer_norm_bwd_reduce_kernel,
     _layer_norm_fwd_kernel,
-    shipped_configurations,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -267,4 +266,4 @@ def _add_layer_norm_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
 _layer_norm_op.register_autograd(_layer_norm_backward, setup_context=_save_layer_norm)
 _add_layer_norm_op.register_autograd(_add_layer_norm_backward, setup_context=_save_add_layer_norm)
 
-__all__ = ["add_layer_norm", "layer_norm", "shipped_configurations", "supports"]
+__all__ = ["add_layer_norm", "layer_norm", "supports"]

@@ -4,14 +4,8 @@ Each program holds whole rows in registers. Backward is given nothing but the no
 statistics again, which hides behind the loads and keeps gradients exact for rows far from zero.
 """
 
-from collections.abc import Iterator
-from itertools import product
-
 import triton
 import triton.language as tl
-
-from .. import tuning
-from .launch import Configuration
 
 
 @triton.jit
@@ -119,48 +113,3 @@ def _layer_norm_bwd_reduce_kernel(
 
     tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=in_cols)
     tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=in_cols)
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-# dtype of the tensors, accumulator, widest row. float16 differs from bfloat16 in the conversions alone.
-_SHIPPED_DTYPES = (("bf16", tl.float32, 4096), ("fp32", tl.float32, 4096), ("fp64", tl.float64, 2048))
-_DIVISIBLE = "x_row_stride", "residual_row_stride", "dy_row_stride", "dsum_row_stride", "n_cols"
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every tile that tuning gives, with and without the residual stream."""
-    for dtype, accumulator, max_cols in _SHIPPED_DTYPES:
-        partial = f"*{accumulator.name}"
-        types = {"eps": "fp32", "dweight_partial_ptr": partial, "dbias_partial_ptr": partial}
-        for name, kernel, flag, pointers in (
-            ("fwd", _layer_norm_fwd_kernel, "HAS_RESIDUAL", ("residual_ptr", "sum_ptr")),
-            ("bwd", _layer_norm_bwd_kernel, "HAS_DSUM", ("dsum_ptr",)),
-        ):
-            for tile, has_stream in product(tuning.layer_norm_tiles(name, architecture), (False, True)):
-                if tile.block_cols > max_cols:
-                    continue
-                constants = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "ACCUMULATOR": accumulator}
-                yield Configuration(
-                    operation="add_layer_norm" if has_stream else "layer_norm",
-                    kernel=kernel,
-                    label=f"{dtype} C<={tile.block_cols}",
-                    dtype=dtype,
-                    constants=constants | {flag: has_stream} | ({} if has_stream else dict.fromkeys(pointers)),
-                    types=types,
-                    divisible=_DIVISIBLE,
-                    num_warps=tile.num_warps,
-                )
-        yield Configuration(
-            operation="layer_norm",
-            kernel=_layer_norm_bwd_reduce_kernel,
-            label=dtype,
-            dtype=dtype,
-            constants={
-                "BLOCK_PARTIALS": tuning.layer_norm_reduce_partials(architecture),
-                "BLOCK_COLS": tuning.LAYER_NORM_REDUCE_COLS,
-                "ACCUMULATOR": accumulator,
-            },
-            types=types,
-            divisible=("n_cols",),
-        )

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .. import tuning
 from ..reference import check_loss_arguments
 from .launch import launch
-from .linear_cross_entropy_kernels import _linear_cross_entropy_kernel, shipped_configurations
+from .linear_cross_entropy_kernels import _linear_cross_entropy_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rows of logits start at multiples of this many elements. V = 50257 is odd: in a dense matrix, no row but the first
@@ -293,4 +293,4 @@ def _row_losses_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]
 _summed_loss_op.register_autograd(_summed_loss_backward, setup_context=_setup_summed_loss)
 _row_losses_op.register_autograd(_row_losses_backward, setup_context=_save_row_losses)
 
-__all__ = ["linear_cross_entropy", "shipped_configurations", "supports"]
+__all__ = ["linear_cross_entropy", "supports"]

@@ -1,13 +1,7 @@
 """The kernel of linear_cross_entropy, which stands between plain matrix products, and the forms in which it ships."""
 
-from collections.abc import Iterator
-from itertools import product
-
 import triton
 import triton.language as tl
-
-from .. import tuning
-from .launch import Configuration
 
 
 @triton.jit
@@ -88,32 +82,3 @@ def _linear_cross_entropy_kernel(
                 cols = start + _tile_cols(LANES, VECTOR)
                 dlogits = tl.full((LANES, VECTOR), 0.0, dtype=tl.float32) + constant
                 tl.store(row_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < logits_row_stride)
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-# dtype of the logits, accumulator, elements of 16 bytes. float16 differs from bfloat16 in the conversions alone.
-_SHIPPED_DTYPES = (("bf16", tl.float32, 8), ("fp32", tl.float32, 4), ("fp64", tl.float64, 2))
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """The gradient of every dtype, with and without a scale for each row; the loss alone is a part of both."""
-    for (dtype, accumulator, vector), has_row_scale in product(_SHIPPED_DTYPES, (False, True)):
-        constants = {
-            "LANES": tuning.LINEAR_CROSS_ENTROPY_LANES,
-            "VECTOR": vector,
-            "HAS_GRADIENT": True,
-            "HAS_ROW_SCALE": has_row_scale,
-            "ACCUMULATOR": accumulator,
-        }
-        statistic = f"*{accumulator.name}"
-        yield Configuration(
-            operation="linear_cross_entropy",
-            kernel=_linear_cross_entropy_kernel,
-            label=f"{dtype} rows" if has_row_scale else f"{dtype} sum",
-            dtype=dtype,
-            constants=constants | ({} if has_row_scale else {"row_scale_ptr": None}),
-            types={"label_ptr": "*i64", "row_scale_ptr": statistic, "loss_ptr": statistic},
-            divisible=("logits_row_stride",),
-            num_warps=tuning.LINEAR_CROSS_ENTROPY_WARPS,
-        )

@@ -16,7 +16,6 @@ from .persistent_decode_kernels import (
     _persistent_decode_kernel,
     constants,
     n_units,
-    shipped_configurations,
 )
 
 _MAX_CHANNELS = 2048
@@ -52,9 +51,9 @@ class PersistentDecoder:
             return f"it needs a hidden width of {4 * n_channels}, not {n_hidden}"
         if activation not in ACTIVATIONS:
             return f"it does not know the activation {activation!r}"
-        if device.type == "cpu" and not knobs.runtime.interpret:
-            return "on a CPU it runs only in triton's interpreter"
         architecture = tuning.architecture(device)
+        if architecture == "cpu" and not knobs.runtime.interpret:
+            return "on a CPU it runs only in triton's interpreter"
         if tuning.persistent_ring(n_channels, dtype, architecture) is None:
             return f"it has no configuration for {dtype} on {architecture}"
         return None
@@ -74,7 +73,7 @@ class PersistentDecoder:
         ring = tuning.persistent_ring(n_channels, wte.dtype, architecture)
         assert ring is not None
         self._options = {"num_warps": ring.num_warps}
-        if device.type == "cuda":
+        if architecture != "cpu":
             self._options["launch_cooperative_grid"] = True
 
         self._tables = tuple(map(_aligned, (wte, weights.wpe, weights.head)))
@@ -171,4 +170,4 @@ def _pack(layers: tuple[DecodeLayer, ...], n_programs: int, groups: int) -> tupl
     return stream, biases
 
 
-__all__ = ["PersistentDecoder", "shipped_configurations"]
+__all__ = ["PersistentDecoder"]

@@ -12,7 +12,6 @@ address of a tile depends on nothing but the loop's counter, the compiler fetche
 while the phases before them still compute or wait.
 """
 
-from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +21,6 @@ import triton.language as tl
 
 from .. import tuning
 from .activations import activation_and_derivative
-from .launch import Configuration
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Below every score, yet a number: the difference of two of them is zero.
@@ -326,32 +324,3 @@ def _tiles(n_channels: int, n_programs: int, groups: int) -> dict[str, int]:
 def n_units(n_channels: int, n_programs: int, groups: int) -> int:
     """Units of a layer in the stream of one program, with those that fill up tiles."""
     return 4 * groups * _tiles(n_channels, n_programs, groups)["TILES"]
-
-
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-_N_CHANNELS = {"small": 768, "medium": 1024, "large": 1280, "xl": 1600}
-# Multiprocessors of an H100 or H200, and of a B200.
-_N_PROGRAMS = {"sm_90": 132, "sm_100": 148}
-_INTEGERS = "tokens", "positions", "slots", "starts", "counter"
-_FLOATS = "biases", "scales", "logits", "residual", "query", "mixed", "peaks", "sums", "hidden"
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """The four sizes of GPT-2 on the GPUs that have a ring."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        for size, n_channels in _N_CHANNELS.items():
-            ring = tuning.persistent_ring(n_channels, dtype, architecture)
-            if ring is None:
-                continue
-            yield Configuration(
-                operation="persistent_decode",
-                kernel=_persistent_decode_kernel,
-                label=f"{name} {size}",
-                dtype=name,
-                constants=constants(n_channels, dtype, architecture, _N_PROGRAMS[architecture], "gelu_new"),
-                types={f"{pointer}_ptr": "*i64" for pointer in _INTEGERS}
-                | {f"{pointer}_ptr": "*fp32" for pointer in _FLOATS}
-                | {"eps": "fp32"},
-                num_warps=ring.num_warps,
-            )

@@ -1,9 +1,6 @@
 """Sampling on the device: the public function, its launchers, and the forms in which they ship the kernels."""
 
 import math
-from collections.abc import Iterator
-from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +8,7 @@ from torch import Tensor
 from .. import tuning
 from ..reference import seed_tensor
 from ..sampling_reference import DTYPES, Rows, SamplingOptions, check_sampling_arguments
-from .launch import Configuration, as_rows, launch
+from .launch import as_rows, launch
 from .sampling_filter_kernels import _sampling_filtered_choice_kernel
 from .sampling_kernels import GROUP_SIZE, _sampling_choice_kernel, _sampling_groups_kernel
 
@@ -96,55 +93,4 @@ def sample_fwd(
     return thresholds
 
 
-# --- audit ----------------------------------------------------------------------------------------------------------
-
-_TYPES = {
-    "seen_ptr": "*i1", "finished_ptr": "*i1",
-    "eos_ptr": "*i64", "seed_ptr": "*i64", "position_ptr": "*i64", "slot_ptr": "*i64", "token_ptr": "*i64",
-    "sequence_ptr": "*i64",
-    "group_score_ptr": "*fp32", "group_mass_ptr": "*fp32", "score_ptr": "*fp32", "threshold_ptr": "*fp32",
-    "group_token_ptr": "*i32", "group_list_ptr": "*i32",
-    "penalty": "fp32", "inverse_temperature": "fp32", "top_p": "fp32", "top_p_reach": "fp32", "min_p_reach": "fp32",
-}  # fmt: skip
-
-
-def shipped_configurations(architecture: str) -> Iterator[Configuration]:
-    """Every form, with one end token. float16 differs from bfloat16 in the conversions alone."""
-
-    def configuration(kernel: Any, label: str, dtype: str, num_warps: int, **constants: Any) -> Configuration:
-        absent = {} if constants["HAS_PENALTY"] else {"seen_ptr": None}
-        return Configuration(
-            operation="sample",
-            kernel=kernel,
-            label=f"{label}{', penalty' if constants['HAS_PENALTY'] else ''} {dtype}",
-            dtype=dtype,
-            constants=constants | {"N_EOS": 1} | absent,
-            types=_TYPES,
-            divisible=("logits_row_stride",),
-            num_warps=num_warps,
-        )
-
-    for dtype, has_penalty in product(("bf16", "fp32"), (False, True)):
-        for label, has_noise, has_mass in (("greedy", False, False), ("draw", True, False), ("mass", False, True)):
-            yield configuration(
-                _sampling_groups_kernel, label, dtype, tuning.SAMPLING_GROUPS_WARPS,
-                BLOCK_GROUPS=tuning.SAMPLING_GROUPS, HAS_PENALTY=has_penalty, HAS_NOISE=has_noise, HAS_MASS=has_mass,
-                **({} if has_noise else {"seed_ptr": None}), **({} if has_mass else {"group_mass_ptr": None}),
-            )  # fmt: skip
-        for has_top_k, has_top_p in product((False, True), (False, True)):
-            filters = [name for name, has in (("top-k", has_top_k), ("top-p", has_top_p)) if has] or ["min-p"]
-            yield configuration(
-                _sampling_filtered_choice_kernel, ", ".join(filters), dtype, tuning.SAMPLING_CHOICE_WARPS,
-                BLOCK=tuning.sampling_choice_block(architecture),
-                BLOCK_GROUPS=tuning.SAMPLING_GROUPS, WAYS=tuning.SAMPLING_WAYS,
-                HAS_PENALTY=has_penalty, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p,
-                **({} if has_top_p and not has_top_k else {"group_mass_ptr": None}),
-            )  # fmt: skip
-    for has_penalty in (False, True):
-        yield configuration(
-            _sampling_choice_kernel, "choice", "fp32", tuning.SAMPLING_CHOICE_WARPS,
-            BLOCK=tuning.sampling_choice_block(architecture), HAS_PENALTY=has_penalty,
-        )  # fmt: skip
-
-
-__all__ = ["Rows", "SamplingOptions", "sample", "shipped_configurations", "supports"]
+__all__ = ["Rows", "SamplingOptions", "sample", "supports"]

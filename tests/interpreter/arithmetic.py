@@ -1,6 +1,9 @@
-"""bfloat16 and tf32 in the interpreter, which stores bfloat16 as bit patterns and computes on the patterns.
+"""bfloat16, tf32 and the order of float32 sums in the interpreter.
 
-Here every operation on them takes their values, works in float32 and rounds its result to the nearest, ties to even.
+It stores bfloat16 as bit patterns and computes on the patterns: here every operation on them takes their values, works
+in float32 and rounds its result to the nearest, ties to even. It leaves products to a library that adds in another
+order for another shape of a tile and on another processor: here they are those of a GPU, one multiply-add after the
+other, so that two tiles agree about a score.
 """
 
 from collections.abc import Callable
@@ -51,6 +54,14 @@ def _in_float32(operation: Callable) -> Callable:
     return on_values
 
 
+def multiply_add(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a @ b in float32, each element as a chain of multiply-adds that round once."""
+    left, right = a.astype(np.float64), b.astype(np.float64)  # in which the products are exact
+    for inner in range(a.shape[-1]):
+        total = (left[..., inner, None] * right[..., inner, None, :] + total).astype(np.float32)
+    return total
+
+
 def repair() -> None:
     """Mend the interpreter for the rest of the process."""
     cast, convert, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
@@ -73,7 +84,7 @@ def repair() -> None:
             return cast_values(builder, source, dtype)
         return convert(builder, source, dtype, rounding)
 
-    def dot_in_tf32(
+    def dot_in_order(
         builder: InterpreterBuilder,
         a: TensorHandle,
         b: TensorHandle,
@@ -83,6 +94,8 @@ def repair() -> None:
     ) -> TensorHandle:
         if a.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
             a, b = (TensorHandle(round_to_tf32(operand.data), tl.float32) for operand in (a, b))
+        if a.dtype.scalar == b.dtype.scalar == tl.float32 and accumulator.dtype.scalar == tl.float32:
+            return TensorHandle(multiply_add(a.data, b.data, accumulator.data), tl.float32)
         return dot(builder, a, b, accumulator, precision, max_imprecise)
 
     def reduce_values(operation: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
@@ -97,7 +110,7 @@ def repair() -> None:
         )
 
     mock.patch.multiple(
-        InterpreterBuilder, cast_impl=cast_values, create_fp_to_fp=convert_values, create_dot=dot_in_tf32
+        InterpreterBuilder, cast_impl=cast_values, create_fp_to_fp=convert_values, create_dot=dot_in_order
     ).start()
     for name in ARITHMETIC:
         mock.patch.object(InterpreterBuilder, name, _in_float32(getattr(InterpreterBuilder, name))).start()
