@@ -75,7 +75,7 @@ def _check_range(ids: Tensor, limit: int, message: str) -> None:
         return
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    lowest, highest = (bound.item() for bound in torch.aminmax(ids))
+    lowest, highest = torch.stack(torch.aminmax(ids)).tolist()  # together: on a GPU each look waits for the device
     if lowest < 0 or highest >= limit:
         raise ValueError(message.format(value=lowest if lowest < 0 else highest, limit=limit))
 
@@ -130,7 +130,8 @@ class GPT2Attention(hf.GPT2Attention):
         B, T, C = hidden_states.shape
 
         qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), read in place
+        # Each (B, H, T, D), read in place; taken apart along the packed axis, for backward stacks gradients along it.
+        query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
         if past is not None:

@@ -1,6 +1,7 @@
 """The drop-in models give transformers' numbers: logits, hidden states, losses and gradients."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from models import (
     token_ids,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GPT2Config, StaticCache
 
 import fastgpt
@@ -533,3 +535,29 @@ def test_attention_name_serves_grouped_queries() -> None:
     ids, mask = token_ids(2, 10, 131), _masks(2, 10)["left"]
     expected, logits = theirs(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
     assert_same_within_rounding(logits[mask.bool()], expected[mask.bool()])
+
+
+class LargeCopies(TorchDispatchMode):
+    """Counts the operations that copy n_elements or more, by name."""
+
+    def __init__(self, n_elements: int):
+        super().__init__()
+        self.n_elements = n_elements
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("clone", "copy_", "cat", "stack", "_to_copy") and result.numel() >= self.n_elements:
+            self.counts[name] += 1
+        return result
+
+
+def test_gradients_of_packed_queries_keys_and_values_are_joined_by_one_copy() -> None:
+    model = fastgpt.GPT2Model(tiny_config(n_layer=1)).train()
+    hidden_states = torch.randn(2, 24, 64, requires_grad=True)
+    attention: Any = model.h[0].attn
+    attended = attention(hidden_states)[0]
+    with LargeCopies(3 * hidden_states.numel()) as copies:
+        attended.sum().backward()
+    assert sum(copies.counts.values()) == 1

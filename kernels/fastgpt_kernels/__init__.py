@@ -70,8 +70,16 @@ def _interprets() -> bool:
         return False
 
 
+_modules: dict[str, ModuleType] = {}
+
+
 def _module(operation: str) -> ModuleType:
-    return sys.modules[_import_module(operation)]
+    if torch.compiler.is_compiling():
+        return sys.modules[_import_module(operation)]
+    module = _modules.get(operation)  # Looking a module up by its name takes longer than launching its kernel.
+    if module is None:
+        module = _modules[operation] = sys.modules[_import_module(operation)]
+    return module
 
 
 def _import_module(operation: str) -> str:

@@ -93,7 +93,7 @@ _LAYER_NORM_BWD = (
 _LAYER_NORM_ON = {
     ("bwd", "sm_80"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
     ("fwd", "sm_90"): {4096: LayerNormTile(4096, 1, 16)},
-    ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2)},
+    ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
     ("bwd", "sm_120"): {
         512: LayerNormTile(512, 1, 2),
         1024: LayerNormTile(1024, 1, 4),
@@ -180,8 +180,17 @@ _ATTENTION_ON = {
     },
     "sm_86": _ATTENTION_SM86,
     "sm_89": _ATTENTION_SM86,
-    "sm_100": {("dq", 2, 128): AttentionTile(32, 32, 4, 1)},
-    "sm_120": {("fwd", 2, 128): AttentionTile(64, 32, 8, 2)},
+    "sm_90": {("fwd", 4, 128): AttentionTile(16, 16, 4, 2)},
+    "sm_100": {
+        ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
+        ("dq", 2, 128): AttentionTile(32, 32, 4, 1),
+        ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2),
+    },
+    "sm_120": {
+        ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
+        ("dq", 2, 128): AttentionTile(32, 32, 8, 2),
+        ("dq", 4, 64): AttentionTile(16, 32, 4, 2),
+    },
     "gfx942": {("dkdv", 2, 128): AttentionTile(16, 32, 4, 2)},
 }
 
@@ -199,9 +208,10 @@ def attention_tile(
         # agree about a score. On a GPU the order is that of the head's elements in any tile.
         return ATTENTION[kernel, 2, padded_dim]
     key = kernel, element_size, padded_dim
-    if architecture == "sm_90":
-        return _ATTENTION_FWD_HOPPER if key == ("fwd", 2, 64) and not has_dropout else ATTENTION[key]
-    tile = _ATTENTION_ON.get(architecture, {}).get(key) or _ATTENTION_OFF_HOPPER.get(key, ATTENTION[key])
+    if architecture == "sm_90" and key == ("fwd", 2, 64) and not has_dropout:
+        return _ATTENTION_FWD_HOPPER
+    general = ATTENTION if architecture == "sm_90" else ATTENTION | _ATTENTION_OFF_HOPPER
+    tile = _ATTENTION_ON.get(architecture, {}).get(key) or general[key]
     # A thread of AMD's has 512 registers only where a program has no more than 4 warps.
     return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile
 
@@ -253,7 +263,7 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
 # For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
-_PRODUCT_OF_ODD_ROWS_SM120 = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
+_PRODUCT_OF_ODD_ROWS_BLACKWELL = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -266,8 +276,8 @@ class RowsTile(NamedTuple):
     num_warps: int
 
 
-# 16 elements a thread, eight of a row at a time: compiled, unmeasured.
-GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 4)
+# Eight elements a thread, in one row: compiled, unmeasured.
+GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 8)
 _ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -282,7 +292,8 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
         return _PRODUCT_DESCRIPTORS_HOPPER
     if describable:
         return _PRODUCT[element_size]
-    return (_PRODUCT_OF_ODD_ROWS_SM120 if architecture == "sm_120" else _PRODUCT_OF_ODD_ROWS)[element_size]
+    is_blackwell = architecture in ("sm_100", "sm_120")
+    return (_PRODUCT_OF_ODD_ROWS_BLACKWELL if is_blackwell else _PRODUCT_OF_ODD_ROWS)[element_size]
 
 
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
@@ -366,6 +377,8 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
     if architecture == "cpu":  # few programs, which take longer than their work
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
+    if kernel == "norm_product" and architecture in ("sm_86", "sm_89"):  # where 4 warps spill a word
+        num_warps = max(num_warps, 8)
     # One sector of 32 bytes of every row of the weights. The head's rows are read whole.
     block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
     return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)

@@ -21,7 +21,7 @@ from .attention_kernels import (
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
 )
-from .launch import FP_FUSION, on_device
+from .launch import FP_FUSION, eager_or_registered, on_device
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,9 +62,8 @@ def causal_attention(
         if isinstance(seed, Tensor):  # The caller may advance it before the backward pass.
             drop_seed = drop_seed.clone()
 
-    if torch.compiler.is_compiling():
-        return _causal_attention_op(q, k, v, key_padding_mask, drop_seed, scale, dropout_p)[0]
-    return _CausalAttention.apply(q, k, v, key_padding_mask, drop_seed, scale, dropout_p)
+    implementation = eager_or_registered(causal_attention_fwd, _CausalAttention, _causal_attention_op)
+    return implementation(q, k, v, key_padding_mask, drop_seed, scale, dropout_p)[0]
 
 
 def supports(q: Tensor) -> bool:
@@ -203,30 +202,29 @@ def causal_attention_bwd(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """The eager path: no dispatch through torch.library, which costs more than a launch."""
-
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-    ) -> Tensor:
-        out, stats = causal_attention_fwd(q, k, v, key_padding_mask, seed, scale, dropout_p)
-        ctx.save_for_backward(q, k, v, out, stats, key_padding_mask, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
-        return out
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = causal_attention_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, stats, mask, seed = ctx.saved_tensors
-        grads = causal_attention_bwd(grads[0], q, k, v, out, stats, mask, seed, ctx.scale, ctx.dropout_p)
-        return *grads, None, None, None, None
+        return _gradients(ctx, grads[0], causal_attention_bwd)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    return *backward(dout, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), None, None, None, None
 
 
 _causal_attention_op = torch.library.custom_op(
@@ -247,15 +245,8 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     return _new_heads(q), _new_heads(k), _new_heads(v)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.dropout_p = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.mark_non_differentiable(output[1])
-
-
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _causal_attention_backward_op(dout, *ctx.saved_tensors, ctx.scale, ctx.dropout_p)
-    return *grads, None, None, None, None
+    return _gradients(ctx, dout, _causal_attention_backward_op)
 
 
 _causal_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ from .gelu_mlp_kernels import (
     _gelu_mlp_fwd_hidden_kernel,
     _gelu_mlp_fwd_out_kernel,
 )
-from .launch import FP_FUSION, launch, on_device
+from .launch import FP_FUSION, eager_or_registered, launch, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,8 +61,8 @@ def gelu_mlp(
             drop_seed = drop_seed.clone()
 
     save_pre = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    args = *tensors, residual, drop_seed, activation, dropout_p, save_pre
-    return _gelu_mlp_op(*args)[0] if torch.compiler.is_compiling() else _GeluMlp.apply(*args)
+    implementation = eager_or_registered(gelu_mlp_fwd, _GeluMlp, _gelu_mlp_op)
+    return implementation(*tensors, residual, drop_seed, activation, dropout_p, save_pre)[0]
 
 
 def supports(x: Tensor) -> bool:
@@ -254,13 +254,11 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class _GeluMlp(torch.autograd.Function):
-    """The eager path: no dispatch through torch.library, which costs more than a launch."""
-
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = gelu_mlp_fwd(*inputs)
         _setup_context(ctx, inputs, output)
-        return output[0]
+        return output
 
     @staticmethod
     @once_differentiable
@@ -272,9 +270,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, fc_weight, _, proj_weight, _, residual, seed, ctx.activation, ctx.dropout_p, _ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, fc_weight, proj_weight, output[1], seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor, backward: Any) -> Gradients:
+def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> Gradients:
+    if dout is None:
+        return (None,) * 10
     wants = list(ctx.needs_input_grad[:5])
     grads: Gradients = (None,) * 5
     if any(wants):
@@ -305,15 +307,10 @@ def _(
     return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, wants, strict=True))
 
 
-def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _setup_context(ctx, inputs, output)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> Gradients:
     return _gradients(ctx, dout, _gelu_mlp_backward_op)
 
 
-_gelu_mlp_op.register_autograd(_backward, setup_context=_setup_op_context)
+_gelu_mlp_op.register_autograd(_backward, setup_context=_setup_context)
 
 __all__ = ["gelu_mlp", "supports"]

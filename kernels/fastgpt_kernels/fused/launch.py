@@ -1,5 +1,6 @@
 """What every fused operation needs around its kernels."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,17 @@ def launch(kernel: Any, n_programs: int, x: Tensor, *pointers: Tensor | None, **
     """Run n_programs programs of a kernel, whose first argument is x, on x's GPU."""
     with on_device(x):
         kernel[(n_programs,)](x, *pointers, **arguments, **FP_FUSION)
+
+
+def eager_or_registered(forward: Callable, function: type[torch.autograd.Function], registered: Any) -> Callable:
+    """The form in which an operation is called: three ways to the same launchers.
+
+    registered: for torch.compile; dispatch through torch.library costs more than a launch. function: where a gradient
+    may be asked for. forward: its first pass alone, for even an autograd.Function takes the host as long as a launch.
+    """
+    if torch.compiler.is_compiling():
+        return registered
+    return function.apply if torch.is_grad_enabled() else forward
 
 
 def as_rows(x: Tensor) -> Tensor:

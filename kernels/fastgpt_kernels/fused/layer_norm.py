@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import tuning
-from .launch import as_rows, launch
+from .launch import as_rows, eager_or_registered, launch
 from .layer_norm_kernels import (
     _layer_norm_bwd_kernel,
     _layer_norm_bwd_reduce_kernel,
@@ -31,8 +31,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Source: Layer Normalization, arXiv 1607.06450.
     """
     _check_arguments("layer_norm", x, weight, bias)
-    args = x, weight, bias, eps, _normalised_dtype(x.dtype, x.device.type)
-    return _layer_norm_op(*args) if torch.compiler.is_compiling() else _LayerNorm.apply(*args)
+    implementation = eager_or_registered(layer_norm_fwd, _LayerNorm, _layer_norm_op)
+    return implementation(x, weight, bias, eps, _normalised_dtype(x.dtype, x.device.type))
 
 
 def add_layer_norm(
@@ -49,8 +49,8 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
     _check_arguments("add_layer_norm", x, weight, bias, residual)
     dtype = _normalised_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
-    args = x, residual, weight, bias, eps, dtype
-    return _add_layer_norm_op(*args) if torch.compiler.is_compiling() else _AddLayerNorm.apply(*args)
+    implementation = eager_or_registered(add_layer_norm_fwd, _AddLayerNorm, _add_layer_norm_op)
+    return implementation(x, residual, weight, bias, eps, dtype)
 
 
 def supports(x: Tensor) -> bool:
@@ -175,8 +175,6 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class _LayerNorm(torch.autograd.Function):
-    """The eager path: no dispatch through torch.library, which costs more than a launch."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         _save_layer_norm(ctx, (x, weight, bias, eps, dtype), None)
