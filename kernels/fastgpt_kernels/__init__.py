@@ -70,16 +70,8 @@ def _interprets() -> bool:
         return False
 
 
-_modules: dict[str, ModuleType] = {}
-
-
 def _module(operation: str) -> ModuleType:
-    if torch.compiler.is_compiling():
-        return sys.modules[_import_module(operation)]
-    module = _modules.get(operation)  # Looking a module up by its name takes longer than launching its kernel.
-    if module is None:
-        module = _modules[operation] = sys.modules[_import_module(operation)]
-    return module
+    return sys.modules[_import_module(operation)]
 
 
 def _import_module(operation: str) -> str:
@@ -88,8 +80,12 @@ def _import_module(operation: str) -> str:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in KERNEL_MODULES:
         raise KernelUnavailableError(f"{operation}: this version has no Triton kernel for it")
+    name = f"{__name__}.{KERNEL_MODULES[operation]}"
     try:
-        return importlib.import_module(f"{__name__}.{KERNEL_MODULES[operation]}").__name__
+        __import__(
+            name
+        )  # Once it is imported, a tenth of what importlib takes: this runs at every call of an operation.
+        return name
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
