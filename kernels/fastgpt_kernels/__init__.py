@@ -82,9 +82,7 @@ def _import_module(operation: str) -> str:
         raise KernelUnavailableError(f"{operation}: this version has no Triton kernel for it")
     name = f"{__name__}.{KERNEL_MODULES[operation]}"
     try:
-        __import__(
-            name
-        )  # Once it is imported, a tenth of what importlib takes: this runs at every call of an operation.
+        __import__(name)  # At every call of an operation: importlib takes ten times as long to find what is there.
         return name
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":

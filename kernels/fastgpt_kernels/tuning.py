@@ -210,8 +210,8 @@ def attention_tile(
     key = kernel, element_size, padded_dim
     if architecture == "sm_90" and key == ("fwd", 2, 64) and not has_dropout:
         return _ATTENTION_FWD_HOPPER
-    general = ATTENTION if architecture == "sm_90" else ATTENTION | _ATTENTION_OFF_HOPPER
-    tile = _ATTENTION_ON.get(architecture, {}).get(key) or general[key]
+    special = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
+    tile = _ATTENTION_ON.get(architecture, {}).get(key) or special.get(key) or ATTENTION[key]
     # A thread of AMD's has 512 registers only where a program has no more than 4 warps.
     return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile
 
