@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from . import sampling
+from .loading import load_without_code
 from .ops import explain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,7 +99,7 @@ def load_model_and_tokenizer(
         model, tokenizer = load_demo()
     else:
         model = modeling.GPT2LMHeadModel.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_without_code(AutoTokenizer, name)
     return model.to(torch.device(device), DTYPES[dtype]).eval(), tokenizer
 
 

@@ -44,9 +44,23 @@ from .checkpoint.headers import (
     shown,
 )
 
-__all__ = ["LoadingMixin", "check_config", "read_config"]
+__all__ = ["LoadingMixin", "check_config", "load_without_code", "read_config"]
 
 HUB_TIMEOUT_S = 3.0
+
+
+def load_without_code(auto_class: Any, name: str, **options: Any) -> Any:
+    """auto_class.from_pretrained(name), which neither runs nor offers to run Python code that a checkpoint brings.
+
+    auto_class: AutoTokenizer, AutoConfig, ... Raises CheckpointError when only such code could load it.
+    """
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        kind = auto_class.__name__.removeprefix("Auto").lower()
+        raise CheckpointError(f"{name}: its {kind} is Python code of the checkpoint, and fastgpt runs none") from error
 
 
 class LoadingMixin:
@@ -63,11 +77,15 @@ class LoadingMixin:
         pretrained_model_name_or_path: a directory, a model id, or None with state_dict=.
         check_finite: refuse weights that hold NaN or Inf.
         use_safetensors: False loads pickle files, as plain weights only; they are refused otherwise.
+        No Python code of the checkpoint runs: trust_remote_code=True is refused.
         Raises CheckpointError, a ValueError; it is also an OSError when something cannot be found or read, and a
         RuntimeError when a shape differs, because those are what transformers raises.
         """
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only=False lets a pickle file run code: fastgpt loads weights only")
+        if kwargs.get("trust_remote_code"):
+            raise ValueError("trust_remote_code=True lets a checkpoint run code: fastgpt runs none")
+        kwargs["trust_remote_code"] = False
         path, checkpoint, unreachable = pretrained_model_name_or_path, None, None
         source = None if path is None or kwargs.get("gguf_file") else _source(path, kwargs)
         model_id = None if source is None or os.path.exists(source) else source

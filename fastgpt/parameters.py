@@ -129,8 +129,10 @@ def _read_config(directory: str) -> "PreTrainedConfig":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    from .loading import load_without_code
+
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return load_without_code(AutoConfig, directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{directory}: its config.json describes no known model: {reason}") from error
@@ -217,7 +219,7 @@ def _build_on_meta(config: "PreTrainedConfig") -> nn.Module:
         raise ValueError(f"transformers has no model for {type(config).__name__} (model_type {config.model_type!r})")
     auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     with torch.device("meta"):
-        return auto_class.from_config(config)
+        return auto_class.from_config(config, trust_remote_code=False)
 
 
 def _module_components(module: nn.Module) -> tuple[Component, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompileConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..loading import load_without_code
 from ..parameters import ALIASES, PRESETS
 from ..patching import patch, unpatch
 from .machine import seconds
@@ -42,7 +43,7 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
 
         ours, weights = load_demo()[0], "demo"
     elif is_preset or random_weights:
-        config = _preset(name) if is_preset else AutoConfig.from_pretrained(name)
+        config = _preset(name) if is_preset else load_without_code(AutoConfig, name)
         if not isinstance(config, GPT2Config):
             raise ValueError(f"{name} is not a GPT-2 (model_type {config.model_type!r}): only that runs here")
         with torch.random.fork_rng(devices=[]):
