@@ -413,7 +413,7 @@ def test_bug_offsets_overflow_in_large_tensors(n_tokens: int, head_dim: int, dty
         _causal_attention_fwd_kernel[grid](
             x, x, x, mask, seed, x, *stats, *(3 * strides), **sizes, **more, **dims, **flags
         )
-        _causal_attention_bwd_delta_kernel[grid](x, x, statistic, *strides, **sizes, **dims)
+        _causal_attention_bwd_delta_kernel[grid](x, x, statistic, *(2 * strides), **sizes, **dims)
         backward = {**sizes, **more, **dims, **flags, "scale": 1.0}
         _causal_attention_bwd_dq_kernel[grid](x, x, x, x, *stats, statistic, mask, seed, x, *(4 * strides), **backward)
         _causal_attention_bwd_dkdv_kernel[grid](

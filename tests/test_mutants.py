@@ -14,9 +14,9 @@ FUSED = Path("kernels", "fastgpt_kernels", "fused")
 # The tests that watch over a file of fused/.
 TESTS = {
     "layer_norm_kernels.py": ["test_layer_norm_kernel.py"],
-    "attention_kernels.py": ["test_causal_attention_kernel.py"],
+    "attention_kernels.py": ["test_causal_attention_kernel.py", "test_saved_tensors.py"],
     "gelu_mlp_kernels.py": ["test_gelu_mlp_kernel.py"],
-    "gelu_mlp.py": ["test_gelu_mlp_kernel.py"],
+    "gelu_mlp.py": ["test_gelu_mlp_kernel.py", "test_saved_tensors.py"],
     "activations.py": ["test_gelu_mlp_kernel.py"],
     "linear_cross_entropy_kernels.py": ["test_linear_cross_entropy_kernel.py"],
     "linear_cross_entropy.py": ["test_linear_cross_entropy_kernel.py"],

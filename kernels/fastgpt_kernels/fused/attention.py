@@ -170,9 +170,13 @@ def causal_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor,
     key_padding_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (B, H, Tq, D), dk and dv (B, H, Tk, D)."""
+    """dq (B, H, Tq, D), dk and dv (B, H, Tk, D).
+
+    What was saved may lie otherwise than the forward pass left it, for a saved-tensor hook may have packed it anew.
+    """
     dq, dk, dv = _new_heads(q), _new_heads(k), _new_heads(v)
-    q, k, v, dout = _dense_rows(q), _dense_rows(k), _dense_rows(v), _dense_rows(dout)
+    q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
+    stats = stats.contiguous()
     delta = torch.empty_like(stats[0])
     sizes, scores = _sizes(q, k), _scores(q, scale, dropout_p)
     mask = _mask_bytes(key_padding_mask)
@@ -183,7 +187,7 @@ def causal_attention_bwd(
     with on_device(q):
         if q.element_size() == 2:  # In wider dtypes the pass for dq sums it.
             _causal_attention_bwd_delta_kernel[q_grid](
-                out, dout, delta, *_strides(dout),
+                out, dout, delta, *_strides(out, dout),
                 n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
                 HEAD_DIM=tile["HEAD_DIM"], PADDED_DIM=tile["PADDED_DIM"], BLOCK_Q=tile["BLOCK_Q"], **FP_FUSION,
             )  # fmt: skip

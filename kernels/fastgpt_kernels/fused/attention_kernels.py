@@ -161,7 +161,8 @@ def _causal_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_batch_heads", "n_queries"])
 def _causal_attention_bwd_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, dout_batch_stride, dout_head_stride, dout_token_stride,
+    out_ptr, dout_ptr, delta_ptr,
+    out_batch_stride, out_head_stride, out_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
     n_batch_heads, n_heads, n_queries,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -170,10 +171,10 @@ def _causal_attention_bwd_delta_kernel(
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
     q_pos = tl.program_id(0) // n_batch_heads * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_in = q_pos < n_queries
-    out_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
+    out_ptr += batch * out_batch_stride + head * out_head_stride
     dout_ptr += batch * dout_batch_stride + head * dout_head_stride
 
-    out = _load_rows(out_ptr, q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM, True)
+    out = _load_rows(out_ptr, q_pos, q_in, out_token_stride, HEAD_DIM, PADDED_DIM, True)
     dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + q_pos, delta, mask=q_in)

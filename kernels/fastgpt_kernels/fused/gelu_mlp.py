@@ -228,6 +228,7 @@ def gelu_mlp_bwd(
     if not any(wants[:4]):
         return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
+    pre = pre.contiguous()  # A saved-tensor hook may have packed it in another layout.
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
     weight, transposed = _weight_rows(proj_weight.t())
     tile = _product_tile(dproduct, weight, pre, dpre, hidden)
