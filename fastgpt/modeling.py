@@ -4,6 +4,7 @@ Every class here is transformers' class of the same name with another forward: s
 arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from types import MethodType, NoneType
@@ -239,7 +240,27 @@ class _DropIn(LoadingMixin):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
 
 
+def _by_name(function: Callable, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `function` by name. Raises TypeError as the call would."""
+    bound = inspect.signature(function).bind(*args, **options)
+    return dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs
+
+
+def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
+    """Give a method that stands for transformers' the parameters of that one, followed by its own keyword-only ones."""
+
+    def change(ours: Callable) -> Callable:
+        signature = inspect.signature(theirs)
+        own = [p for p in inspect.signature(ours).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        *parameters, options = signature.parameters.values()
+        ours.__signature__ = signature.replace(parameters=[*parameters, *own, options])  # type: ignore[attr-defined]
+        return ours
+
+    return change
+
+
 class _Generation:
+    @_shows_parameters_of(GenerationMixin.generate)  # type: ignore[attr-defined]
     def generate(
         self,
         inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None,
@@ -266,8 +287,8 @@ class _Generation:
             kwargs |= {"input_ids": prompt, "attention_mask": mask}
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
-        seeds = [] if seed is None else [sampling.Seed(seed)]
-        logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.RefuseNaN(), *seeds])
+        if seed is not None:
+            logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.Seed(seed)])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
 
     def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
@@ -300,20 +321,31 @@ class _Generation:
         routing.log_mode(generation_mode)
         super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
 
+    # Here transformers' `generate` has prepared everything and starts its loop over tokens.
+
     @wraps(GenerationMixin._sample)  # type: ignore[attr-defined]
-    def _sample(self, input_ids: Tensor, **call):
-        return self._through_engine(super()._sample, input_ids, call)  # type: ignore[misc]
+    def _sample(self, *args, **call):
+        return self._through_engine(super()._sample, args, call)  # type: ignore[misc]
 
     @wraps(GenerationMixin._assisted_decoding)  # type: ignore[attr-defined]
-    def _assisted_decoding(self, input_ids: Tensor, **call):
-        return self._through_engine(super()._assisted_decoding, input_ids, call)  # type: ignore[misc]
+    def _assisted_decoding(self, *args, **call):
+        return self._through_engine(super()._assisted_decoding, args, call)  # type: ignore[misc]
 
-    def _through_engine(self, loop: Callable, input_ids: Tensor, call: dict[str, Any]) -> Any:
-        """Where transformers' `generate` has prepared everything and starts its loop over tokens."""
+    @wraps(GenerationMixin._beam_search)  # type: ignore[attr-defined]
+    def _beam_search(self, *args, **call):
+        loop = super()._beam_search  # type: ignore[misc]
+        call = _by_name(loop, args, call)
+        return loop(**call | {"logits_processor": sampling.refusing_nan(call["logits_processor"])})
+
+    def _through_engine(self, loop: Callable, args: tuple, call: dict[str, Any]) -> Any:
         from . import routing
 
-        processors, mask = call["logits_processor"], call.get("attention_mask")
-        call["logits_processor"] = sampling.settle_seed(processors, call["generation_config"], mask)
+        call = _by_name(loop, args, call)
+        processors = sampling.settle_seed(
+            call["logits_processor"], call["generation_config"], call.get("attention_mask")
+        )
+        call["logits_processor"] = sampling.refusing_nan(processors)
+        input_ids = call.pop("input_ids")
         generated = routing.try_engine(self, input_ids, **call)
         return loop(input_ids, **call) if generated is None else generated
 

@@ -141,8 +141,10 @@ def _obstacles_in_call(
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not _is_left_padded(mask, ids):
         yield "the attention mask hides more than padding on the left"
-    if positions is None or positions.shape[-1] != ids.shape[1]:
+    if positions is None or positions.shape not in (ids.shape, (1, ids.shape[1]), ids.shape[1:]):
         yield "position_ids are not those of the prompt"
+    if criteria.max_length is None:
+        yield "no length was given at which to stop"
     pad_id = _pad_id(config)
     if not 0 <= pad_id < model.transformer.wte.num_embeddings:
         yield f"pad_token_id {pad_id} is outside the vocabulary"
@@ -183,15 +185,16 @@ def try_engine(
     if obstacle is not None:
         return _decline(obstacle, streamer)
 
+    lengths = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
     eos_ids = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
     past: DynamicCache | None = inputs[CACHE] if generation_config.return_dict_in_generate else None
     request = Request(
         ids=ids,
         mask=inputs.get("attention_mask"),
-        positions=inputs["position_ids"],
+        positions=torch.atleast_2d(inputs["position_ids"]),
         process=logits_processor,
         do_sample=bool(generation_config.do_sample),
-        max_length=stopping_criteria.max_length,  # type: ignore[arg-type]
+        max_length=max(min(lengths), ids.shape[1] + 1),  # transformers looks at it behind a new token only
         eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
         pad_id=_pad_id(generation_config),
         past=past,

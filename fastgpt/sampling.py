@@ -15,16 +15,17 @@ from transformers.generation import logits_process
 def check_sampling_options(
     *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
 ) -> None:
-    """Raise ValueError, naming the value and its range, for an option that describes no distribution.
+    """Raise ValueError, naming the value and its range, for a number that describes no distribution.
 
-    temperature: > 0. top_k: >= 0, where 0 keeps all tokens. top_p: in (0, 1]. None leaves an option out.
+    temperature: > 0, where infinity makes all tokens alike. top_k: >= 0, where 0 keeps all tokens. top_p: >= 0, where
+    0 keeps one token and 1 or more all. None leaves an option out, and what is no number is left to transformers.
     """
-    if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number above 0, not {temperature} (for greedy, do not sample)")
-    if top_k is not None and top_k < 0:
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature must be a number above 0, not {temperature} (for greedy, do not sample)")
+    if isinstance(top_k, int | float) and not top_k >= 0:
         raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if isinstance(top_p, int | float) and not top_p >= 0:
+        raise ValueError(f"top_p must be 0 or more, not {top_p}")
 
 
 def check_generation_options(generation_config: GenerationConfig, overrides: dict[str, Any]) -> None:
@@ -50,6 +51,11 @@ class RefuseNaN(LogitsProcessor):
         if not torch.compiler.is_compiling() and bool(scores.isnan().any()):
             raise ValueError(NAN_LOGITS)
         return scores
+
+
+def refusing_nan(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """The processors behind a check of the model's own logits: NaN that a processor makes is left to its maker."""
+    return LogitsProcessorList([RefuseNaN(), *processors])
 
 
 class Seed(LogitsProcessor):
@@ -137,7 +143,10 @@ def device_options(
         options |= {"seed": int(torch.randint(2**63 - 1, ())), "n_continuations": n_rows}
     if "seed" in options:
         options["seed"] = reference.seed_tensor(options["seed"], device)
-    return SamplingOptions(**options)
+    try:
+        return SamplingOptions(**options)
+    except ValueError:  # an infinite temperature, a top_p of 0
+        return None
 
 
 def _is_on_device(processor: LogitsProcessor) -> bool:
