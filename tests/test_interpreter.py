@@ -1,11 +1,14 @@
 """The interpreter's checks catch what they are there for."""
 
+import re
+import warnings
+
 import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import DEVICE, INTERPRETING, check_overflow, check_version, dry_run, shuffled_grid
+from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, releases, shuffled_grid
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
@@ -217,10 +220,37 @@ def test_dot_in_tf32_errs_as_a_gpu_does() -> None:
 # --- canary ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_triton_is_refused() -> None:
-    check_version(triton.__version__)
-    with pytest.raises(RuntimeError, match=r"not 99\.0\.0: compare"):
-        check_version("99.0.0")
+@triton.jit
+def _count_to_kernel(count_ptr, n):
+    for i in range(n):
+        tl.store(count_ptr, i + 1)
+
+
+def test_a_loop_runs_as_often_as_an_argument_says() -> None:
+    count = torch.zeros(1, dtype=torch.int32)
+    _count_to_kernel[(1,)](count, 5)  # pyright: ignore
+    assert count.item() == 5
+
+
+def test_a_release_that_was_tried_is_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in (*releases.TRIED, f"{releases.TRIED[-1]}+git0123abc"):
+            releases.check(version)
+
+
+@pytest.mark.parametrize("version", ["99.0.0", "3.7.0", "3.10.0+git0123abc"])
+def test_another_release_is_warned_of(version: str) -> None:
+    with pytest.warns(UserWarning, match=f"not {re.escape(version)}: run tests/test_interpreter.py first"):
+        releases.check(version)
+
+
+def test_what_a_new_release_lacks_is_skipped_and_what_a_known_one_lacks_is_an_error() -> None:
+    skipped = pytest.raises(pytest.skip.Exception, match=r"triton 99\.0\.0 is not known .*no such name")
+    with skipped, releases.skipping_what_is_unknown("99.0.0"):
+        raise AttributeError("no such name")
+    with pytest.raises(AttributeError, match="no such name"), releases.skipping_what_is_unknown(releases.TRIED[-1]):
+        raise AttributeError("no such name")
 
 
 def test_device_is_where_kernels_run() -> None:

@@ -7,43 +7,33 @@ the tensors of a launch. The rest is asked for by a test, and changes nothing on
     with dry_run():          only the first and last programs run and touch no memory: huge shapes cost nothing
     with shuffled_grid(s):   programs run in a random order: the outputs may not change
 
-The hooks reach into private interfaces, hence the fixed list of triton's releases.
+The hooks reach into private interfaces: `releases` says where those differ, and warns of one that it has not met.
 """
 
 import triton
 from triton import knobs
 
-from . import arithmetic, memory
-from .grid import dry_run, shuffled_grid
-from .memory import OutOfBoundsError, check_overflow
-
-TRIED_VERSIONS = ("3.9.0",)
+from . import releases
 
 INTERPRETING = bool(knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETING else "cuda"
 
+releases.check(triton.__version__)
+with releases.skipping_what_is_unknown(triton.__version__):
+    from . import arithmetic, memory
+    from .grid import dry_run, shuffled_grid
+    from .memory import OutOfBoundsError, check_overflow
 
-def check_version(version: str) -> None:
-    """Raise RuntimeError for a release of triton whose interpreter these hooks have not met."""
-    if version not in TRIED_VERSIONS:
-        raise RuntimeError(
-            f"tests/interpreter was tried with triton {', '.join(TRIED_VERSIONS)}, not {version}: compare "
-            "triton/runtime/interpreter.py with what it replaces, run tests/test_interpreter.py, then add the version"
-        )
-
-
-if INTERPRETING:
-    check_version(triton.__version__)
-    arithmetic.repair()
-    memory.watch()
+    if INTERPRETING:
+        releases.mend(triton.__version__)
+        arithmetic.repair()
+        memory.watch()
 
 __all__ = [
     "DEVICE",
     "INTERPRETING",
-    "TRIED_VERSIONS",
     "OutOfBoundsError",
     "check_overflow",
-    "check_version",
     "dry_run",
     "shuffled_grid",
 ]

@@ -62,11 +62,18 @@ def multiply_add(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     return total
 
 
+def round_to_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 values to the nearest of 10 bits of mantissa, ties to even; infinities and NaN as they are."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x0FFF) + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(values), rounded, bits).view(np.float32)
+
+
 def repair() -> None:
     """Mend the interpreter for the rest of the process."""
     cast, convert, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
     reduce = ReduceOps.apply_impl
-    round_to_tf32, round_to_zero = interpreter._round_f32_to_tf32, interpreter._ir.ROUNDING_MODE.RTZ
+    round_to_zero = interpreter._ir.ROUNDING_MODE.RTZ
 
     def cast_values(builder: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
         if source.dtype.scalar == dtype.scalar:

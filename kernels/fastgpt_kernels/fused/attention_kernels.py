@@ -99,7 +99,7 @@ def _attend(
 
         # A weight of zero would not silence NaN or Inf in the value of a masked key.
         v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=acc.dtype)
     return acc, row_max, row_sum
 
 
@@ -213,9 +213,9 @@ def _accumulate_dkdv(
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
 
-        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=dv.dtype)
         dscore = p * (dp - delta[None, :])
-        dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee", out_dtype=dk.dtype)
     return dk, dv
 
 
@@ -309,7 +309,7 @@ def _walk_keys(
             delta += tl.sum(p * dp, axis=1)
         else:
             dscore = p * (dp - delta[:, None])
-            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee")
+            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee", out_dtype=dq.dtype)
     return dq, delta
 
 
