@@ -162,8 +162,8 @@ def report(
     Raises ValueError on an unknown model or a value that is out of range.
     """
     for field, value in {"bandwidth": bandwidth, "matrix_rate": matrix_rate, "batch": batch}.items():
-        if not value > 0:
-            raise ValueError(f"{field} must be above 0, not {value}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{field} must be a finite number above 0, not {value}")
     name, model = describe(source)
     count = count_parameters(model)
     total = count.total

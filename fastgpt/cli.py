@@ -4,8 +4,13 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage. An error is one line; --de
 """
 
 import json
+import math
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,9 +48,13 @@ def generate(
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="Above 0; 0 takes the most likely token (greedy).")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 for all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0 for all.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed gives the same text.")
+    ] = None,
     prompt_lookup: Annotated[
         int | None,
         typer.Option(min=1, help="Propose up to this many tokens from what repeats: the same text, often sooner."),
@@ -55,8 +64,14 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
-    from .generation import stream_text
+    from . import ops, sampling
+    from .generation import settle_place, stream_text
 
+    with _wrong_usage():
+        settle_place(device, dtype)
+        ops.selected_backend()
+        sampling.check_sampling_options(temperature=temperature or None, top_p=top_p)
+        _check_text(prompt)
     result = stream_text(
         prompt,
         model,
@@ -98,32 +113,38 @@ def bench(
     ] = None,
 ) -> None:
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
-    from . import benchmark
+    from . import benchmark, ops
 
-    series = [
-        benchmark.BenchmarkOptions(
-            model=model,
-            random_weights=random_weights,
-            workloads=workload.split(","),
-            batch=n_batch,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            device=device,
-            dtype=name,
-            baselines=baselines.split(","),
-            runs=runs,
-        )
-        for name in (dtype.split(",") if dtype else [None])
-        for n_batch in _numbers("--batch", batch)
-    ]
+    with _wrong_usage():
+        ops.selected_backend()
+        series = [
+            benchmark.BenchmarkOptions(
+                model=model,
+                random_weights=random_weights,
+                workloads=workload.split(","),
+                batch=n_batch,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                device=device,
+                dtype=name,
+                baselines=baselines.split(","),
+                runs=runs,
+            )
+            for name in (dtype.split(",") if dtype is not None else [None])
+            for n_batch in _numbers("--batch", batch)
+        ]
     if profile_file is not None and len(series) > 1:
         raise typer.BadParameter("--profile takes one dtype and one batch size")
+    if plot_file is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'fastgpt[bench]'")
+    for option, file in {"--json": json_file, "--plot": plot_file, "--profile": profile_file}.items():
+        _check_output(option, file)
     with benchmark.progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
     for result in results:
         benchmark.render(result, _tables())
     if json_file is not None:
-        json_file.write_text(json.dumps(benchmark.bring_together(results), indent=2) + "\n")
+        json_file.write_text(_strict_json(benchmark.bring_together(results)) + "\n")
     if plot_file is not None:
         benchmark.plot(results, plot_file)
     if profile_file is not None:
@@ -144,7 +165,9 @@ def params(
     """Count parameters, storage, FLOPs and the physical limits of a model, from its configuration alone."""
     from . import accounting
 
-    report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
+    accounting.count_parameters(name)  # what is wrong with the model is no wrong usage
+    with _wrong_usage():
+        report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
     if as_json:
         _print_json(report)
     else:
@@ -178,7 +201,10 @@ def verify(
 def doctor(device: Device = None, as_json: AsJson = False) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
     from . import doctor as checks
+    from .generation import settle_place
 
+    with _wrong_usage():
+        settle_place(device)
     diagnosis = checks.diagnose(device)
     if as_json:
         _print_json(diagnosis)
@@ -195,6 +221,34 @@ def _numbers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
 
 
+@contextmanager
+def _wrong_usage() -> Iterator[None]:
+    """Values that the work refuses are the caller's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 from its character {error.start} on") from error
+
+
+def _check_output(option: str, file: Path | None) -> None:
+    """Before hours of work: whether its result can be written there."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise typer.BadParameter(f"{option}: {file} is a directory")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"{option}: there is no directory {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise typer.BadParameter(f"{option}: {file} cannot be written")
+
+
 def _tables() -> Console:
     # A pipe or a file has no width of its own.
     return Console() if sys.stdout.isatty() else Console(width=120)
@@ -206,23 +260,42 @@ def _write_now(text: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    print(_strict_json(value))
+
+
+def _strict_json(value: Any) -> str:
+    """JSON as every reader takes it: what is no number, or has no end, is null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on `arguments` (sys.argv by default) and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    n_options = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text
+    options, rest = arguments[:n_options], arguments[n_options:]
+    debug = "--debug" in options
     transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
     try:
-        code = app([word for word in arguments if word != "--debug"], prog_name="fastgpt", standalone_mode=False)
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        words = [word for word in options if word != "--debug"] + rest
+        code = app(words, prog_name="fastgpt", standalone_mode=False)
+        sys.stdout.flush()
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "fastgpt"
         _fail(f"{error.format_message()} (see {command} --help)", code=2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", code=130)
+    except BrokenPipeError:
+        _fail(None, code=1)
     except Exception as error:
         if debug:
             raise
@@ -231,6 +304,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str | None, code: int) -> None:
+    """Say in one line what went wrong, if there is somebody to read it, and exit."""
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What is left in the buffer has nowhere to go: Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -8,9 +8,11 @@ import torch
 import transformers
 from fastgpt_kernels import OPERATIONS, KernelUnavailableError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import ops, routing
+from .checkpoint.headers import one_line
 from .generation import default_device
 from .patching import patch
 
@@ -31,8 +33,19 @@ def versions() -> dict[str, str | None]:
 def check_parity(device: str) -> dict[str, Any]:
     """Logits, loss and gradients of a tiny model beside transformers' with the same weights, in float32.
 
-    Returns {"passed", "largest_error", "allowed"}: errors relative to the largest value.
+    Returns {"passed", "largest_error", "allowed", "obstacle"}: errors relative to the largest value; the obstacle is
+    why there is no result, None where there is one.
     """
+    allowed = 2e-5
+    try:
+        largest_error, obstacle = _largest_error(device), None
+    except Exception as error:  # whatever stops a model here is what this command has to tell
+        largest_error, obstacle = None, one_line(error)
+    passed = largest_error is not None and largest_error <= allowed
+    return {"passed": passed, "largest_error": largest_error, "allowed": allowed, "obstacle": obstacle}
+
+
+def _largest_error(device: str) -> float:
     model = _tiny_model(device)
     ids = torch.randint(0, 131, (2, 33), generator=torch.Generator().manual_seed(0)).to(device)
     results = []
@@ -43,11 +56,8 @@ def check_parity(device: str) -> dict[str, Any]:
         results.append(
             [output.logits, output.loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
         )
-    largest_error = max(
-        ((ours - theirs).abs().max() / theirs.abs().max()).item() for theirs, ours in zip(*results, strict=True)
-    )
-    allowed = 2e-5
-    return {"passed": largest_error <= allowed, "largest_error": largest_error, "allowed": allowed}
+    errors = [(ours - theirs).abs().max() / theirs.abs().max() for theirs, ours in zip(*results, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if one of them is
 
 
 def _tiny_model(device: str) -> Any:
@@ -68,9 +78,13 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
     for operation in OPERATIONS:
         try:
             backend, reason = ops.explain(operation, device)
-        except KernelUnavailableError as error:
+        except (KernelUnavailableError, ValueError) as error:
             backend, reason = "none", str(error)
         operations[operation] = {"backend": backend, "reason": reason}
+    try:
+        generate = routing.describe(patch(_tiny_model(device)).eval())
+    except (KernelUnavailableError, ValueError) as error:
+        generate = f"nowhere: {error}"
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -79,9 +93,9 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         if torch.device(device).type == "cuda"
         else platform.processor(),
         "threads": torch.get_num_threads(),
-        "backend_setting": ops.selected_backend(),
+        "backend_setting": ops.backend_setting(),
         "operations": operations,
-        "generate": routing.describe(patch(_tiny_model(device)).eval()),
+        "generate": generate,
         "parity": check_parity(device),
     }
 
@@ -103,7 +117,8 @@ def render(diagnosis: dict[str, Any], console: Console) -> None:
 
     parity = diagnosis["parity"]
     verdict = "[green]passed[/]" if parity["passed"] else "[red]FAILED[/]"
+    found = parity["obstacle"] or f"largest relative error {parity['largest_error']:.1e}"
     console.print(
         f"Parity with transformers (logits, loss and gradients of a tiny model, float32): {verdict}, "
-        f"largest relative error {parity['largest_error']:.1e}, allowed {parity['allowed']:.0e}"
+        f"{escape(found)}, allowed {parity['allowed']:.0e}"
     )

@@ -1,5 +1,6 @@
 """Text in, text out: a prompt continued by a model, streamed and timed."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from . import sampling
 from .loading import load_without_code
 from .ops import explain
+
+logger = logging.getLogger("fastgpt")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,15 +58,17 @@ class Continuation:
 
 
 class _TimedStreamer(TextStreamer):
-    """Writes text as soon as it is whole words and notes when each token came."""
+    """Writes the prompt when its first new token comes, then whole words as they come; notes when each token came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None] | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, write: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True)  # type: ignore[arg-type]
-        self.write = write
+        self.prompt, self.write = prompt, write
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        if len(self.times) == 2 and self.write is not None:  # the call turned out to be valid
+            self.write(self.prompt)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -76,31 +81,50 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a model runs.
+
+    device: the GPU when there is one, if None. dtype: a key of `DTYPES`; float32 on the CPU and bfloat16 on a GPU,
+    if None. Raises ValueError on another dtype, and on a device that is not here.
+    """
+    try:
+        place = torch.device(default_device() if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: say cpu or cuda") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"fastgpt runs on cpu and cuda, not on {place.type}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave --device out or say --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {place} here: there are {torch.cuda.device_count()}")
+    dtype = ("float32" if place.type == "cpu" else "bfloat16") if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return place, DTYPES[dtype]
+
+
 def load_model_and_tokenizer(
     name: str, device: str | None = None, dtype: str | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The demo, a Hub id or a local directory, ready to run.
 
-    device: the GPU when there is one, if None. dtype: a key of `DTYPES`; float32 on the CPU and bfloat16 on a GPU,
-    if None. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
+    device, dtype: as for `settle_place`. A model without the head that its configuration asks for gets a new one, with
+    a warning. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
     """
     from . import modeling
 
     model: Any
-    device = default_device() if device is None else device
-    dtype = ("float32" if torch.device(device).type == "cpu" else "bfloat16") if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: leave --device out or say --device cpu")
+    place = settle_place(device, dtype)
     if name == "demo":
         from .demo import load_demo
 
         model, tokenizer = load_demo()
     else:
-        model = modeling.GPT2LMHeadModel.from_pretrained(name)
+        model, info = modeling.GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        if "lm_head.weight" in info["missing_keys"]:
+            logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
         tokenizer = load_without_code(AutoTokenizer, name)
-    return model.to(torch.device(device), DTYPES[dtype]).eval(), tokenizer
+    return model.to(*place).eval(), tokenizer
 
 
 def stream_text(
@@ -134,9 +158,7 @@ def stream_text(
         raise ValueError(f"the prompt has {n_prompt} tokens and the model's context is {n_context}: shorten it")
     seed = torch.seed() % 2**32 if seed is None else seed
 
-    streamer = _TimedStreamer(tokenizer, write)
-    if write is not None:
-        write(prompt)
+    streamer = _TimedStreamer(tokenizer, prompt, write)
     start = time.perf_counter()
     sequence = model.generate(
         **inputs,

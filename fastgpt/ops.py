@@ -12,13 +12,14 @@ from torch import Tensor, nn
 BACKENDS = ("auto", "torch", "triton")
 
 
+# Looked at when it is used, so that a wrong one does not keep `fastgpt doctor` from explaining it.
+_selected = os.environ.get("FASTGPT_BACKEND", "auto")
+
+
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     return name
-
-
-_selected = _checked(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
 
 
 @contextmanager
@@ -37,9 +38,14 @@ def backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
-def selected_backend() -> str:
-    """The backend in force: "auto", "torch" or "triton"."""
+def backend_setting() -> str:
+    """What was asked for, by `backend` or in the environment, be it a backend or not."""
     return _selected
+
+
+def selected_backend() -> str:
+    """The backend in force: "auto", "torch" or "triton". Raises ValueError when the environment names another."""
+    return _checked(_selected, "FASTGPT_BACKEND")
 
 
 def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
@@ -47,10 +53,10 @@ def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
 
     In auto mode a kernel still leaves tensors that it does not support to the reference.
     Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and cannot
-    run.
+    run, ValueError when the environment names no backend.
     """
     device = torch.device(device)
-    if _selected == "torch":
+    if selected_backend() == "torch":
         return "torch", "asked for by name"
     if _selected == "auto" and device.type != "cuda":
         return "torch", f"no kernel runs on {device.type}"

@@ -1,9 +1,13 @@
 """The command line: results on standard output, one-line errors on standard error, exit codes 0, 1 and 2."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from fastgpt_kernels import KernelUnavailableError
 from models import tiny_config
 
 import fastgpt
@@ -106,16 +110,8 @@ def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
     [
         (["generate", "word " * 400], ["tokens", "context is 256"]),
         (["generate", ""], ["prompt is empty"]),
-        (["generate", "hi", "--temperature", "-1"], ["temperature", "-1"]),
-        (["generate", "hi", "--top-p", "1.5"], ["top_p", "1.5"]),
-        (["generate", "hi", "--top-k", "-2"], ["top_k", "-2"]),
-        (["generate", "hi", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["generate", "hi", "--device", "cuda"], ["CUDA", "--device cpu"]),
         (["generate", "hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "directory", "--model demo"]),
         (["params", "gpt2-xxl"], ["gpt2-xxl", "gpt2-xl"]),
-        (["bench", "--workload", "sleep"], ["sleep", "prefill"]),
-        (["bench", "--baselines", "magic"], ["magic", "hf-sdpa"]),
-        (["bench", "--batch", "1,0"], ["batch must be 1 or more, not 0"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -130,18 +126,133 @@ def test_directory_without_weights(run, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "word"),
     [
-        *(["--wrong"], ["generate", "hi", "--wrong"], ["generate"], ["wrong"]),
-        ["generate", "hi", "--max-new-tokens", "no"],
-        ["generate", "hi", "--prompt-lookup", "0"],
-        ["bench", "--batch", "two"],
-        ["bench", "--model", "demo", "--batch", "1,2", "--profile", "trace.json"],
+        *(
+            (["--wrong"], "--wrong"),
+            (["generate", "hi", "--wrong"], "--wrong"),
+            (["generate"], "PROMPT"),
+            (["wrong"], "wrong"),
+        ),
+        (["generate", "hi", "--max-new-tokens", "no"], "--max-new-tokens"),
+        (["generate", "hi", "--prompt-lookup", "0"], "--prompt-lookup"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
+        (["generate", "hi", "--temperature", "nan"], "not nan"),
+        (["generate", "hi", "--top-p", "1.5"], "--top-p"),
+        (["generate", "hi", "--top-p", "nan"], "top"),
+        (["generate", "hi", "--top-k", "-2"], "--top-k"),
+        (["generate", "hi", "--seed", str(2**64)], "--seed"),
+        (["generate", "hi", "--dtype", "float8"], "float8"),
+        (["generate", "hi", "--device", "meta"], "meta"),
+        (["generate", "hi", "--device", "tpu9"], "tpu9"),
+        (["doctor", "--device", "tpu9"], "tpu9"),
+        (["generate", "h\udcff"], "not UTF-8"),
+        (["bench", "--batch", "two"], "two"),
+        (["bench", "--batch", "1,0"], "batch must be 1 or more, not 0"),
+        (["bench", "--workload", "sleep"], "sleep"),
+        (["bench", "--baselines", "magic"], "magic"),
+        (["bench", "--dtype", ""], "unknown dtype ''"),
+        (["bench", "--model", "demo", "--batch", "1,2", "--profile", "trace.json"], "--profile"),
+        (["params", "gpt2", "--context", "5000"], "5000"),
+        (["params", "gpt2", "--bandwidth", "inf"], "bandwidth"),
+        (["params", "gpt2", "--matrix-rate", "nan"], "matrix_rate"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str]) -> None:
-    assert_one_line_error(run(*arguments), 2, "--help")
+def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str], word: str) -> None:
+    assert_one_line_error(run(*arguments), 2, "--help", word)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(run) -> None:
+    assert_one_line_error(run("generate", "hi", "--device", "cuda"), 2, "CUDA", "--device cpu")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--profile"])
+def test_bench_checks_where_results_go_before_it_runs(run, option: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fastgpt.benchmark.run_series", lambda *_: pytest.fail("it ran"))
+    for file in (tmp_path, tmp_path / "none" / "file"):
+        assert_one_line_error(run("bench", "--model", "demo", option, str(file)), 2, option, str(file.parent))
+
+
+def test_what_follows_two_dashes_is_a_prompt(run) -> None:
+    result = run("generate", "--max-new-tokens", "1", "--debug", "--", "--debug")
+    assert result.code == 0
+    assert result.out.startswith("--debug")
+
+
+def test_nothing_is_written_before_a_call_turned_out_to_be_valid(run, monkeypatch) -> None:
+    monkeypatch.setattr(fastgpt.GPT2LMHeadModel, "forward", lambda *_, **__: 1 / 0)
+    assert_one_line_error(run("generate", "hi", "--max-new-tokens", "2"), 1, "division")
+
+
+def test_json_has_no_numbers_without_end(run, monkeypatch) -> None:
+    assert json.loads(cli._strict_json({"a": [float("nan"), 1.5, {"b": float("-inf")}]})) == {
+        "a": [None, 1.5, {"b": None}]
+    }
+    result = run("params", "gpt2", "--bandwidth", "1e308", "--batch", "1000000", "--json")
+    json.loads(result.out, parse_constant=pytest.fail)
+
+
+def in_process(arguments: list[str], **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | options.pop("environment", {})
+    command = [sys.executable, "-m", "fastgpt", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        full_disk = in_process(["params", "gpt2", "--json"], stdout=full)
+    closed_pipe = in_process(["params", "gpt2", "--json"], stdout=subprocess.PIPE)
+    assert closed_pipe.stdout is not None
+    closed_pipe.stdout.close()
+    assert closed_pipe.wait(120) == 1
+    assert closed_pipe.stderr.read() == ""  # type: ignore[union-attr]
+    assert full_disk.wait(120) == 1
+    assert full_disk.stderr.read() == "error: [Errno 28] No space left on device\n"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", ["nonsense", ""])
+def test_wrong_backend_in_the_environment(value: str) -> None:
+    environment = {"FASTGPT_BACKEND": value}
+    wrong = in_process(["generate", "hi"], stdout=subprocess.PIPE, environment=environment)
+    doctor = in_process(["doctor", "--json"], stdout=subprocess.PIPE, environment=environment)
+    out, err = wrong.communicate(timeout=120)
+    assert (wrong.returncode, out, err.count("\n")) == (2, "", 1)
+    assert f"unknown backend '{value}'" in err
+    out, err = doctor.communicate(timeout=120)
+    assert (doctor.returncode, err) == (1, "")
+    diagnosis = json.loads(out)
+    assert diagnosis["backend_setting"] == value
+    told = [operation["reason"] for operation in diagnosis["operations"].values()]
+    for text in (*told, diagnosis["generate"], diagnosis["parity"]["obstacle"]):
+        assert f"unknown backend '{value}'" in text
+
+
+def test_doctor_explains_kernels_that_cannot_run(run, monkeypatch) -> None:
+    def kernel(operation: str):
+        raise KernelUnavailableError("no kernel on this machine")
+
+    monkeypatch.setattr("fastgpt_kernels.kernel", kernel)
+    with fastgpt.backend("triton"):
+        result = run("doctor", "--device", "cpu", "--json")
+    diagnosis = json.loads(result.out)
+    assert result.code == 1
+    assert diagnosis["parity"]["obstacle"] == "no kernel on this machine"
+    assert diagnosis["operations"]["layer_norm"] == {"backend": "none", "reason": "no kernel on this machine"}
+
+
+def test_a_missing_head_is_told(run, tmp_path, caplog) -> None:
+    _, tokenizer = fastgpt.load_demo()
+    tokenizer.save_pretrained(tmp_path)
+    fastgpt.GPT2Model(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=False)).save_pretrained(tmp_path)
+    assert run("generate", "ROMEO:", "--model", str(tmp_path), "--max-new-tokens", "2").code == 0
+    assert "lm_head.weight" in caplog.text
+    caplog.clear()
+    fastgpt.GPT2Model(tiny_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    assert run("generate", "ROMEO:", "--model", str(tmp_path), "--max-new-tokens", "2").code == 0
+    assert "lm_head.weight" not in caplog.text
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ class BenchmarkOptions:
             "workloads": _names("workload", self.workloads, WORKLOADS),
             "baselines": _names("baseline", self.baselines, BASELINES),
             "device": device,
-            "dtype": self.dtype or ("float32" if device.startswith("cpu") else "bfloat16"),
+            "dtype": ("float32" if device.startswith("cpu") else "bfloat16") if self.dtype is None else self.dtype,
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
