@@ -12,25 +12,24 @@ this package touches neither triton nor a GPU.
 """
 
 import importlib
-import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fused, reference
 from .tuning import architecture
 
 OPERATIONS = ("layer_norm", "add_layer_norm", "causal_attention", "gelu_mlp", "linear_cross_entropy")
 
-# The module that holds the Triton kernel of an operation, and says with `supports` which tensors it takes.
+# The module of `fused` that holds the Triton kernel of an operation, and says with `supports` which tensors it takes.
 KERNEL_MODULES = {
-    "layer_norm": "fused.layer_norm",
-    "add_layer_norm": "fused.layer_norm",
-    "causal_attention": "fused.attention",
-    "gelu_mlp": "fused.gelu_mlp",
-    "linear_cross_entropy": "fused.linear_cross_entropy",
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "layer_norm",
+    "causal_attention": "attention",
+    "gelu_mlp": "gelu_mlp",
+    "linear_cross_entropy": "linear_cross_entropy",
 }
 
 
@@ -71,19 +70,22 @@ def _interprets() -> bool:
 
 
 def _module(operation: str) -> ModuleType:
-    return sys.modules[_import_module(operation)]
+    _import_module(operation)
+    # torch.compile sees here what is imported while it traces, which it does not in sys.modules, of which it has a copy.
+    return getattr(fused, KERNEL_MODULES[operation])
 
 
-def _import_module(operation: str) -> str:
-    """Import the module of an operation's kernel. Returns its name."""
+def _import_module(operation: str) -> None:
+    """Import the module of an operation's kernel."""
     if operation not in OPERATIONS:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in KERNEL_MODULES:
         raise KernelUnavailableError(f"{operation}: this version has no Triton kernel for it")
-    name = f"{__name__}.{KERNEL_MODULES[operation]}"
+    module = KERNEL_MODULES[operation]
+    if hasattr(fused, module):  # At every call of an operation: importlib takes ten times as long to find it.
+        return
     try:
-        __import__(name)  # At every call of an operation: importlib takes ten times as long to find what is there.
-        return name
+        importlib.import_module(f"{fused.__name__}.{module}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise

@@ -1,0 +1,57 @@
+"""Every test that compiles or exports, again in a process where nothing has run.
+
+There the modules of the kernels are imported while torch.compile traces the call that needs them.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from interpreter import INTERPRETING
+
+TESTS = Path(__file__).parent
+CALLS = ("torch.compile(", "torch.export.export(")
+# Imports once what takes long, and no kernel; then runs every test in a fork of its own.
+FORKS = """
+import os, sys
+import hypothesis, peft, pytest, torch._dynamo, torch._inductor.compile_fx, transformers, triton
+import fastgpt
+
+failed = []
+for test in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+    if os.waitpid(child, 0)[1] != 0:
+        failed.append(test)
+assert not [name for name in sys.modules if name.startswith("fastgpt_kernels.fused.")]
+sys.exit(f"failed: {failed}" if failed else 0)
+"""
+
+
+def compiling_tests() -> list[str]:
+    """The tests of this folder that call `CALLS`, also in the files that import them from another."""
+    found, imported = set(), set()
+    for file in TESTS.glob("test_*.py"):
+        text = file.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                if any(call in (ast.get_source_segment(text, node) or "") for call in CALLS):
+                    found.add((file.stem, node.name))
+            elif isinstance(node, ast.ImportFrom):
+                imported |= {(file.stem, node.module, alias.name) for alias in node.names}
+    again = {(file, name) for file, module, name in imported if (module, name) in found}
+    return sorted(f"tests/{file}.py::{name}" for file, name in found | again)
+
+
+def test_in_a_fresh_process() -> None:
+    names = compiling_tests()
+    assert "tests/test_model_on_kernels.py::test_compile_fullgraph_forward_and_backward" in names
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"HF_HUB_OFFLINE": "1"} | ({"TRITON_INTERPRET": "1"} if INTERPRETING else {})
+    finished = subprocess.run(
+        [sys.executable, "-c", FORKS, *names], cwd=TESTS.parent, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
