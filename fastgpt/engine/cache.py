@@ -3,7 +3,9 @@
 B batch, T slots of the cache, L layers, H heads, D head size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,18 @@ from transformers.cache_utils import DynamicLayer
 
 from ..modeling import GPT2LMHeadModel
 from ..versions import CACHE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
+    """A function or generator that runs without gradients and outside inference mode, whatever its caller's mode is.
+
+    What is allocated in inference mode cannot be written to outside of it, and the engine writes to what it allocates
+    in later steps and calls.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @dataclass

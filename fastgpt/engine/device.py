@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import sampling
 from ..modeling import GPT2LMHeadModel
-from .cache import prefill
+from .cache import prefill, without_autograd
 from .generation import Request
 from .workspace import Workspace, workspace
 
@@ -47,6 +47,7 @@ class DeviceGeneration:
 
     n_new = 1  # tokens of a row in a step, at most
 
+    @without_autograd
     def __init__(self, model: GPT2LMHeadModel, request: Request, options: SamplingOptions):
         self.model, self.request, self.options = model, request, options
         n_rows, n_prompt = request.ids.shape
@@ -62,7 +63,7 @@ class DeviceGeneration:
         """(B, n_tokens): prompt and continuation."""
         return self._sequences[:, : self.n_tokens]
 
-    @torch.no_grad()
+    @without_autograd
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,) on the host, until every row is finished.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList
 
 from ..modeling import GPT2LMHeadModel
-from .cache import KVCache, prefill
+from .cache import KVCache, prefill, without_autograd
 from .step import decode_one_token
 from .weights import view_weights
 
@@ -49,6 +49,7 @@ _MIN_STEPS_FOR_COPIES = 32
 class Generation:
     """The tokens of one request as they come: iterate over it, then read `sequences`."""
 
+    @without_autograd
     def __init__(self, model: GPT2LMHeadModel, request: Request):
         self.model, self.request = model, request
         n_rows, n_prompt = request.ids.shape
@@ -68,7 +69,7 @@ class Generation:
         """(B, n_tokens): prompt and continuation."""
         return self._sequences[:, : self.n_tokens]
 
-    @torch.no_grad()
+    @without_autograd
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,), until every row is finished.
 

@@ -126,7 +126,10 @@ _kept: WeakKeyDictionary[GPT2LMHeadModel, Workspace] = WeakKeyDictionary()
 
 @contextmanager
 def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
-    """The workspace that is kept for a model if it serves, else a new one; no other call has it meanwhile."""
+    """The workspace that is kept for a model if it serves, else a new one; no other call has it meanwhile.
+
+    It is kept again only behind a block that came to its end, since in another its state may be anything.
+    """
     taken = _kept.pop(model, None)
     if taken is None or not taken.serves(model, n_rows, n_slots, n_new):
         del taken
@@ -134,8 +137,6 @@ def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1)
         n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
         n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_CACHE_BYTES else n_slots
         taken = Workspace(model, n_rows, n_slots, n_new)
-    try:
-        yield taken
-    finally:
-        if taken.cache.memory.nbytes <= _KEPT_CACHE_BYTES:
-            _kept[model] = taken
+    yield taken
+    if taken.cache.memory.nbytes <= _KEPT_CACHE_BYTES:
+        _kept[model] = taken
