@@ -294,11 +294,13 @@ class _Generation:
     def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
         """The tokens that `generate` would append, (B,) each, as they come; stop asking and nothing more is computed.
 
-        inputs, options: as `generate` takes them. Raises ValueError, at once, on a call that the engine cannot take.
+        inputs, options: as `generate` takes them. Weights that change in place meanwhile count from the next call on.
+        Raises ValueError, at once, on a call that the engine cannot take, and RuntimeError where the weights were moved
+        or replaced before the next token.
         """
         from . import routing
 
-        return iter(self.generate(inputs, streamer=routing.Handover(), **options))
+        return self.generate(inputs, streamer=routing.Handover(), **options)
 
     @wraps(GenerationMixin.init_continuous_batching)
     def init_continuous_batching(self, *args, **kwargs):

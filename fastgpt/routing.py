@@ -174,7 +174,7 @@ def try_engine(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     **inputs: Any,
-) -> "Tensor | GenerateDecoderOnlyOutput | Generation | DeviceGeneration | None":
+) -> "Tensor | GenerateDecoderOnlyOutput | Iterator[Tensor] | None":
     """What the engine generates, in the form of transformers' own loops; None when it cannot take the call.
 
     Its arguments are those that transformers hands to `_sample` and `_assisted_decoding`.
@@ -203,8 +203,8 @@ def try_engine(
     if isinstance(generation, str):
         return _decline(generation, streamer)
     if isinstance(streamer, Handover):
-        return generation
-    for tokens in generation:
+        return engine.watched(generation, model)
+    for tokens in generation if streamer is None else engine.watched(generation, model):
         if streamer is not None:
             streamer.put(tokens.cpu())
     if streamer is not None:

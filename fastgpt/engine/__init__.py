@@ -8,7 +8,7 @@ from .device import DeviceGeneration
 from .generation import Generation, Request
 from .speculation import DeviceLookupGeneration, LookupGeneration
 from .step import decode_one_token, decode_tokens
-from .weights import view_weights
+from .weights import view_weights, watched
 from .workspace import obstacle, tier
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "prefill",
     "tier",
     "view_weights",
+    "watched",
 ]

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from ..modeling import GPT2LMHeadModel
 from .cache import KVCache, prefill, without_autograd
 from .step import decode_one_token
-from .weights import view_weights
+from .weights import Weights, view_weights
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Generation:
         self.n_positions = model.transformer.wpe.num_embeddings
         n_slots = request.longest(self.n_positions) - 1  # the last token needs none
         copies_pay = model.device.type == "cpu" and model.dtype == torch.bfloat16 and n_rows == 1
-        copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
-        self.weights = view_weights(model, copy_for_one_row=copies_pay)
+        self._copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
         self.cache = KVCache.allocate(model, n_rows, n_slots)
         self._sequences = request.ids.new_empty(n_rows, n_slots + 1)
         self._sequences[:, :n_prompt] = request.ids
@@ -75,16 +74,17 @@ class Generation:
 
         Raises ValueError when a row has filled its context.
         """
-        yield from self._generate()
+        # Not before: the weights may change between `stream()` and the first token that is asked for.
+        yield from self._generate(view_weights(self.model, copy_for_one_row=self._copies_pay))
         if self.request.past is not None:
             self.cache.copy_to(self.request.past)
 
-    def _generate(self) -> Iterator[Tensor]:
+    def _generate(self, weights: Weights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
         while self._goes_on():
             newest = self._sequences[:, self.n_tokens - 1]
-            yield self._append(decode_one_token(self.weights, self.cache, newest, self._positions(1)[:, 0]))
+            yield self._append(decode_one_token(weights, self.cache, newest, self._positions(1)[:, 0]))
 
     def _append(self, logits: Tensor) -> Tensor:
         """Choose the next token of every row from logits (B, V). Returns the tokens (B,)."""

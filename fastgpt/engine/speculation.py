@@ -17,6 +17,7 @@ from .cache import prefill
 from .device import Arrival, DeviceGeneration
 from .generation import Generation, Request
 from .step import decode_tokens
+from .weights import Weights
 from .workspace import Workspace
 
 # Runs of this length or shorter are looked up, unless `max_matching_ngram_size` says another.
@@ -69,14 +70,14 @@ class LookupGeneration(Generation):
         self.index = NGramIndex(n_longest)
         self.index.extend(request.ids[0].tolist())
 
-    def _generate(self) -> Iterator[Tensor]:
+    def _generate(self, weights: Weights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
         while self._goes_on():
             n_free = self._sequences.shape[1] - self.n_tokens
             proposed = self.index.propose(min(self.n_proposed, n_free - 1))
             tokens = torch.tensor([[self.index.tokens[-1], *proposed]], device=request.ids.device)
-            logits = decode_tokens(self.weights, self.cache, tokens, self._positions(1 + len(proposed)))
+            logits = decode_tokens(weights, self.cache, tokens, self._positions(1 + len(proposed)))
             for number in range(1 + len(proposed)):
                 yield self._append(logits[:, number])
                 held = proposed[number : number + 1] == self.index.tokens[-1:]

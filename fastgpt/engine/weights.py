@@ -1,9 +1,9 @@
-"""Views of a model's weights, in the order in which decoding uses them.
+"""Views of a model's weights, in the order in which decoding uses them, and whether they are still where they were.
 
 L layers, H heads, C channels, F hidden width, V vocabulary, P positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,28 @@ def _copied_product(module: Conv1D) -> Product:
 
 def _norm(module: torch.nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
+
+
+def watched(generation: Iterable[Tensor], model: GPT2LMHeadModel) -> Iterator[Tensor]:
+    """The tokens of a generation, between which its caller may do anything but move or replace the model's weights.
+
+    Raises RuntimeError when it did: steps read the weights where they lay, and the cache lies beside them.
+    """
+    # Looked at in their tables, because `parameters()` takes the host longer than a step takes a GPU.
+    children = [module._modules for module in model.modules()]
+    parameters = [module._parameters for module in model.modules()]
+
+    def places() -> list[int | None]:
+        modules = [id(module) for table in children for module in table.values()]
+        return modules + [None if x is None else x.data_ptr() for table in parameters for x in table.values()]
+
+    before = places()
+    for tokens in generation:
+        yield tokens
+        if places() != before:
+            raise RuntimeError(
+                "the model's weights were moved or replaced between two tokens of one call: start a new one"
+            )
 
 
 def kernel_weights(model: GPT2LMHeadModel) -> DecodeWeights:

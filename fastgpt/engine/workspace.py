@@ -7,10 +7,13 @@ B batch, T slots of the cache, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from fastgpt_kernels.fused.decode_weights import DecodeWeights
+from torch import Tensor
 
 from ..modeling import GPT2LMHeadModel
 from .cache import KVCache
@@ -67,7 +70,7 @@ class Workspace:
     """
 
     def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
-        self.fingerprint, self.tier = fingerprint(model), _selected_tier
+        self.fixed, self.tier = fixed_in_graphs(kernel_weights(model)), _selected_tier
         self.n_rows, self.n_slots, self.n_new = n_rows, n_slots, n_new
         self.cache = KVCache.allocate(model, n_rows, n_slots)
         self.state = self.cache.memory.new_zeros(4, n_rows * n_new, dtype=torch.int64)
@@ -78,9 +81,18 @@ class Workspace:
         self._graphs: dict[int, Any] = {}
 
     def serves(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> bool:
-        """Whether it can be used again: it has the right size, and the weights are where and what they were."""
+        """Whether it can be used again: it has the right size, and what its graphs hold of the model is as it was."""
         fits = (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
-        return fits and self.fingerprint == fingerprint(model)
+        return fits and self.fixed == fixed_in_graphs(kernel_weights(model))
+
+    def refresh(self, model: GPT2LMHeadModel) -> None:
+        """Bring copies of the model's weights up to date, at the start of a call.
+
+        Every time, because nothing tells for certain that they changed: fused optimizers and `.data` pass by autograd's
+        version counters. A copy moves the bytes of the blocks twice, about as much as two tokens read.
+        """
+        if self.tier == "persistent" and 1 in self._steps:
+            self._steps[1].pack(kernel_weights(model))
 
     def decode(self, model: GPT2LMHeadModel, n_new: int = 1) -> None:
         """Fill logits from tokens, positions, slots and starts, the first n_rows * n_new, and append to the cache."""
@@ -115,10 +127,13 @@ class Workspace:
         self._steps[n_new] = step
 
 
-def fingerprint(model: GPT2LMHeadModel) -> list[tuple[Any, ...]]:
-    """Changes with every change of the model's weights, in place or not, that could make a graph or a copy stale."""
-    # Tensors made in inference mode do not count their versions: they are taken to have changed.
-    return [(p.data_ptr(), p.dtype, p.shape, object() if p.is_inference() else p._version) for p in model.parameters()]
+def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
+    """What a captured step holds of a model: where its weights lie and in which form, and its constants.
+
+    Not their values, which the kernels read in place at every step.
+    """
+    held = chain(weights._replace(layers=()), *weights.layers)
+    return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
 
 
 _kept: WeakKeyDictionary[GPT2LMHeadModel, Workspace] = WeakKeyDictionary()
@@ -137,6 +152,8 @@ def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1)
         n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
         n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_CACHE_BYTES else n_slots
         taken = Workspace(model, n_rows, n_slots, n_new)
+    else:
+        taken.refresh(model)
     yield taken
     if taken.cache.memory.nbytes <= _KEPT_CACHE_BYTES:
         _kept[model] = taken

@@ -24,8 +24,9 @@ _MAX_CHANNELS = 2048
 class PersistentDecoder:
     """One GPT-2 packed for the persistent kernel: batch 1, head size 64, F = 4C, C <= 2048, one dtype.
 
-    The matrices of the blocks, their biases and the norms are copied as they are now; the embeddings and the head are
-    read where they are. A decoder has one set of scratch memory: its steps must follow each other on one stream.
+    The matrices of the blocks, their biases and the norms are copied as they are now, and again by `pack`; the
+    embeddings and the head are read where they are. A decoder has one set of scratch memory: its steps must follow each
+    other on one stream.
     """
 
     n_bytes: int  # of the copy, which is a second one of the blocks' weights
@@ -77,12 +78,14 @@ class PersistentDecoder:
             self._options["launch_cooperative_grid"] = True
 
         self._tables = tuple(map(_aligned, (wte, weights.wpe, weights.head)))
-        stream, biases = _pack(weights.layers, self._n_programs, ring.groups)
-        norms = [(x.ln_1_weight, x.ln_1_bias, x.ln_2_weight, x.ln_2_bias) for x in weights.layers]
-        norms = torch.stack([*chain(*norms), weights.ln_f_weight, weights.ln_f_bias])
+        self._groups = ring.groups
+        units = n_layers, self._n_programs, n_units(n_channels, self._n_programs, ring.groups)
+        stream, biases = wte.new_zeros(*units, n_channels), wte.new_zeros(units, dtype=torch.float32)
+        norms = wte.new_empty(4 * n_layers + 2, n_channels)
         scales = torch.tensor([x.scale for x in weights.layers], dtype=torch.float32, device=device)
         self._packed = stream, biases, norms, scales
-        self.n_bytes = sum(x.numel() * x.element_size() for x in self._packed)
+        self.n_bytes = sum(x.nbytes for x in self._packed)
+        self.pack(weights)
 
         max_splits, n_heads = self._constants["MAX_SPLITS"], weights.n_heads
         # The residual stream, queries; of each split its values, peaks and sums; hidden values.
@@ -97,6 +100,20 @@ class PersistentDecoder:
             "n_positions": weights.wpe.shape[0],
             "eps": weights.eps,
         }
+
+    @torch.no_grad()
+    def pack(self, weights: DecodeWeights) -> None:
+        """Copy the weights again, as they are now, to where the copy lies: a CUDA graph of the steps goes on with them.
+
+        weights: those of the model that was packed, with embeddings and a head that lie where they lay.
+        """
+        for table, source in zip(self._tables, (weights.wte, weights.wpe, weights.head), strict=True):
+            if table.data_ptr() != source.data_ptr():
+                table.copy_(source)
+        stream, biases, norms, _ = self._packed
+        _pack(weights.layers, stream, biases, self._groups)
+        of_layers = [(x.ln_1_weight, x.ln_1_bias, x.ln_2_weight, x.ln_2_bias) for x in weights.layers]
+        torch.stack([*chain(*of_layers), weights.ln_f_weight, weights.ln_f_bias], out=norms)
 
     def decode(
         self, cache: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor | None, logits: Tensor
@@ -142,12 +159,13 @@ def _aligned(table: Tensor) -> Tensor:
     return table if table.data_ptr() % 16 == 0 else table.clone()
 
 
-def _pack(layers: tuple[DecodeLayer, ...], n_programs: int, groups: int) -> tuple[Tensor, Tensor]:
-    """The stream (L, programs, units, C) in which every program reads its weights, and biases (L, programs, units)."""
-    n_channels, n_units_of_tile = layers[0].qkv_weight.shape[0], 4 * groups
-    shape = len(layers), n_programs, n_units(n_channels, n_programs, groups)
-    stream = layers[0].qkv_weight.new_zeros(*shape, n_channels)
-    biases = layers[0].qkv_bias.new_zeros(shape, dtype=torch.float32)
+def _pack(layers: tuple[DecodeLayer, ...], stream: Tensor, biases: Tensor, groups: int) -> None:
+    """Fill stream (L, programs, units, C), in which every program reads its weights, and biases (L, programs, units).
+
+    What belongs to no weight is left as it is.
+    """
+    _, n_programs, _, n_channels = stream.shape
+    n_units_of_tile = 4 * groups
     for layer, layer_stream, layer_biases in zip(layers, stream, biases, strict=True):
         start = 0
         for weight, bias in (
@@ -158,16 +176,19 @@ def _pack(layers: tuple[DecodeLayer, ...], n_programs: int, groups: int) -> tupl
         ):
             n_in, n_out = weight.shape
             n_slice, n_parts = -(-n_out // n_programs), n_in // n_channels
-            rows = weight.new_zeros(n_programs * n_slice, n_in)
-            rows[:n_out] = weight.t()
-            row_biases = bias.new_zeros(n_programs * n_slice, n_parts)
-            row_biases[:n_out, 0] = bias  # Of a row in several units, the first adds the bias.
-
             stop = start + n_slice * n_parts
-            layer_stream[:, start:stop] = rows.view(n_programs, -1, n_channels)
-            layer_biases[:, start:stop] = row_biases.view(n_programs, -1)
+            _deal(weight.t(), layer_stream[:, start:stop].unflatten(1, (n_slice, n_parts)).flatten(2))
+            _deal(bias, layer_biases[:, start:stop:n_parts])  # Of a row in several units, the first adds the bias.
             start += -(-(stop - start) // n_units_of_tile) * n_units_of_tile
-    return stream, biases
+
+
+def _deal(rows: Tensor, slices: Tensor) -> None:
+    """Copy rows (n, ...) to slices (programs, rows of each, ...): the same number to each program while they last."""
+    n_slice = slices.shape[1]
+    n_whole, n_left = divmod(len(rows), n_slice)
+    slices[:n_whole] = rows[: n_whole * n_slice].unflatten(0, (-1, n_slice))
+    if n_left:
+        slices[n_whole, :n_left] = rows[n_whole * n_slice :]
 
 
 __all__ = ["PersistentDecoder"]
