@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import fastgpt_kernels
@@ -19,7 +20,7 @@ FINDING = audit.Finding("layer_norm", "layer_norm_fwd_kernel", "bf16 C<=1024", "
 LIST_LAUNCHES = """
 import json
 from fastgpt_kernels import audit
-print(json.dumps({name: [(l.kernel, l.label) for l in audit.launches(name)] for name in audit.SHARED_LIMITS}))
+print(json.dumps({name: audit.launches(name) for name in audit.SHARED_LIMITS}))
 """
 
 
@@ -110,12 +111,30 @@ def test_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
+@cache
+def shipped_launches() -> dict[str, list[audit.Launch]]:
+    """Of every chip by name."""
+    finished = run("-c", LIST_LAUNCHES)
+    assert finished.returncode == 0, finished.stderr
+    return {chip: [audit.Launch(*launch) for launch in found] for chip, found in json.loads(finished.stdout).items()}
+
+
 def test_every_visible_kernel_is_audited() -> None:
     files = (Path(fastgpt_kernels.__file__).parent / "fused").glob("*_kernels.py")
     written = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
-    finished = run("-c", LIST_LAUNCHES)
-    assert finished.returncode == 0, finished.stderr
-    launched: dict[str, list[list[str]]] = json.loads(finished.stdout)
-    for launches in launched.values():
-        assert len({tuple(launch) for launch in launches}) == len(launches)
-    assert {kernel for launches in launched.values() for kernel, _ in launches} == written
+    for launches in shipped_launches().values():
+        assert len({(launch.kernel, launch.label) for launch in launches}) == len(launches)
+    assert {launch.kernel for launches in shipped_launches().values() for launch in launches} == written
+
+
+def test_bug_float64_takes_arguments_in_float32() -> None:
+    """Triton passes a Python float as float32: too coarse for float64, and the interpreter does not show it."""
+    wide = 0
+    for launch in (launch for launches in shipped_launches().values() for launch in launches):
+        types = json.loads(launch.specialization)["signature"].values()
+        if "*fp64" in types:
+            assert "fp32" not in types, (
+                f"{launch.kernel} ({launch.label}): make it constexpr, or derive it in the kernel"
+            )
+            wide += 1
+    assert wide

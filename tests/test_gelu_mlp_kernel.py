@@ -360,8 +360,8 @@ def test_bug_descriptors_where_rows_are_not_aligned() -> None:
 
 def test_bug_upstream_gradient_without_strides() -> None:
     inputs = make_inputs(6, 16, n_hidden=33)
-    expanded, dense = torch.ones(()).expand(6, 16), torch.ones(6, 16)
-    assert_same_bits(list(gradients(fused, inputs, [expanded])), list(gradients(fused, inputs, [dense])))
+    # Not the bits of a dense gradient: a stride of 0 is one that 16 divides, for which triton compiles another form.
+    assert_mlp_parity(inputs, torch.ones(()).expand(6, 16), slack=ONE_SUM)
 
 
 @only_interpreted
@@ -373,7 +373,7 @@ def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
     sizes: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "n_inner": 128}
     block: dict[str, Any] = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64, "ACCUMULATOR": tl.float32}
     block |= {"WEIGHT_TRANSPOSED": False, "DESCRIPTORS": False}
-    seed, dropout = torch.zeros(1, dtype=torch.int64), {"threshold": 9, "keep_scale": 1.1, "HAS_DROPOUT": True}
+    seed, dropout = torch.zeros(1, dtype=torch.int64), {"threshold": 9, "HAS_DROPOUT": True}
     grid = (-(-n_rows // 64) * -(-n_cols // 64),)
     names = "fwd_hidden", "fwd_out", "bwd_pre", "bwd_product"
     fwd_hidden, fwd_out, bwd_pre, bwd_product = (getattr(kernels, f"_gelu_mlp_{name}_kernel")[grid] for name in names)

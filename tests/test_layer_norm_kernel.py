@@ -350,10 +350,9 @@ def test_bug_elements_are_not_written(dtype: torch.dtype) -> None:
 def test_bug_upstream_gradient_without_strides() -> None:
     """The gradient of a sum is one element, expanded."""
     inputs = make_inputs(6, 33)
-    expanded, dense = torch.ones((), device=DEVICE).expand(6, 33), torch.ones(6, 33, device=DEVICE)
-    assert_same_bits(results(inputs, [expanded]), results(inputs, [dense]))
-    row = make_tensor(33)
-    assert_same_bits(results(inputs, [row.expand(6, 33)]), results(inputs, [row.repeat(6, 1)]))
+    # Not the bits of a dense gradient: a stride of 0 is one that 16 divides, for which triton compiles another form.
+    for element in (torch.ones((), device=DEVICE), make_tensor(33)):
+        assert_parity(layer_norm, layer_norm_formula, inputs, [element.expand(6, 33)])
 
 
 def test_bug_saved_sum_is_shared_with_the_caller() -> None:
@@ -387,7 +386,7 @@ HUGE = [(2**23, 1024, 1024), (2**30, 8, 8), (2**11, 1024, 2**22)]
 def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
     x = torch.zeros(1)
     block = {"BLOCK_ROWS": 2, "BLOCK_COLS": 1024, "ACCUMULATOR": tl.float32}
-    sizes = {"n_rows": n_rows, "n_cols": n_cols, "eps": 1e-5}
+    sizes = {"n_rows": n_rows, "n_cols": n_cols, "EPS": 1e-5}
     grid = (n_rows // 2,)
     with dry_run():
         layer_norm_kernels._layer_norm_fwd_kernel[grid](  # pyright: ignore

@@ -14,6 +14,7 @@ or float64 for float64 inputs, which the tests of the gradient take.
 import triton
 import triton.language as tl
 
+from .arithmetic import rounded_product
 from .dropout import dropout_keep
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -306,7 +307,7 @@ def _walk_keys(
             dp = tl.where(keep, dp * keep_scale, 0.0)
 
         if SUM_DELTA:
-            delta += tl.sum(p * dp, axis=1)
+            delta += tl.sum(rounded_product(p, dp), axis=1)
         else:
             dscore = p * (dp - delta[:, None])
             dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee", out_dtype=dq.dtype)

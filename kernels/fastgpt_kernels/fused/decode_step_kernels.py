@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activations import activation_and_derivative
+from .arithmetic import rounded_product
 from .layer_norm_kernels import _normalise
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -219,7 +220,8 @@ def _decode_attention_kernel(
 
     if BLOCK_NEW == 0:
         cached_end = slot
-        peak, total, mixed = tl.sum(query * new_key.to(tl.float32), axis=0), 1.0, new_value.to(tl.float32)
+        peak = tl.sum(rounded_product(query, new_key.to(tl.float32)), axis=0)
+        total, mixed = 1.0, new_value.to(tl.float32)
     else:
         cached_end = tl.load(slots_ptr)
         siblings = tl.arange(0, BLOCK_NEW)

@@ -28,3 +28,10 @@ def dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, thresho
     word = tl.where(low_q, tl.where(low_k, word_0, word_1), tl.where(low_k, word_2, word_3))
     draw = (word >> ((k_offset & 1) * 16).to(tl.uint32)) & 0xFFFF
     return draw.to(tl.int32) >= threshold
+
+
+@triton.jit
+def dropout_scale(threshold, DTYPE: tl.constexpr):
+    """What the survivors are multiplied by, correctly rounded in DTYPE: as an argument it would come in float32."""
+    n_kept = tl.cast(65536 - threshold, DTYPE)
+    return 65536.0 / n_kept if n_kept.dtype == tl.float64 else tl.div_rn(65536.0, n_kept)

@@ -154,8 +154,7 @@ def _launch_product(
 
 
 def _dropout(seed: Tensor | None, dropout_p: float) -> dict[str, Any]:
-    threshold = dropout_threshold(dropout_p)
-    return {"threshold": threshold, "keep_scale": 65536 / (65536 - threshold), "HAS_DROPOUT": seed is not None}
+    return {"threshold": dropout_threshold(dropout_p), "HAS_DROPOUT": seed is not None}
 
 
 def _new_out(x: Tensor, proj_weight: Tensor, residual: Tensor | None) -> Tensor:

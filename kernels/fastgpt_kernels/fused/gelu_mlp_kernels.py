@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .activations import activation_and_derivative
-from .dropout import dropout_keep
+from .arithmetic import rounded_product
+from .dropout import dropout_keep, dropout_scale
 
 # Row tiles that are walked before the next column of tiles: neighbours share their operands in the cache.
 _GROUP_ROWS = tl.constexpr(8)
@@ -147,7 +148,7 @@ def _gelu_mlp_fwd_hidden_kernel(
 @triton.jit
 def _gelu_mlp_fwd_out_kernel(
     hidden_ref, weight_ref, bias_ptr, residual_ref, seed_ptr, out_ref,
-    hidden_row_stride, weight_row_stride, residual_row_stride, n_rows, n_cols, n_inner, threshold, keep_scale,
+    hidden_row_stride, weight_row_stride, residual_row_stride, n_rows, n_cols, n_inner, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
@@ -168,7 +169,7 @@ def _gelu_mlp_fwd_out_kernel(
             if HAS_DROPOUT:
                 rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, QUARTER)[None, :]
                 keep = dropout_keep(tl.load(seed_ptr), 0, row, quarter_col, rows, cols, threshold)
-                out = tl.where(keep, out * keep_scale, 0.0)
+                out = tl.where(keep, out * dropout_scale(threshold, ACCUMULATOR), 0.0)
             if HAS_RESIDUAL:
                 out += _load_tile(
                     residual_ref,
@@ -210,7 +211,7 @@ def _gelu_mlp_bwd_pre_kernel(
             pre = _load_tile(pre_ref, row, quarter_col, n_rows, n_cols, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
             hidden, derivative = activation_and_derivative(pre.to(ACCUMULATOR), ACTIVATION)
             # Rows past the end have no part in the sum: their product is zero.
-            dpre = quarters[i] * derivative
+            dpre = rounded_product(quarters[i], derivative)
             _store_tile(dpre_ref, dpre, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
             if STORE_HIDDEN:
                 _store_tile(hidden_ref, hidden, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
@@ -224,7 +225,7 @@ def _gelu_mlp_bwd_pre_kernel(
 
 @triton.jit
 def _gelu_mlp_bwd_product_kernel(
-    dout_ptr, seed_ptr, dproduct_ptr, dbias_partial_ptr, dout_row_stride, n_rows, n_cols, threshold, keep_scale,
+    dout_ptr, seed_ptr, dproduct_ptr, dbias_partial_ptr, dout_row_stride, n_rows, n_cols, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, STORE_DPRODUCT: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +245,7 @@ def _gelu_mlp_bwd_product_kernel(
         dproduct = dout.to(ACCUMULATOR)
         if HAS_DROPOUT:
             keep = dropout_keep(tl.load(seed_ptr), 0, row, col, rows[:, None], cols[None, :], threshold)
-            dproduct = tl.where(keep, dproduct * keep_scale, 0.0)
+            dproduct = tl.where(keep, dproduct * dropout_scale(threshold, ACCUMULATOR), 0.0)
         dbias += tl.sum(dproduct, axis=0)
         if STORE_DPRODUCT:
             _store_tile(dproduct_ptr, dproduct, row, col, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS, False)

@@ -116,8 +116,8 @@ def _forward(
         _layer_norm_fwd_kernel, triton.cdiv(n_rows, tile.block_rows),
         x, residual, weight.contiguous(), bias.contiguous(), y, summed,
         x_row_stride=x.stride(0), residual_row_stride=0 if residual is None else residual.stride(0),
-        n_rows=n_rows, n_cols=n_cols, eps=eps,
-        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_RESIDUAL=residual is not None,
+        n_rows=n_rows, n_cols=n_cols,
+        EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_RESIDUAL=residual is not None,
         ACCUMULATOR=_triton_accumulator((x if summed is None else summed).dtype), num_warps=tile.num_warps,
     )  # fmt: skip
 
@@ -156,8 +156,8 @@ def layer_norm_bwd(
         _layer_norm_bwd_kernel, n_programs,
         x, weight.contiguous(), dy, dsum, dx, partials[0], partials[1],
         x_row_stride=x.stride(0), dy_row_stride=dy.stride(0), dsum_row_stride=0 if dsum is None else dsum.stride(0),
-        n_rows=n_rows, n_cols=n_cols, eps=eps,
-        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
+        n_rows=n_rows, n_cols=n_cols,
+        EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
         ACCUMULATOR=accumulator, num_warps=tile.num_warps,
     )  # fmt: skip
     launch(

@@ -25,8 +25,9 @@ def _normalise(x, in_row, n_cols, eps):
 @triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
-    x_row_stride, residual_row_stride, n_rows, n_cols, eps,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    x_row_stride, residual_row_stride, n_rows, n_cols,
+    EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """One program normalises BLOCK_ROWS rows of x (n_rows, n_cols), or of x + residual, which it stores too."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -46,7 +47,7 @@ def _layer_norm_fwd_kernel(
         tl.store(sum_ptr + out_offsets, rounded, mask=in_row)
         x = rounded.to(ACCUMULATOR)
 
-    normalised, _ = _normalise(x, in_row, n_cols, eps)
+    normalised, _ = _normalise(x, in_row, n_cols, EPS)
     y = normalised * weight[None, :] + bias[None, :]
 
     tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=in_row)
@@ -55,8 +56,9 @@ def _layer_norm_fwd_kernel(
 @triton.jit
 def _layer_norm_bwd_kernel(
     x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_partial_ptr, dbias_partial_ptr,
-    x_row_stride, dy_row_stride, dsum_row_stride, n_rows, n_cols, eps,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_DSUM: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    x_row_stride, dy_row_stride, dsum_row_stride, n_rows, n_cols,
+    EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_DSUM: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """One program takes every n-th tile of rows: dx of each, and its share of dweight and dbias.
 
@@ -75,7 +77,7 @@ def _layer_norm_bwd_kernel(
         x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
 
-        normalised, rstd = _normalise(x, in_row, n_cols, eps)
+        normalised, rstd = _normalise(x, in_row, n_cols, EPS)
         dnormalised = dy * weight[None, :]
         mean_d = tl.sum(dnormalised, axis=1) / n_cols
         mean_dn = tl.sum(dnormalised * normalised, axis=1) / n_cols

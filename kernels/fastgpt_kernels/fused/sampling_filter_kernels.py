@@ -45,14 +45,15 @@ def _search(
     while (hi - lo > 1) & (reached > enough):
         step = (hi - lo + (WAYS - 1)) // WAYS
         thresholds = lo + step * ways
-        weights = tl.zeros((WAYS,), dtype=tl.float32)
+        # Each thread sums its own scores: what crosses warps waits for them all, and is done once a round.
+        sums = tl.zeros((WAYS, BLOCK), dtype=tl.float32)
         for start in range(0, n_scores, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            score = tl.load(score_ptr + index, mask=index < n_scores, other=float("-inf"))
-            weight = _mass(score, largest, inverse_temperature) if BY_MASS else tl.full((BLOCK,), 1.0, tl.float32)
             # This way round a thread holds its scores once, and compares them with all thresholds.
-            is_above = _key(score)[None, :] >= thresholds[:, None]
-            weights += tl.sum(tl.where(is_above, weight[None, :], 0.0), axis=1)
+            index = start + tl.arange(0, BLOCK)[None, :]
+            score = tl.load(score_ptr + index, mask=index < n_scores, other=float("-inf"))
+            weight = _mass(score, largest, inverse_temperature) if BY_MASS else tl.full((1, BLOCK), 1.0, tl.float32)
+            sums += tl.where(_key(score) >= thresholds[:, None], weight, 0.0)
+        weights = tl.sum(sums, axis=1)
         # The first is lo, of which that is known; the last may lie past hi.
         is_enough = ((weights >= target) & (thresholds < hi)) | (ways == 0)
         lo = tl.max(tl.where(is_enough, thresholds, lo), axis=0)
