@@ -18,6 +18,7 @@ from transformers.activations import FastGELUActivation, GELUActivation, GELUTan
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
@@ -25,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from . import ops, sampling
 from .attention import attend
 from .loading import LoadingMixin, check_config
-from .outputs import CausalLMOutput, LazyLogits
+from .outputs import training_logits
 from .patching import ATTENTION, replaces, swap_classes
 from .prompts import pad_left
 from .versions import CACHE, take_cache
@@ -393,9 +394,9 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
         )
         if n_items is not None:
             loss = loss / (n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items)
-        return CausalLMOutput(
+        return CausalLMOutputWithCrossAttentions(
             loss=loss,
-            logits=LazyLogits(self.lm_head, hidden_states),  # type: ignore[arg-type]
+            logits=training_logits(hidden_states, weight, loss),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -422,6 +423,7 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
             and "ignore_index" not in options
             and is_plain(self.lm_head, nn.Linear)
             and self.lm_head.bias is None
+            and self.lm_head.weight.dtype != torch.float64  # whose loss transformers computes in float32
             and self.loss_function is ForCausalLMLoss
         )
 

@@ -1,50 +1,230 @@
-"""The output of a training step: transformers' own, with logits that exist only if someone reads them."""
+"""The logits of a training step: a tensor whose values are computed when an operation first needs them.
+
+The loss needs no logits. Whoever reads them gets what transformers would have computed in forward, whatever has become
+of the weights since: the head's weight is copied, (V, C), for as long as the logits are neither read nor dropped. No
+cheaper check tells whether a weight has changed: `.data`, fused optimisers and shared memory count no version.
+Shapes: B batch, T tokens, C channels, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+_CURE = "pass logits_to_keep=0 to the model, which computes the loss from the logits as transformers does"
+_NO_PATH = f"the gradient of this loss does not pass through output.logits: {_CURE}"
 
 
-class LazyLogits:
-    """Logits (B, T, V) that are computed when first read, under the autocast in force where this was made."""
+class _Product:
+    """hidden_states @ weight^T, computed once, in the first of `dtypes` and then rounded to each of the others."""
 
-    def __init__(self, lm_head: nn.Module, hidden_states: Tensor):
-        device_type = hidden_states.device.type
-        self.lm_head, self.hidden_states = lm_head, hidden_states
-        self.autocast = torch.autocast(
-            device_type,
-            dtype=torch.get_autocast_dtype(device_type),
-            enabled=torch.is_autocast_enabled(device_type),
-        )
+    def __init__(self, hidden_states: Tensor, weight: Tensor, dtype: torch.dtype):
+        self.shape, self.device, self.dtypes = (*hidden_states.shape[:-1], weight.shape[0]), weight.device, (dtype,)
+        self.factors: tuple[Tensor, Tensor] | None = hidden_states.detach(), weight.detach().to(dtype, copy=True)
+        self.version = hidden_states._version
+        self.value: Tensor | None = None
+
+    def rounded_to(self, dtype: torch.dtype) -> "_Product":
+        """Another product, which shares no memory with this one."""
+        rounded = copy.copy(self)
+        rounded.dtypes = (*self.dtypes, dtype)
+        return rounded
+
+    def read(self) -> Tensor:
+        """The value, always the same memory."""
+        if self.value is None:
+            self.value, self.factors = self.compute(), None
+        return self.value
 
     def compute(self) -> Tensor:
-        with self.autocast:
-            return self.lm_head(self.hidden_states)
+        assert self.factors is not None
+        hidden_states, weight = self.factors
+        if hidden_states._version != self.version:
+            raise RuntimeError(
+                f"the hidden states were changed before output.logits was read: read it first, or {_CURE}"
+            )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            logits = F.linear(hidden_states.to(self.dtypes[0]), weight)
+            for dtype in self.dtypes[1:]:
+                logits = logits.to(dtype)
+        return logits
 
 
-class CausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """The output of a training step whose loss was computed without logits: reading them computes them.
+class _GradientWanted:
+    """What a user has attached to logits that a fused loss does not pass through."""
 
-    `output.logits`, `output["logits"]`, `output.get("logits")`, indexing and `to_tuple()` give what transformers
-    gives; `items()` and `values()` hold the `LazyLogits` until then.
+    def __init__(self) -> None:
+        self.retained = False
+        self.hooks: dict[int, Callable] = {}
+
+    def refuse(self, *_: Any) -> None:
+        # FSDP's hooks only want to know when backward begins, for which it has another on the loss.
+        if self.retained or not all(map(_is_of_torch, self.hooks.values())):
+            raise RuntimeError(_NO_PATH)
+
+
+def _is_of_torch(hook: Callable) -> bool:
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    return (getattr(function, "__module__", None) or "").startswith("torch.")
+
+
+class TrainingLogits(Tensor):
+    """Logits (B, T, V) that are computed, with their graph, when an operation first needs their values.
+
+    Above autograd this is an ordinary tensor with a graph of its own; what reaches the values below it gets a plain
+    tensor. Shape, dtype, device, hooks, `detach()` and conversions to another dtype compute nothing.
     """
 
-    def __getattribute__(self, name: str):
-        value = super().__getattribute__(name)
-        if name == "logits" and isinstance(value, LazyLogits):
-            self.logits = value = value.compute()
-        return value
+    _product: _Product
+    _wanted: _GradientWanted | None
 
-    def __getitem__(self, key):
-        _ = self.logits if key == "logits" else None
-        return super().__getitem__(key)
+    @staticmethod
+    def __new__(cls, product: _Product) -> "TrainingLogits":
+        dtype = product.dtypes[-1]
+        logits = Tensor._make_wrapper_subclass(cls, product.shape, dtype=dtype, device=product.device)  # type: ignore[attr-defined]
+        logits._product, logits._wanted = product, None
+        return logits
 
-    def get(self, key, default=None):
-        try:
-            return self[key]
-        except KeyError:
-            return default
+    @property
+    def data(self) -> Tensor:  # type: ignore[override] - and no setter, which would leave the product behind
+        return _plain(self).data
 
-    def to_tuple(self) -> tuple:
-        _ = self.logits
-        return super().to_tuple()
+    @classmethod
+    @torch.compiler.disable(reason="logits of a training step are computed when they are read")
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _WITHOUT_VALUES:
+            return func(*tree_map_only(TrainingLogits, _plain, args), **tree_map_only(TrainingLogits, _plain, kwargs))
+        if func in (torch.autograd.grad, torch.autograd.backward):
+            _refuse_gradients(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            wanted = args[0]._wanted if isinstance(args[0], TrainingLogits) else None
+            if wanted is not None and func is Tensor.register_hook:
+                wanted.hooks = args[0]._backward_hooks  # type: ignore[assignment] - a dict, which forgets a hook that is removed
+            elif wanted is not None and func is Tensor.retain_grad:
+                wanted.retained = True
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        later = _LATER[func](*args, **kwargs) if func in _LATER else None
+        if later is not None:
+            return later
+        args, kwargs = tree_map_only(TrainingLogits, lambda logits: logits._product.read(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> TrainingLogits:
+    """What transformers' head would give, F.linear(hidden_states, weight), but computed when it is read.
+
+    hidden_states: (B, T, C). weight: (V, C). loss: the fused loss, which has no path to these logits: its backward
+    raises RuntimeError where a gradient of theirs is waited for.
+    """
+    device_type, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    logits = _Head.apply(hidden_states, weight, _Product(hidden_states, weight, dtype))
+    if logits.grad_fn is not None and loss.grad_fn is not None:
+        logits._wanted = _GradientWanted()
+        node: Any = loss.grad_fn
+        node.metadata[_GradientWanted] = logits._wanted
+        node.register_prehook(logits._wanted.refuse)
+    return logits
+
+
+class _Head(torch.autograd.Function):
+    """The product as autograd sees it: its values may come later."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, product: _Product) -> Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        return TrainingLogits(product)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dlogits,) = grads
+        hidden_states, weight = ctx.saved_tensors
+        dtype = dlogits.dtype
+        dhidden = dweight = None
+        with torch.autocast(dlogits.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dhidden = (dlogits @ weight.to(dtype)).to(hidden_states.dtype)
+            if ctx.needs_input_grad[1]:
+                rows = hidden_states.flatten(0, -2).to(dtype)
+                dweight = (dlogits.flatten(0, -2).t() @ rows).to(weight.dtype)
+        return dhidden, dweight, None
+
+
+def _plain(logits: TrainingLogits) -> Tensor:
+    """The values as a plain tensor, with the graph of the logits, whose memory it shares."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        return torch.ops.aten.alias.default(logits)
+
+
+def _refuse_gradients(outputs: Iterable[Any], inputs: Iterable[Any] | None = None, **_: Any) -> None:
+    """Raise where logits are among the inputs and their loss among the outputs, because no graph joins the two."""
+    wanted = [x._wanted for x in inputs or () if isinstance(x, TrainingLogits) and x._wanted is not None]
+    waiting: list[Any] = [x.grad_fn if isinstance(x, Tensor) else x.node for x in outputs] if wanted else []
+    seen: set[Any] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.metadata.get(_GradientWanted) in wanted:
+            raise RuntimeError(_NO_PATH)
+        waiting += [following for following, _ in node.next_functions]
+
+
+# --- what needs no values -------------------------------------------------------------------------------------------
+
+
+def _same_memory(logits: Tensor, size: Iterable[int] | None = None) -> TrainingLogits | None:
+    if not isinstance(logits, TrainingLogits) or (size is not None and tuple(size) != logits._product.shape):
+        return None
+    return TrainingLogits(logits._product)
+
+
+def _converted(logits: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> TrainingLogits | None:
+    if not isinstance(logits, TrainingLogits) or logits._product.value is not None:
+        return None
+    if options.get("device") not in (None, logits._product.device):
+        return None
+    return TrainingLogits(logits._product.rounded_to(dtype or logits._product.dtypes[-1]))
+
+
+# Below autograd: operations whose result is computed as late as their argument, or None where it is needed now.
+_LATER: dict[Any, Callable[..., TrainingLogits | None]] = {
+    torch.ops.aten.detach.default: _same_memory,
+    torch.ops.aten.view.default: _same_memory,  # of the same shape: what autograd makes of an output that is an input
+    torch.ops.aten.clone.default: _converted,
+    torch.ops.aten._to_copy.default: _converted,
+}
+
+_PROPERTIES = (
+    "shape dtype device layout ndim itemsize nbytes is_cpu is_cuda is_meta is_sparse is_nested requires_grad "
+    "is_leaf grad_fn grad retains_grad output_nr name _version _base _backward_hooks _post_accumulate_grad_hooks"
+)
+_METHODS = (
+    "size dim ndimension numel nelement stride storage_offset element_size get_device is_contiguous is_floating_point "
+    "is_complex is_signed is_inference is_pinned is_same_size __len__ __hash__ register_hook retain_grad "
+    "requires_grad_ detach_ detach clone to float double half bfloat16"
+)
+_WITHOUT_VALUES = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    Tensor.grad.__set__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+    torch.autograd.grad,
+    torch.autograd.backward,
+}

@@ -26,7 +26,11 @@ from test_modeling import (  # noqa: F401
     test_other_inputs,
     test_scaling_flags_change_the_result,
     test_training_loss_takes_every_option_of_transformers,
-    test_training_output_computes_logits_when_read,
+)
+from test_training_logits import (  # noqa: F401
+    computed,
+    test_every_container_holds_the_tensor,
+    test_read_first_without_gradients,
 )
 
 import fastgpt

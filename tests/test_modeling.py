@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GPT2Config, StaticCache
 
 import fastgpt
-from fastgpt import modeling, ops, outputs
+from fastgpt import modeling, ops
 from fastgpt.versions import CACHE
 
 
@@ -195,37 +195,6 @@ def test_every_head(head: str) -> None:
     assert type(ours).__name__ == head
     assert isinstance(ours, getattr(transformers, head))
     assert_same_gradients(gradients(ours), gradients(theirs))
-
-
-def test_training_output_computes_logits_when_read() -> None:
-    theirs, ours = pair(tiny_config())
-    ids = token_ids(2, 9, 131)
-    expected = theirs(ids, labels=ids)
-    ours.train()
-    calls = []
-    handle = ours.transformer.register_forward_hook(lambda *_: calls.append(1))
-
-    def fresh():
-        return ours(ids, labels=ids)
-
-    assert list(fresh().keys()) == list(expected.keys())
-    assert isinstance(dict(fresh().items())["logits"], outputs.LazyLogits), "computed before anyone asked"
-    tuple_output = ours(ids, labels=ids, return_dict=False)
-    reads = [
-        fresh().logits,
-        fresh()["logits"],
-        fresh().get("logits"),
-        fresh()[1],
-        fresh().to_tuple()[1],
-        tuple_output[1],
-    ]
-    for logits in reads:
-        assert_same_within_rounding(logits, expected.logits)
-    output = fresh()
-    output.logits.square().sum().backward()
-    assert output.logits is output.logits
-    handle.remove()
-    assert len(calls) == 9, "reading logits must not run the body again"
 
 
 def test_training_loss_takes_every_option_of_transformers() -> None:
