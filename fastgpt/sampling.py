@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import reference
-from fastgpt_kernels.sampling_reference import SamplingOptions
+from fastgpt_kernels.sampling_reference import SamplingOptions, gumbel_noise
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
@@ -86,7 +86,8 @@ class GumbelNoise(LogitsProcessor):
         n_rows, n_tokens = input_ids.shape
         rows = torch.arange(n_rows, device=scores.device)
         positions = n_tokens - self.n_padding + torch.zeros_like(rows)
-        return scores + gumbel_noise(self.seed, positions, rows % self.n_continuations, scores.shape[1])
+        seed = reference.seed_tensor(self.seed, scores.device)
+        return scores + gumbel_noise(seed, positions, rows % self.n_continuations, scores.shape[1])
 
 
 def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask: Tensor | None) -> LogitsProcessorList:
@@ -166,16 +167,3 @@ def seen_tokens(processors: LogitsProcessorList, ids: Tensor, n_tokens: int) -> 
             seen = torch.zeros(len(ids), n_tokens + 1, dtype=torch.bool, device=ids.device)
             return seen.scatter_(1, ids.masked_fill(ignored, n_tokens), True)[:, :-1].contiguous()
     return None
-
-
-def gumbel_noise(seed: int, positions: Tensor, continuations: Tensor, n_tokens: int) -> Tensor:
-    """(B, V) standard Gumbel noise in float32, a function of the arguments alone.
-
-    positions, continuations: (B,). n_tokens: V.
-    """
-    # One Philox call draws 32 bits for each of four tokens; the last word of the counter sets it apart from dropout.
-    groups = torch.arange(-(-n_tokens // 4), device=positions.device)[None]
-    counter = [groups, positions[:, None], continuations[:, None], torch.ones_like(groups)]
-    words = torch.stack(reference.philox(counter, reference.seed_tensor(seed, positions.device)), dim=-1)
-    uniform = (words.flatten(1)[:, :n_tokens].double() + 0.5) * 2.0**-32  # in (0, 1), never rounded to an end
-    return -(-uniform.log()).log().float()

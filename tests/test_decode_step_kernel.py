@@ -111,6 +111,15 @@ def test_logits_by_the_factor_rule(dtype: torch.dtype, starts: list[int]) -> Non
     assert_case(make_case(dtype, starts))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_logits_are_float32_in_every_batch(dtype: torch.dtype) -> None:
+    """Rounded to the weights' dtype in some batches and not in others, they would draw other tokens from one seed."""
+    for n_rows in (1, 4, 5, 9):
+        case = make_case(dtype, [0] * n_rows)
+        logits = decode(case, filled_cache(case, 48))
+        assert (logits.to(dtype).float() != logits).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_on_trained_like_weights(dtype: torch.dtype) -> None:
     assert_case(make_case(dtype, [0, 2], trained=True))

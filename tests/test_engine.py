@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fastgpt_kernels import reference
+from fastgpt_kernels.sampling_reference import gumbel_noise
 from models import assert_same_within_rounding, look_trained, pair, tiny_config, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
-from fastgpt import engine, routing, sampling
+from fastgpt import engine, routing
 from fastgpt.versions import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -224,7 +226,8 @@ def test_seeded_draws_follow_the_distribution() -> None:
     seeds_apart = torch.arange(n_draws)
 
     def draw(seed: int) -> Tensor:
-        noise = sampling.gumbel_noise(seed, seeds_apart, torch.zeros_like(seeds_apart), n_tokens)
+        words = reference.seed_tensor(seed, seeds_apart.device)
+        noise = gumbel_noise(words, seeds_apart, torch.zeros_like(seeds_apart), n_tokens)
         return (scores + noise).argmax(1)
 
     expected = n_draws * scores[0].double().softmax(0)

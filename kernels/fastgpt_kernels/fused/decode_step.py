@@ -188,10 +188,18 @@ class DecodeStep:
             x = activation(torch.addmm(layer.fc_bias, x, layer.fc_weight))
             branch = torch.addmm(layer.mlp_proj_bias, x, layer.mlp_proj_weight)
         x, _ = self._add_norm(branch, stream, weights.ln_f_weight, weights.ln_f_bias)
-        logits.copy_(F.linear(x, weights.head))
+        _head_product(x, weights.head, logits)
 
     def _add_norm(self, branch: Tensor, stream: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
+
+
+def _head_product(x: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """Fill logits (B, V), float32, with x @ weight^T, which is nowhere rounded to x's dtype: as with a few rows."""
+    if x.is_cuda and torch.version.hip is None and x.dtype != torch.float32:
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=logits)
+    else:
+        torch.mm(x.float(), weight.t().float(), out=logits)
 
 
 __all__ = ["DecodeLayer", "DecodeStep", "DecodeWeights"]
