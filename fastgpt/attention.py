@@ -81,5 +81,19 @@ def attention_mask(
     return None if can_look and bool(padding.all()) else padding
 
 
+def nothing_hidden(x: Tensor) -> Tensor:
+    """In place of no mask, between a model and its blocks: nothing is padded and nothing is packed.
+
+    Where there is no mask transformers looks for packed sequences in the positions, which waits for the device, and
+    under torch.compile makes a mask for them as if there were some. A mask with four axes it hands on as it is.
+    """
+    return x.new_empty((1, 1, 0, 0), dtype=torch.bool)
+
+
+def is_nothing_hidden(mask: Tensor | None) -> bool:
+    """Whether a mask is `nothing_hidden`."""
+    return mask is not None and mask.ndim == 4 and mask.shape[-1] == 0
+
+
 AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, attention_mask)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 
 from . import ops, sampling
-from .attention import attend
+from .attention import attend, is_nothing_hidden, nothing_hidden
 from .loading import LoadingMixin, check_config
 from .outputs import training_logits
 from .patching import ATTENTION, replaces, swap_classes
@@ -184,6 +184,7 @@ class GPT2Block(hf.GPT2Block):
         **kwargs,
     ) -> Tensor:
         past = take_cache(past, kwargs)
+        attention_mask = None if is_nothing_hidden(attention_mask) else attention_mask
         residual = hidden_states  # (B, T, C)
         attended, _ = self.attn(
             self.ln_1(hidden_states),
@@ -361,7 +362,21 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
+        if self._hides_nothing(args, kwargs):
+            if input_ids is not None and input_ids.device.type == "cpu":  # Elsewhere looking for padding would wait.
+                self.warn_if_padding_and_no_attention_mask(input_ids, None)
+            kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
         return hf.GPT2Model.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _hides_nothing(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether each sequence is whole, alone in its row, and starts at position 0: as called, and with our blocks."""
+        given = ("attention_mask", "position_ids", "cache", "past_key_values")
+        return (
+            self.config._attn_implementation == ATTENTION
+            and not args
+            and all(kwargs.get(name) is None for name in given)
+            and all(isinstance(block, GPT2Block) for block in self.h)
+        )
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         super().set_input_embeddings(new_embeddings)

@@ -11,6 +11,8 @@ import transformers
 from models import assert_same_within_rounding, lively, pair, tiny_config, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -392,6 +394,28 @@ def test_compile_fullgraph_forward_and_backward(padded: bool) -> None:
     assert_same_within_rounding(output.logits[mask.bool()].detach(), expected.logits[mask.bool()].detach())
     for parameter, gradient in zip(ours.parameters(), gradients, strict=True):
         assert_same_within_rounding(gradient, parameter.grad, n_ulps=512)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_compiled_attention_is_ours(use_cache: bool, padded: bool) -> None:
+    """Without a cache transformers looks for packed sequences, and under tracing makes a mask that only sdpa takes."""
+    _, ours = pair(tiny_config(n_layer=3))
+    ids, mask = token_ids(2, 11, 131), torch.ones(2, 11, dtype=torch.long)
+    inputs = {"attention_mask": mask} if padded else {}
+    graphs: list[list[str]] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    with fastgpt.backend("triton"):
+        output = torch.compile(ours, fullgraph=True, backend=backend)(ids, use_cache=use_cache, **inputs)
+        output.logits.sum().backward()
+    for names, operation in zip(graphs, ("causal_attention", "causal_attention_backward"), strict=True):
+        assert names.count(f"fastgpt_kernels.{operation}.default") == 3
+        assert not any("scaled_dot_product" in name for name in names)
 
 
 @torch.no_grad()
