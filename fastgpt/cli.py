@@ -179,7 +179,7 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="A directory with config.json and weights.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a checkpoint: configuration, keys, shapes, finite values; and print the sha256 of its files."""
+    """Check a checkpoint: its files, then that it loads and runs; and print the sha256 of its files."""
     from .checkpoint.verify import verify_checkpoint
 
     with notes.status("checking") as status:
@@ -191,6 +191,8 @@ def verify(
             print(f"{sha256}  {file}")
         for problem in report.problems:
             print(f"problem: {problem}")
+        for warning in report.warnings:
+            print(f"warning: {warning}")
         verdict = f"{len(report.problems)} problems" if report.problems else "sound"
         print(f"{directory}: {report.n_parameters:,} parameters, {', '.join(report.dtypes) or 'no weights'}, {verdict}")
     if report.problems:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import sampling
-from .loading import load_without_code
+from .checkpoint.tokenizer import load_tokenizer
 from .ops import explain
 
 logger = logging.getLogger("fastgpt")
@@ -120,10 +120,11 @@ def load_model_and_tokenizer(
 
         model, tokenizer = load_demo()
     else:
-        model, info = modeling.GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        loaded: Any = modeling.GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        model, info = loaded
         if "lm_head.weight" in info["missing_keys"]:
             logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
-        tokenizer = load_without_code(AutoTokenizer, name)
+        tokenizer = load_tokenizer(name)
     return model.to(*place).eval(), tokenizer
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_peft_available
 
+from .checkpoint.blame import faulty_key, find_fault
 from .checkpoint.fit import (
     OLD_BUFFER,
     PREFIX,
@@ -26,6 +27,7 @@ from .checkpoint.fit import (
     by_model_name,
     check_config,
     config_problems,
+    field_problems,
     missing_from_body,
     name_problems,
     not_finite,
@@ -47,6 +49,8 @@ from .checkpoint.headers import (
 __all__ = ["LoadingMixin", "check_config", "load_without_code", "read_config"]
 
 HUB_TIMEOUT_S = 3.0
+# JSON files besides config.json that transformers reads with a model.
+OTHER_CONFIGURATIONS = "generation_config.json", "adapter_config.json"
 
 
 def load_without_code(auto_class: Any, name: str, **options: Any) -> Any:
@@ -81,22 +85,44 @@ class LoadingMixin:
         Raises CheckpointError, a ValueError; it is also an OSError when something cannot be found or read, and a
         RuntimeError when a shape differs, because those are what transformers raises.
         """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info, problems = cls.load_with_problems(
+            pretrained_model_name_or_path, *model_args, check_finite=check_finite, **kwargs
+        )
+        for problem in problems:
+            raise problem
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _load_from_fields(cls, fields: dict[str, Any]) -> Any:
+        """A model with new weights, loaded as any other."""
+        config = cls.config_class.from_dict(fields)  # type: ignore[attr-defined]
+        return super().from_pretrained(None, config=config, state_dict={}, trust_remote_code=False)  # type: ignore[misc]
+
+    @classmethod
+    def load_with_problems(
+        cls, path: Any, *model_args: Any, check_finite: bool = True, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any], Iterator[CheckpointError]]:
+        """As `from_pretrained`: the model, transformers' report on its loading, and what only the loaded model shows.
+
+        Raises what keeps the model from being loaded.
+        """
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only=False lets a pickle file run code: fastgpt loads weights only")
         if kwargs.get("trust_remote_code"):
             raise ValueError("trust_remote_code=True lets a checkpoint run code: fastgpt runs none")
         kwargs["trust_remote_code"] = False
-        path, checkpoint, unreachable = pretrained_model_name_or_path, None, None
+        checkpoint, unreachable, directory = None, None, None
         source = None if path is None or kwargs.get("gguf_file") else _source(path, kwargs)
         model_id = None if source is None or os.path.exists(source) else source
         if model_id is not None:
             unreachable, kwargs = _prepare_hub(model_id, kwargs)
         elif source is not None:
+            directory = Path(source) / (kwargs.get("subfolder") or "")
             checkpoint = _inspect(cls, Path(source), kwargs)
             if checkpoint is None:
                 kwargs = {"use_safetensors": True} | kwargs
 
-        wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             # Wrong shapes come back by name in the loading info; the error of transformers names none.
@@ -105,12 +131,17 @@ class LoadingMixin:
             )
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {one_line(error)}") from error
-        except OSError as error:
-            if model_id is None:
+        except Exception as error:
+            if model_id is not None and isinstance(error, OSError):
+                cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
+                answer = unreachable or f"{constants.ENDPOINT} gave no model: {one_line(error)}"
+                tried = f"no such directory, nothing usable in the cache {cache}, {answer}"
+                raise _no_model(model_id, tried) from error
+            # Whatever it is, the files may be the reason. If they are not, the arguments of the call are.
+            fault = None if directory is None else find_fault(cls._load_from_fields, directory, error)
+            if fault is None:
                 raise
-            cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
-            answer = unreachable or f"{constants.ENDPOINT} gave no model: {one_line(error)}"
-            raise _no_model(model_id, f"no such directory, nothing usable in the cache {cache}, {answer}") from error
+            raise fault from error
 
         problems = _loaded_problems(
             model,
@@ -121,9 +152,7 @@ class LoadingMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             check_finite=check_finite,
         )
-        for problem in problems:
-            raise problem
-        return (model, info) if wants_info else model  # type: ignore[return-value]
+        return model, info, problems
 
 
 def _loaded_problems(
@@ -190,6 +219,9 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
         if config is not None:
             raise_first([CheckpointError(f"{file}: {problem}") for problem in config_problems(config)], path)
     directory = path / (kwargs.get("subfolder") or "")
+    for name in OTHER_CONFIGURATIONS:
+        if (directory / name).is_file():
+            read_json(directory / name)
     if any(directory.glob("shard-*-model-*.safetensors")):
         return None  # torch's distributed format, which is loaded strictly as it is
     checkpoint = inspect_weights(
@@ -231,13 +263,18 @@ def read_config(config_class: Any, file: Path, changes: dict[str, Any]) -> PreTr
     """
     if not file.is_file():
         raise CheckpointFileError(f"{file}: does not exist: a model directory holds config.json and model.safetensors")
-    read_json(file)
+    written = read_json(file)
+    raise_first([CheckpointError(f"{file}: {problem}") for problem in field_problems(written)], file.parent)
     fields = vars(config_class()).keys() | config_class.attribute_map.keys() | {"num_labels"}
     changes = {name: value for name, value in changes.items() if name in fields - {"dtype"}}
     try:
         return config_class.from_pretrained(file, **changes)
     except Exception as error:  # fields of any type reach code that expects its own
-        raise CheckpointError(f"{file}: describes no {config_class.model_type} model: {one_line(error)}") from error
+        key = faulty_key(written, config_class.from_dict)
+        where = "" if key is None else f"{key} {shown(written[key])}: "
+        raise CheckpointError(
+            f"{file}: describes no {config_class.model_type} model: {where}{one_line(error)}"
+        ) from error
 
 
 # --- model ids ------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         for field in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "hidden_width"):
+            if type(getattr(self, field)) is not int:
+                raise ValueError(f"{field} must be a whole number, not {getattr(self, field)!r}")
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)}")
         if self.n_embd % self.n_head:
@@ -126,16 +128,31 @@ def _unknown_name(name: str) -> str:
 
 
 def _read_config(directory: str) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    from .checkpoint.blame import faulty_key
+    from .checkpoint.fit import field_problems
+    from .checkpoint.headers import CheckpointError, one_line, read_json, shown
     from .loading import load_without_code
 
+    file, written = Path(directory) / "config.json", {}
     try:
-        return load_without_code(AutoConfig, directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{directory}: its config.json describes no known model: {reason}") from error
+        written = read_json(file)
+        for problem in field_problems(written):
+            raise CheckpointError(problem)
+        config = load_without_code(AutoConfig, directory, local_files_only=True)
+        _shape_or_config(config)
+        return config
+    except Exception as error:  # fields of any type reach code that expects its own
+
+        def describe_again(fields: dict) -> None:
+            model_type = fields.pop("model_type", None)
+            _shape_or_config(AutoConfig.for_model(model_type if isinstance(model_type, str) else "gpt2", **fields))
+
+        is_told = not written or isinstance(error, CheckpointError)
+        key = None if is_told else faulty_key(written, describe_again)
+        where = "" if key is None else f"{key} {shown(written[key])}: "
+        raise CheckpointError(f"{file}: describes no known model: {where}{one_line(error)}") from error
 
 
 def _shape_or_config(config: "PreTrainedConfig") -> "Shape | PreTrainedConfig":
@@ -152,6 +169,9 @@ def _shape_or_config(config: "PreTrainedConfig") -> "Shape | PreTrainedConfig":
         cross_attention=config.add_cross_attention,
     )
 
+
+# Building a layer without weights takes milliseconds.
+_MOST_LAYERS_BUILT = 1_000
 
 # --- counting -------------------------------------------------------------------------------------------------------
 
@@ -217,9 +237,16 @@ def _build_on_meta(config: "PreTrainedConfig") -> nn.Module:
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_MAPPING:
         raise ValueError(f"transformers has no model for {type(config).__name__} (model_type {config.model_type!r})")
+    for field, value in config.to_dict().items():
+        if "layer" in field and isinstance(value, int) and value > _MOST_LAYERS_BUILT:
+            raise ValueError(f"{field} {value} is more than the {_MOST_LAYERS_BUILT} that are built to be counted")
     auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-    with torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(config, trust_remote_code=False)
+    except Exception as error:  # fields of any type reach code that expects its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no model can be built from this {type(config).__name__}: {reason}") from error
 
 
 def _module_components(module: nn.Module) -> tuple[Component, ...]:

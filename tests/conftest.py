@@ -23,6 +23,7 @@ settings.load_profile("quick")
 # Tests that run when an option of their marker's name asks for them.
 ON_REQUEST = {
     "mutants": "also try the tests on kernels with deliberate mistakes",
+    "faults": "try all faults of checkpoints, and 10,000 damaged configurations",
     "soak": "also run what takes minutes to show",
 }
 

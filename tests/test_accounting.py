@@ -265,6 +265,12 @@ def test_unknown_names_are_refused():
         count_parameters(7)  # type: ignore[arg-type]
 
 
+def test_layers_beyond_building_are_refused_at_once(tmp_path) -> None:
+    LlamaConfig(num_hidden_layers=10**7).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_hidden_layers 10000000 is more than"):
+        count_parameters(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"model_type": "no-such-model"}', '{"model_type": "gpt2", "n_embd": "wide"}']
 )

@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -321,6 +322,7 @@ def test_bytes_after_the_last_tensor(saved):
         (b"[]", "list"),
         (b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},' * 2 + b'"b": {}}', "not valid JSON"),
         (b'{"a": {}, "a": {}}', "'a'"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', "surrogates not allowed"),
         (b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}', "'dtype'"),
     ],
 )
@@ -643,6 +645,24 @@ def test_damaged_pickles(pickled):
     for content in (b"", b"nothing of the kind", file.read_bytes()[:-1000]):
         file.write_bytes(content)
         refused(pickled, file, use_safetensors=False)
+
+
+def test_pickles_that_take_more_memory_than_their_bytes(pickled):
+    file = pickled / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    refused(pickled, file, "is compressed", use_safetensors=False)
+    torch.save({"transformer.wte.weight": bytearray(3)}, file)
+    refused(pickled, file, "bytearray", use_safetensors=False)
+
+
+def test_old_pickles_load(pickled, language_model):
+    file = pickled / "pytorch_model.bin"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert same_tensors(load(pickled, use_safetensors=False).state_dict(), language_model.state_dict())
 
 
 def test_sharded_pickle(sharded, language_model):

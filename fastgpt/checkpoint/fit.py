@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from itertools import islice
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,27 @@ PREFIX = "transformer."
 OLD_BUFFER = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"
 _CROSS_ATTENTION = re.compile(r"h\.\d+\.(crossattention|ln_cross_attn)\.")
 
+# More labels than any task has: transformers makes a name for each when it reads a configuration.
+MAX_LABELS = 100_000
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
 # --- configuration --------------------------------------------------------------------------------------------------
+
+
+def field_problems(fields: dict[str, Any]) -> Iterator[str]:
+    """What in a config.json must not reach transformers, which would take all memory or fail later."""
+    n_labels = fields.get("num_labels")
+    if n_labels is not None and not (type(n_labels) is int and 0 <= n_labels <= MAX_LABELS):
+        yield f"num_labels must be a whole number up to {MAX_LABELS}, not {shown(n_labels)}"
+    for name in ("id2label", "label2id"):
+        if isinstance(fields.get(name), dict) and len(fields[name]) > MAX_LABELS:
+            yield f"{name} has {len(fields[name])} entries, more than {MAX_LABELS}"
+    if fields.get("transformers_weights") == "" or not isinstance(fields.get("transformers_weights"), str | NoneType):
+        yield f"transformers_weights must name a file, not {shown(fields['transformers_weights'])}"
+    for name in ("dtype", "torch_dtype"):
+        dtype = fields.get(name)
+        if dtype is not None and (not isinstance(dtype, str) or dtype.removeprefix("torch.") not in DTYPES):
+            yield f"{name} must be one of {', '.join(DTYPES)}, not {shown(dtype)}"
 
 
 def config_problems(config: PreTrainedConfig) -> Iterator[str]:
@@ -28,18 +50,22 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     if config.n_inner is not None:
         sizes["n_inner"] = config.n_inner
-    bad_sizes = {name: size for name, size in sizes.items() if not isinstance(size, int) or not 0 < size < 2**31}
+    bad_sizes = {name: size for name, size in sizes.items() if type(size) is not int or not 0 < size < 2**31}
     for name, size in bad_sizes.items():
         yield f"{name} must be a whole number from 1 to 2**31 - 1, not {shown(size)}"
     if not bad_sizes.keys() & {"n_embd", "n_head"} and config.n_embd % config.n_head:
         yield f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}"
-    if not 0 < config.layer_norm_epsilon < math.inf:
-        yield f"layer_norm_epsilon must be a finite number above 0, not {config.layer_norm_epsilon}"
+    if not (_is_number(config.layer_norm_epsilon) and 0 < config.layer_norm_epsilon < math.inf):
+        yield f"layer_norm_epsilon must be a finite number above 0, not {shown(config.layer_norm_epsilon)}"
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        if not 0 <= getattr(config, name) <= 1:
-            yield f"{name} must be a probability, not {getattr(config, name)}"
-    if config.activation_function not in ACT2FN:
+        if not (_is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1):
+            yield f"{name} must be a probability, not {shown(getattr(config, name))}"
+    if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
         yield f"unknown activation_function {shown(config.activation_function)}: GPT-2's own is 'gelu_new'"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_config(config: PreTrainedConfig) -> None:

@@ -4,9 +4,12 @@ Nothing here builds a model or reads a weight, so a broken checkpoint costs mill
 are collected as exceptions: loading raises the first, `verify_checkpoint` lists them all.
 """
 
+import io
 import json
 import math
 import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +23,8 @@ from torch import Tensor
 MAX_HEADER_BYTES = 1_000_000
 # Room for tens of thousands of labels in a config.json.
 MAX_JSON_BYTES = 5_000_000
+# GPT-2's tokenizer.json has 1.4 MB, and the largest vocabularies in use take twenty times that.
+MAX_TOKENIZER_BYTES = 50_000_000
 
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -64,20 +69,31 @@ def raise_first(problems: Problems, path: object) -> None:
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises CheckpointFileError when it cannot be read, CheckpointError when it is no JSON object, repeats a key or
-    is larger than MAX_JSON_BYTES.
+    has more than `limit` bytes.
     """
+    return _parse_object(read_limited(path, limit), str(path))
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of a file. Raises CheckpointFileError when it cannot be read, CheckpointError when it is larger."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise CheckpointFileError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-    return _parse_object(data, str(path))
+    if len(data) > limit:
+        raise CheckpointError(f"{path}: larger than {limit} bytes")
+    return data
+
+
+def is_hollow(status: os.stat_result) -> bool:
+    """Whether most of a large file is not there: a sparse file, such as an interrupted download leaves."""
+    n_stored = 512 * getattr(status, "st_blocks", status.st_size)
+    return status.st_size > 2**30 and 2 * n_stored < status.st_size
 
 
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:
@@ -92,6 +108,7 @@ def _parse_object(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=to_dict)
+        json.dumps(value, ensure_ascii=False).encode()  # escapes may spell half a character, which no text holds
     except (ValueError, RecursionError) as error:
         raise CheckpointFileError(f"{where}: not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -128,10 +145,13 @@ def read_safetensors(path: Path, problems: Problems) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; what is wrong with the file is added to `problems`."""
     try:
         with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            n_bytes = status.st_size
             n_header_bytes = int.from_bytes(file.read(8), "little")
             if n_bytes < 8:
                 raise CheckpointError(f"{path}: truncated: {n_bytes} bytes cannot hold a safetensors header")
+            if is_hollow(status):
+                raise CheckpointFileError(f"{path}: most of its {n_bytes} bytes are not on the disk: load it again")
             if n_header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path}: its header claims {n_header_bytes} bytes, more than the {MAX_HEADER_BYTES} allowed: "
@@ -206,12 +226,19 @@ def _layout_problems(path: Path, spans: list[tuple[int, int, str]], n_data_bytes
 
 # --- pickle ---------------------------------------------------------------------------------------------------------
 
+# The names and shapes of a GPT-2 xl take 100 kB.
+_MAX_PICKLE_BYTES = 10_000_000
+# What a dict of tensors is made of; other types that torch would allow can ask for memory that the file does not have.
+_PICKLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.storage)? \w+Storage"
+)
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read_pickle(path: Path, problems: Problems) -> dict[str, StoredTensor]:
     """The tensors of a torch.save file by name, unpickled without the right to run code and without their values."""
     try:
+        _check_pickle(path)
         content = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # an unpickler meets damage anywhere and raises anything
         problems.append(CheckpointError(f"{path}: holds more than plain weights, or is corrupt: {one_line(error)}"))
@@ -226,6 +253,30 @@ def read_pickle(path: Path, problems: Problems) -> dict[str, StoredTensor]:
         else:
             problems.append(CheckpointError(f"{path}: entry {shown(name)} is not a tensor"))
     return tensors
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise CheckpointError on what would take more memory than the file has bytes."""
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # as torch decides it
+        file.seek(0)
+        if not is_zip:
+            return _check_opcodes(path, file, n_pickles=4)  # magic number, protocol, system, content
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                    raise CheckpointError(f"{path}: entry {shown(entry.filename)} is compressed, unlike torch's own")
+                if entry.filename.endswith("/data.pkl"):
+                    with archive.open(entry) as content:
+                        _check_opcodes(path, content, n_pickles=1)
+
+
+def _check_opcodes(path: Path, file: Any, n_pickles: int) -> None:
+    text = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    for _ in range(n_pickles):
+        for opcode, argument, _ in pickletools.genops(text):
+            if opcode.name == "GLOBAL" and not _PICKLED.fullmatch(str(argument)):
+                raise CheckpointError(f"{path}: holds {shown(argument)}, which is no part of a dict of tensors")
 
 
 # --- directory ------------------------------------------------------------------------------------------------------

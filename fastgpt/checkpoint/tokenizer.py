@@ -1,0 +1,49 @@
+"""Loading a tokenizer: what is wrong with it is told in one line that names the file."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from ..loading import load_without_code
+from .headers import MAX_TOKENIZER_BYTES, CheckpointError, CheckpointFileError, one_line, read_json, read_limited
+
+_OBJECTS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a directory or model id. Raises CheckpointError when there is none that can be used."""
+    directory = Path(name)
+    if directory.is_dir():
+        _check_files(directory)
+    try:
+        return load_without_code(AutoTokenizer, name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # fields of any type reach code that expects its own
+        kind = CheckpointFileError if isinstance(error, OSError) else CheckpointError
+        raise kind(f"{_culprit(directory)}: no tokenizer can be made of it: {one_line(error)}") from error
+
+
+def _check_files(directory: Path) -> None:
+    for file in (directory / name for name in _OBJECTS):
+        if file.is_file():
+            read_json(file, MAX_TOKENIZER_BYTES)
+    merges = directory / "merges.txt"
+    if merges.is_file():
+        try:
+            read_limited(merges, MAX_TOKENIZER_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{merges}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _culprit(directory: Path) -> Path:
+    """The file that is wrong by itself, or else the one that says how the others are used."""
+    whole, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if whole.is_file():
+        try:
+            Tokenizer.from_file(str(whole))
+        except Exception:  # the library raises Exception itself
+            return whole
+    return settings if settings.is_file() else directory
