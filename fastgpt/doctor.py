@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import fastgpt_kernels
 import torch
 import transformers
 from fastgpt_kernels import OPERATIONS, KernelUnavailableError
@@ -94,10 +95,18 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         else platform.processor(),
         "threads": torch.get_num_threads(),
         "backend_setting": ops.backend_setting(),
+        "first_kernel": _first_kernel(torch.device(device)),
         "operations": operations,
         "generate": generate,
         "parity": check_parity(device),
     }
+
+
+def _first_kernel(device: torch.device) -> str:
+    """What came of compiling and launching a tiny kernel."""
+    if device.type != "cuda":
+        return f"not tried: {device} is no GPU"
+    return fastgpt_kernels.why_unavailable(OPERATIONS[0], device) or "compiled and launched"
 
 
 def render(diagnosis: dict[str, Any], console: Console) -> None:
@@ -105,7 +114,7 @@ def render(diagnosis: dict[str, Any], console: Console) -> None:
     table = Table("what", "is", title="This machine", title_justify="left")
     for name, found in diagnosis["versions"].items():
         table.add_row(name, found or "not installed")
-    for name in ("platform", "device", "device_name", "threads", "backend_setting"):
+    for name in ("platform", "device", "device_name", "threads", "backend_setting", "first_kernel"):
         table.add_row(name.replace("_", " "), str(diagnosis[name]))
     console.print(table)
 

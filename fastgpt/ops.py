@@ -1,6 +1,7 @@
 """The one place where a backend is chosen: each operation runs its Triton kernel or its torch reference."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -60,14 +61,27 @@ def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
         return "torch", "asked for by name"
     if _selected == "auto" and device.type != "cuda":
         return "torch", f"no kernel runs on {device.type}"
-    try:
-        fastgpt_kernels.kernel(operation)
-        fastgpt_kernels.check_device(device)
-    except KernelUnavailableError as error:
+    reason = fastgpt_kernels.why_unavailable(operation, device)
+    if reason is not None:
         if _selected == "triton":
-            raise
-        return "torch", str(error)
+            raise KernelUnavailableError(reason)
+        _say_once(device, reason)
+        return "torch", reason
     return "triton", "asked for by name" if _selected == "triton" else "kernel available"
+
+
+# Types of device that were spoken of.
+_said: set[str] = set()
+
+
+def _say_once(device: torch.device, reason: str) -> None:
+    """Warn that a GPU does without kernels, the first time that it could have used one."""
+    if device.type not in _said:
+        _said.add(device.type)
+        warnings.warn(f"fastgpt runs in torch and not on its Triton kernels: {reason}", stacklevel=4)
+
+
+_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # As in fastgpt_kernels: said while it traces.
 
 
 def _implementation(operation: str, x: Tensor) -> Callable:

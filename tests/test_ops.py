@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pkgutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +39,7 @@ ARGUMENTS: dict[str, tuple[list[torch.Tensor], dict]] = {
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_said", set())
     for operation in list(fastgpt_kernels.KERNEL_MODULES):
         monkeypatch.delitem(fastgpt_kernels.KERNEL_MODULES, operation)
 
@@ -49,6 +49,8 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel for every operation, which gives back its own name and arguments."""
     pytest.importorskip("triton")
     monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(fastgpt_kernels, "_fault", lambda device: None)
+    monkeypatch.setattr(ops, "_said", set())
     module = ModuleType("fake")
     setattr(module, "supports", lambda x: x.dtype != torch.float64)  # noqa: B010
     for operation in fastgpt_kernels.OPERATIONS:
@@ -193,7 +195,7 @@ def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
 
 def test_an_old_gpu_runs_the_reference(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_75")
-    with fastgpt.backend("auto"):
+    with fastgpt.backend("auto"), pytest.warns(UserWarning, match="runs in torch .* need sm_80"):
         name, reason = ops.explain("layer_norm", "cuda")
     assert (name, "need sm_80 or newer, and cuda is sm_75" in reason) == ("torch", True)
     with fastgpt.backend("triton"), pytest.raises(KernelUnavailableError, match="need sm_80"):
@@ -225,7 +227,7 @@ def test_explain(operation: str, fake_kernels: None) -> None:
 
 
 def test_explain_says_why_there_is_no_kernel(no_kernels: None) -> None:
-    with fastgpt.backend("auto"):
+    with fastgpt.backend("auto"), pytest.warns(UserWarning, match="runs in torch"):
         name, reason = ops.explain("layer_norm", "cuda")
     assert name == "torch"
     assert reason.startswith("layer_norm: ")

@@ -51,15 +51,39 @@ def supports(operation: str, x: Tensor) -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise KernelUnavailableError where no kernel runs on a device."""
+    """Raise KernelUnavailableError where no kernel runs on a device, with the cause and the cure.
+
+    On a GPU the first call compiles and launches a tiny kernel, unless torch is capturing or tracing.
+    """
     if device.type == "cuda":
         name = architecture(device)
         if name.startswith("sm_") and int(name[3:]) < 80:
             raise KernelUnavailableError(f"the Triton kernels need sm_80 or newer, and {device} is {name}")
+        if fault := _fault(device):
+            raise KernelUnavailableError(f"no Triton kernel runs on {device}: {fault}")
     elif device.type != "cpu" or not _interprets():
         raise KernelUnavailableError(
             f"the Triton kernels run on a GPU, not on {device.type}; on a CPU with TRITON_INTERPRET=1, slowly"
         )
+
+
+def why_unavailable(operation: str, device: torch.device) -> str | None:
+    """Why the kernel of an operation cannot run on a device: what `kernel` or `check_device` raise. None where it can.
+
+    An answer and not an error, because torch.compile cannot catch what a constant of its trace raises.
+    """
+    try:
+        kernel(operation)
+        check_device(device)
+    except KernelUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _fault(device: torch.device) -> str | None:
+    from .fused import probe  # With triton, as the kernels.
+
+    return probe.fault(device)
 
 
 def _interprets() -> bool:
@@ -71,7 +95,7 @@ def _interprets() -> bool:
 
 def _module(operation: str) -> ModuleType:
     _import_module(operation)
-    # torch.compile sees here what is imported while it traces, which it does not in sys.modules, of which it has a copy.
+    # Where torch.compile sees what is imported while it traces: of sys.modules it has a copy from before.
     return getattr(fused, KERNEL_MODULES[operation])
 
 
@@ -90,13 +114,13 @@ def _import_module(operation: str) -> None:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
         raise KernelUnavailableError(
-            f"{operation}: triton is not installed (pip install triton, Linux only)"
+            f"{operation}: triton is not installed (pip install triton; Linux only, so under Windows use WSL)"
         ) from error
 
 
 # What holds for a process is a constant to torch.compile, which could not look into it. As
 # `torch.compiler.assume_constant_result` says it, which imports the whole compiler.
-for _function in (check_device, _import_module):
+for _function in (why_unavailable, _import_module):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
@@ -106,4 +130,13 @@ def __getattr__(name: str) -> Callable:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["KERNEL_MODULES", "OPERATIONS", "KernelUnavailableError", "check_device", "kernel", "reference", "supports"]
+__all__ = [
+    "KERNEL_MODULES",
+    "OPERATIONS",
+    "KernelUnavailableError",
+    "check_device",
+    "kernel",
+    "reference",
+    "supports",
+    "why_unavailable",
+]
