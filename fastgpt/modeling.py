@@ -1,4 +1,4 @@
-"""GPT-2 over the operations of `ops`: drop-in classes for transformers' own, and what may be fused.
+"""GPT-2 over the operations of `ops`: drop-in classes for transformers' own.
 
 Every class here is transformers' class of the same name with another forward: same parameters, same names, same
 arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels, V vocabulary.
@@ -6,15 +6,14 @@ arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head siz
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
-from types import MethodType, NoneType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2Config, LogitsProcessorList
-from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -28,45 +27,9 @@ from .attention import attend, is_nothing_hidden, nothing_hidden
 from .loading import LoadingMixin, check_config
 from .outputs import training_logits
 from .patching import ATTENTION, replaces, swap_classes
+from .plain import declare, fused_activation, is_as_imported, is_plain
 from .prompts import pad_left
 from .versions import CACHE, take_cache
-
-# --- what may be fused ----------------------------------------------------------------------------------------------
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly `kind` and calling it does nothing else, so that its weights may be used directly.
-
-    LoRA and quantisation replace the class, hooks and device dispatch surround the call, FSDP2 and tensor
-    parallelism replace the parameters: all of these must go through the module's own forward.
-    """
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and not nn.modules.module._has_any_global_hook()
-        and all(type(parameter) in (nn.Parameter, Tensor, NoneType) for parameter in module._parameters.values())
-    )
-
-
-def fused_activation(act: nn.Module) -> str | None:
-    """The name under which `gelu_mlp` knows this activation module."""
-    is_python_twin = isinstance(getattr(act, "act", None), MethodType)  # gelu_python: unfused, as its user asked
-    return None if is_python_twin or not is_plain(act, type(act)) else _ACTIVATIONS.get(type(act))
-
-
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    NewGELUActivation: "gelu_new",
-    GELUTanh: "gelu_new",
-    GELUActivation: "gelu",
-    FastGELUActivation: "gelu_fast",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    SiLUActivation: "silu",
-}
-
 
 # --- embeddings and norms -------------------------------------------------------------------------------------------
 
@@ -88,7 +51,7 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_range(
-            input, self.num_embeddings, "token id {value} is outside the vocabulary: it must be in [0, {limit})"
+            input, self.weight.shape[0], "token id {value} is outside the vocabulary: it must be in [0, {limit})"
         )
         return super().forward(input)
 
@@ -98,7 +61,7 @@ class PositionEmbedding(nn.Embedding):
     """wpe: refuses positions past the context with a ValueError."""
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_range(input, self.num_embeddings, "position {value} is outside the context: n_positions is {limit}")
+        _check_range(input, self.weight.shape[0], "position {value} is outside the context: n_positions is {limit}")
         return super().forward(input)
 
 
@@ -107,7 +70,13 @@ class LayerNorm(nn.LayerNorm):
     """Every LayerNorm of a GPT-2."""
 
     def forward(self, input: Tensor) -> Tensor:
+        is_whole = self.weight is not None and self.bias is not None and self.normalized_shape == input.shape[-1:]
+        if not (is_whole and is_as_imported(nn.LayerNorm)):
+            return super().forward(input)
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+declare(LayerNorm(1), ("normalized_shape", "eps"), lambda it: (it.normalized_shape, it.normalized_shape))
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -126,12 +95,13 @@ class GPT2Attention(hf.GPT2Attention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         past = take_cache(past, kwargs)
-        if self.config._attn_implementation != ATTENTION or encoder_hidden_states is not None:
+        is_ours = self.config._attn_implementation == ATTENTION and is_as_imported(hf.GPT2Attention)
+        if not is_ours or encoder_hidden_states is not None or self.split_size != hidden_states.shape[-1]:
             arguments: Any = (hidden_states, past, attention_mask, encoder_hidden_states)
             return super().forward(*arguments, **kwargs)  # type: ignore[return-value]
         B, T, C = hidden_states.shape
 
-        qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
+        qkv = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim)
         # Each (B, H, T, D), read in place; taken apart along the packed axis, for backward stacks gradients along it.
         query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
         if isinstance(past, EncoderDecoderCache):
@@ -141,8 +111,10 @@ class GPT2Attention(hf.GPT2Attention):
             key, value = past.update(key, value, self.layer_idx)  # (B, H, past + T, D)
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
+        # As in transformers, whose masks are causal whatever the module says: it decides where no mask is needed.
+        is_causal = self.is_causal or attention_mask is not None or key.shape[2] != T
         attended = attend(
-            query, key, value, attention_mask, is_causal=self.is_causal, scale=self.scaling, dropout_p=dropout_p
+            query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
         )
         attended = attended.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(attended)), None
@@ -156,7 +128,8 @@ class GPT2MLP(hf.GPT2MLP):
     """The MLP in one operation where both products are plain, the residual sum included where its block asks for it."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        fc, proj, activation = self.c_fc, self.c_proj, fused_activation(self.act)
+        fc, proj = self.c_fc, self.c_proj
+        activation = fused_activation(self.act) if is_as_imported(hf.GPT2MLP) else None
         if activation is None or not (is_plain(fc, Conv1D) and is_plain(proj, Conv1D)):
             hidden_states = super().forward(hidden_states)  # type: ignore[arg-type]
         elif residual is None or not is_plain(self.dropout, nn.Dropout):
@@ -167,6 +140,9 @@ class GPT2MLP(hf.GPT2MLP):
             weights = fc.weight, fc.bias, proj.weight, proj.bias
             return ops.gelu_mlp(hidden_states, *weights, activation, residual=residual, dropout_p=dropout_p)
         return hidden_states if residual is None else residual + hidden_states
+
+
+declare(GPT2MLP(1, GPT2Config(n_embd=1)))
 
 
 @replaces(hf.GPT2Block)
@@ -185,6 +161,9 @@ class GPT2Block(hf.GPT2Block):
     ) -> Tensor:
         past = take_cache(past, kwargs)
         attention_mask = None if is_nothing_hidden(attention_mask) else attention_mask
+        if not is_as_imported(hf.GPT2Block):
+            encoder = encoder_hidden_states, encoder_attention_mask
+            return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]
         residual = hidden_states  # (B, T, C)
         attended, _ = self.attn(
             self.ln_1(hidden_states),
@@ -198,7 +177,7 @@ class GPT2Block(hf.GPT2Block):
             residual = residual + attended
             attended = self._cross_attend(residual, past, encoder_hidden_states, encoder_attention_mask)
 
-        if is_plain(self.ln_2, LayerNorm):
+        if is_plain(self.ln_2, LayerNorm) and is_as_imported(nn.LayerNorm):
             ln = self.ln_2
             normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
         else:
@@ -362,14 +341,29 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
-        if self._hides_nothing(args, kwargs):
-            if input_ids is not None and input_ids.device.type == "cpu":  # Elsewhere looking for padding would wait.
-                self.warn_if_padding_and_no_attention_mask(input_ids, None)
-            kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
-        return hf.GPT2Model.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
+        with self._masks_of_shared_layers():
+            if self._hides_nothing(args, kwargs):
+                # Elsewhere looking for padding would wait.
+                if input_ids is not None and input_ids.device.type == "cpu":
+                    self.warn_if_padding_and_no_attention_mask(input_ids, None)
+                kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
+            return hf.GPT2Model.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _masks_of_shared_layers(self) -> Iterator[None]:
+        """Blocks that share one layer of the cache see more keys than the mask was made for: by transformers' rules."""
+        places = [getattr(getattr(block, "attn", block), "layer_idx", block) for block in self.h]
+        if self.config._attn_implementation != ATTENTION or len(set(places)) == len(places):
+            yield
+            return
+        self.config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = ATTENTION
 
     def _hides_nothing(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether each sequence is whole, alone in its row, and starts at position 0: as called, and with our blocks."""
+        """Whether each sequence is whole, alone in its row, and starts at position 0: as called, with our blocks."""
         given = ("attention_mask", "position_ids", "cache", "past_key_values")
         return (
             self.config._attn_implementation == ATTENTION
@@ -436,8 +430,8 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
             and not torch.compiler.is_compiling()
             and "logits_to_keep" not in options
             and "ignore_index" not in options
+            and is_as_imported(hf.GPT2LMHeadModel)
             and is_plain(self.lm_head, nn.Linear)
-            and self.lm_head.bias is None
             and self.lm_head.weight.dtype != torch.float64  # whose loss transformers computes in float32
             and self.loss_function is ForCausalLMLoss
         )

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .plain import watch
+
 # The name under which our attention is registered with transformers: config._attn_implementation.
 ATTENTION = "fastgpt"
 
@@ -28,6 +30,8 @@ def replaces(theirs: type[nn.Module], parts: tuple[str, ...] = ()) -> Callable[[
     """Declare a class as the replacement of transformers' or torch's; with `parts`, only under those names."""
 
     def register(ours: Class) -> Class:
+        watch(theirs)
+        watch(ours)
         if parts:
             _PARTS.update(dict.fromkeys(parts, (theirs, ours)))
         else:

@@ -11,9 +11,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.pytorch_utils import Conv1D
 
-from . import engine, modeling, ops, sampling
+from . import engine, modeling, ops, sampling, twin
 from .engine import DeviceGeneration, DeviceLookupGeneration, Generation, LookupGeneration, Request
 from .engine.speculation import LONGEST_LOOKUP
 from .patching import ATTENTION
@@ -21,27 +20,6 @@ from .versions import CACHE
 
 logger = logging.getLogger("fastgpt")
 
-# What each module must be, by the last part of its name, for the engine to use its weights.
-_PLAIN: dict[str, type[nn.Module]] = {
-    "": modeling.GPT2LMHeadModel,
-    "transformer": modeling.GPT2Model,
-    "wte": modeling.TokenEmbedding,
-    "wpe": modeling.PositionEmbedding,
-    "drop": nn.Dropout,
-    "h": nn.ModuleList,
-    "ln_1": modeling.LayerNorm,
-    "attn": modeling.GPT2Attention,
-    "c_attn": Conv1D,
-    "c_proj": Conv1D,
-    "attn_dropout": nn.Dropout,
-    "resid_dropout": nn.Dropout,
-    "ln_2": modeling.LayerNorm,
-    "mlp": modeling.GPT2MLP,
-    "c_fc": Conv1D,
-    "dropout": nn.Dropout,
-    "ln_f": modeling.LayerNorm,
-    "lm_head": nn.Linear,
-}
 _PROCESSORS: set[type[LogitsProcessor]] = {*sampling.ON_DEVICE, sampling.RefuseNaN}
 _OTHER_ASSISTANTS = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
 _INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_tensor"}
@@ -81,31 +59,17 @@ def _decodes_on_kernels(model: Any) -> bool:
 
 
 def _obstacles_in_model(model: Any) -> Iterator[str]:
-    for path, module in model.named_modules():
-        if not _is_plain(path.rpartition(".")[2], module):
-            yield f"{path or 'the model'} is not a plain module: {type(module).__name__}"
-        if module.training:
-            yield f"{path or 'the model'} is in training mode"
     if model.config._attn_implementation != ATTENTION:
         yield f"the attention is {model.config._attn_implementation!r}"
-    places = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
-    if len(places) != 1:
-        yield "the parameters differ in device or dtype"
+    difference = twin.difference(model)
+    if difference is not None:
+        yield difference
     if torch.is_autocast_enabled(model.device.type):
         yield "autocast is on"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield "the call is being compiled"
     if torch.is_grad_enabled():
         yield "gradients are asked for"
-
-
-def _is_plain(name: str, module: nn.Module) -> bool:
-    if module._compiled_call_impl is not None:
-        return False
-    if name == "act":
-        return modeling.fused_activation(module) is not None
-    expected = modeling.GPT2Block if name.isdecimal() else _PLAIN.get(name)
-    return expected is not None and modeling.is_plain(module, expected)
 
 
 def _obstacles_in_call(
