@@ -25,6 +25,7 @@ ON_REQUEST = {
     "mutants": "also try the tests on kernels with deliberate mistakes",
     "faults": "try all faults of checkpoints, and 10,000 damaged configurations",
     "soak": "also run what takes minutes to show",
+    "ptx": "also run every compiled form that ships on the CPU",
 }
 
 

@@ -1,0 +1,357 @@
+"""Memory of a launch: tensors as global memory, shared memory of some programs, and what is known about each access."""
+
+# pyright: reportOptionalSubscript=false
+# What is known of accesses is there once an access was marked.
+
+import bisect
+import ctypes
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Fault(Exception):
+    """What no chip would go on after: a deadlock, an instruction that cannot act."""
+
+
+@dataclass
+class Report:
+    """What was noticed and counted while kernels ran. problems: (kind, instruction) -> [times, an example]."""
+
+    problems: dict = field(default_factory=dict)
+    opcodes: Counter = field(default_factory=Counter)  # executed, one for each warp
+    counts: Counter = field(default_factory=Counter)
+
+    def note(self, kind: str, instruction: object, example: str, times: int = 1) -> None:
+        known = self.problems.setdefault((kind, str(instruction)), [0, example])
+        known[0] += times
+
+    def kinds(self) -> set[str]:
+        return {kind for kind, _ in self.problems}
+
+
+@dataclass
+class Region:
+    """Bytes of one tensor, or of the memory behind several."""
+
+    start: int
+    end: int
+    name: str
+    views: dict = field(default_factory=dict)
+    writer: np.ndarray | None = None
+    reader: np.ndarray | None = None
+
+    def view(self, size: int, count: int) -> np.ndarray:
+        """Elements of some bytes, in rows of `count`; it begins at a multiple of 16 bytes before the region."""
+        key = size, count
+        if key not in self.views:
+            first = self.start & ~15
+            n_bytes = -(-(self.end - first) // 16) * 16
+            raw = np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(first), np.uint8)  # type: ignore[call-overload]
+            view = raw.view(_UNSIGNED[size])
+            self.views[key] = view.reshape(-1, count) if count > 1 else view
+        return self.views[key]
+
+
+class GlobalMemory:
+    """What a launch may touch.
+
+    tensors: (name, first byte, byte behind the last) of what was passed. storages: the same of all memory behind it;
+    what lies there but in no tensor is reported, and read nevertheless.
+    """
+
+    def __init__(self, tensors: list, storages: list, report: Report):
+        self.report = report
+        self.tensors = self._joined(tensors)
+        self.storages = self._joined(storages)
+        self.last = self.storages[0] if self.storages else None
+        self.starts = [r.start for r in self.storages]
+        self.tensor_starts = np.array([r.start for r in self.tensors], np.int64)
+        self.tensor_ends = np.array([r.end for r in self.tensors], np.int64)
+
+    @staticmethod
+    def _joined(spans: list) -> list[Region]:
+        """Sorted, those that touch as one."""
+        regions: list[Region] = []
+        for name, start, end in sorted(spans, key=lambda s: s[1:]):
+            if regions and start <= regions[-1].end:
+                regions[-1].end = max(regions[-1].end, end)
+                if name not in regions[-1].name.split(","):
+                    regions[-1].name += "," + name
+            else:
+                regions.append(Region(start, end, name))
+        return regions
+
+    def region(self, first: int, last: int) -> Region | None:
+        """The one that holds all bytes from first up to last."""
+        known = self.last
+        if known is not None and known.start <= first and last <= known.end:
+            return known
+        place = bisect.bisect_right(self.starts, first) - 1
+        if place >= 0 and last <= self.storages[place].end:
+            self.last = self.storages[place]
+            return self.last
+        return None
+
+    def split(self, addresses: np.ndarray, n_bytes: int, instruction: object, what: str) -> list:
+        """(region, positions of the addresses in it); what lies nowhere is reported and left out."""
+        if addresses.size == 0:
+            return []
+        if int(addresses.max()) > 2**62:
+            good = addresses < 2**62
+            self.report.note(f"{what} outside of memory", instruction, hex(int(addresses.max())), int((~good).sum()))
+            return self._split_some(addresses, np.flatnonzero(good), n_bytes, instruction, what)
+        misaligned = addresses & np.uint64(n_bytes - 1)
+        if misaligned.any():
+            self.report.note(f"{what} misaligned", instruction, hex(int(addresses[misaligned != 0][0])),
+                             int((misaligned != 0).sum()))  # fmt: skip
+            good = np.flatnonzero(misaligned == 0)
+            return self._split_some(addresses, good, n_bytes, instruction, what)
+        return self._split_some(addresses, None, n_bytes, instruction, what)
+
+    def _split_some(self, addresses, places, n_bytes, instruction, what) -> list:
+        chosen = addresses if places is None else addresses[places]
+        if chosen.size == 0:
+            return []
+        region = self.region(int(chosen.min()), int(chosen.max()) + n_bytes)
+        if region is not None:
+            found = [(region, places)]
+        else:
+            found, places = [], np.arange(addresses.size) if places is None else places
+            signed = addresses.astype(np.int64)
+            left = np.ones(places.size, bool)
+            for region in self.storages:
+                inside = left & (signed[places] >= region.start) & (signed[places] + n_bytes <= region.end)
+                if inside.any():
+                    found.append((region, places[inside]))
+                    left &= ~inside
+            if left.any():
+                bad = int(signed[places[left]][0])
+                self.report.note(f"{what} outside of memory", instruction, self._nearest(bad), int(left.sum()))
+        if what and self.tensor_starts.size:
+            signed = chosen.astype(np.int64)
+            place = np.searchsorted(self.tensor_starts, signed, "right") - 1
+            outside = (place < 0) | (signed + n_bytes > self.tensor_ends[np.maximum(place, 0)])
+            if outside.any() and region is not None:
+                self.report.note(f"{what} beside the tensors passed", instruction,
+                                 self._nearest(int(signed[outside][0])), int(outside.sum()))  # fmt: skip
+        return found
+
+    def _nearest(self, address: int) -> str:
+        nearest = min(self.tensors, key=lambda r: max(r.start - address, address - r.end + 1, 0))
+        if address >= nearest.end:
+            return f"{address - nearest.end} bytes behind the end of {nearest.name}"
+        return f"{nearest.start - address} bytes before the start of {nearest.name}"
+
+    # --- programs that touch the same elements -----------------------------------------------------------------------
+
+    def mark(
+        self, region: Region, offsets: np.ndarray, programs: np.ndarray, writes: bool, instruction: object
+    ) -> None:
+        """offsets: of elements, in bytes. Two programs may not touch an element in one launch if one of them writes."""
+        if region.writer is None:
+            region.writer = np.full(region.end - region.start, -1, np.int32)
+            region.reader = np.full(region.end - region.start, -1, np.int32)
+        writer = region.writer[offsets]
+        conflict = (writer >= 0) & (writer != programs)
+        if writes:
+            reader = region.reader[offsets]
+            conflict |= (reader != -1) & (reader != programs)
+            region.writer[offsets] = programs
+            conflict |= region.writer[offsets] != programs
+        else:
+            reader = region.reader[offsets]
+            region.reader[offsets] = np.where((reader != -1) & (reader != programs), -2, programs)
+        if conflict.any():
+            one = int(np.flatnonzero(conflict)[0])
+            self.report.note("global race between programs", instruction,
+                             f"program {int(np.broadcast_to(programs, offsets.shape).ravel()[one])}, offset "
+                             f"{int(offsets.ravel()[one])} of {region.name}", int(conflict.sum()))  # fmt: skip
+
+
+class GridOrder:
+    """Programs of a cooperative launch, which wait for each other: what each has seen of the others' clocks.
+
+    A release leaves a program's clocks at an address, an acquire there takes them over. Two programs may touch an
+    element, one of them writing, only where the earlier access lies before what the later program has seen; writing
+    what is there already is let through. As of the threads of a program one releases or acquires for all, its own
+    barriers are trusted.
+    """
+
+    def __init__(self, n_programs: int, report: Report):
+        self.report = report
+        self.clocks = np.eye(n_programs, dtype=np.int64)
+        self.left: dict[int, np.ndarray] = {}
+        self.regions: dict[int, tuple] = {}
+
+    def release(self, program: int, address: int) -> None:
+        known = self.left.setdefault(address, np.zeros_like(self.clocks[0]))
+        np.maximum(known, self.clocks[program], out=known)
+        self.clocks[program, program] += 1
+
+    def acquire(self, program: int, address: int) -> None:
+        if address in self.left:
+            np.maximum(self.clocks[program], self.left[address], out=self.clocks[program])
+
+    def mark(
+        self, region: Region, offsets: np.ndarray, program: int, writes: bool, unchanged, instruction: object
+    ) -> None:
+        if id(region) not in self.regions:
+            size = region.end - region.start
+            self.regions[id(region)] = (
+                np.full(size, -1, np.int16),
+                np.zeros(size, np.int64),
+                np.full(size, -1, np.int16),
+                np.zeros(size, np.int64),
+            )
+        writer, write_clock, reader, read_clock = self.regions[id(region)]
+        seen = self.clocks[program]
+        least_seen = np.delete(seen, program).min() if seen.size > 1 else 0
+        who, when = writer[offsets], write_clock[offsets]
+        conflict = (who >= 0) & (who != program) & (when > seen[who])
+        others, at = reader[offsets], read_clock[offsets]
+        unseen = (others >= 0) & (others != program) & (at > seen[others]) | (others == -2) & (at > least_seen)
+        if writes:
+            conflict |= unseen
+            if unchanged is not None:
+                conflict &= ~unchanged
+            writer[offsets], write_clock[offsets] = program, seen[program]
+        else:
+            reader[offsets] = np.where(unseen, np.int16(-2), np.int16(program))
+            read_clock[offsets] = np.where(unseen, np.maximum(at, seen[program]), seen[program])
+        if conflict.any():
+            one = int(np.flatnonzero(conflict)[0])
+            self.report.note(
+                "global race between programs",
+                instruction,
+                f"program {program} and {int(who[one])} or a reader {int(others[one])}, offset {int(offsets[one])} of "
+                f"{region.name}",
+                int(conflict.sum()),
+            )
+
+
+class SharedMemory:
+    """Shared memory of some programs, side by side.
+
+    Of each unit (the smallest access of the kernel) it is known whether it was written, by which warp in which epoch
+    (the number of barriers its program has passed), who read it, and whether an asynchronous copy into it is under way.
+    """
+
+    def __init__(self, n_programs: int, n_bytes: int, grain: int, report: Report, races: bool, uninitialised: bool):
+        self.n_bytes = -(-max(n_bytes, 16) // 1024) * 1024
+        self.declared = n_bytes
+        self.report, self.races, self.uninitialised = report, races, uninitialised
+        self.bytes = np.full(n_programs * self.n_bytes, 0xFF, np.uint8)
+        self.views: dict = {}
+        self.shift = max(grain, 1).bit_length() - 1
+        n_units = self.bytes.size >> self.shift
+        if uninitialised:
+            self.written = np.zeros(n_units, bool)
+        if races:
+            self.write_epoch = np.full(n_units, -1, np.int32)
+            self.write_warp = np.full(n_units, -1, np.int32)
+            self.read_epoch = np.full(n_units, -1, np.int32)
+            self.read_warp = np.full(n_units, -1, np.int32)
+            self.pending = np.zeros(n_units, np.int16)
+
+    def view(self, size: int, count: int) -> np.ndarray:
+        key = size, count
+        if key not in self.views:
+            view = self.bytes.view(_UNSIGNED[size])
+            self.views[key] = view.reshape(-1, count) if count > 1 else view
+        return self.views[key]
+
+    def units(self, places: np.ndarray, n_bytes: int) -> np.ndarray:
+        """(accesses, units of each); places: in bytes of the whole."""
+        return (places >> self.shift)[:, None] + np.arange(max(1, n_bytes >> self.shift))
+
+    def read(self, places, n_bytes, warps, epochs, instruction) -> None:
+        units = self.units(places, n_bytes)
+        if self.uninitialised and not (known := self.written[units]).all():
+            bad = int(places[np.flatnonzero(~known.all(1))[0]])
+            self.report.note("uninitialised shared memory read", instruction, f"byte {bad % self.n_bytes}",
+                             int((~known).any(1).sum()))  # fmt: skip
+        if not self.races:
+            return
+        if self.pending.any() and (flying := self.pending[units]).any():
+            bad = int(places[np.flatnonzero(flying.any(1))[0]])
+            self.report.note(
+                "read of a copy under way", instruction, f"byte {bad % self.n_bytes}", int(flying.any(1).sum())
+            )
+        warps, epochs = warps[:, None], epochs[:, None]
+        conflict = (self.write_epoch[units] == epochs) & (self.write_warp[units] != warps)
+        if conflict.any():
+            self._race("read after write", conflict, places, warps, self.write_warp[units], instruction)
+        others = (self.read_epoch[units] == epochs) & (self.read_warp[units] != warps)
+        new = np.where(others, np.int32(-2), warps)
+        self.read_epoch[units] = epochs
+        self.read_warp[units] = new
+        many = self.read_warp[units] != new
+        if many.any():
+            self.read_warp[units[many]] = -2
+
+    def write(self, places, n_bytes, warps, epochs, instruction, lands=True, unchanged=None) -> None:
+        """lands: False when a copy begins. unchanged: accesses that store what is there already."""
+        units = self.units(places, n_bytes)
+        if self.uninitialised and lands:
+            self.written[units] = True
+        if not self.races:
+            return
+        warps, epochs = warps[:, None], epochs[:, None]
+        if self.pending.any() and (flying := self.pending[units]).any():
+            bad = int(places[np.flatnonzero(flying.any(1))[0]])
+            self.report.note("write where a copy is under way", instruction, f"byte {bad % self.n_bytes}",
+                             int(flying.any(1).sum()))  # fmt: skip
+        conflict = (self.write_epoch[units] == epochs) & (self.write_warp[units] != warps)
+        if unchanged is not None and conflict.any():
+            # As triton does where warps hold copies of a value: harmless, but work done twice.
+            self.report.counts["shared stores of what another warp stores too"] += int(conflict[unchanged].any(1).sum())
+            conflict &= ~unchanged[:, None]
+        if conflict.any():
+            self._race("write after write", conflict, places, warps, self.write_warp[units], instruction)
+        conflict = (self.read_epoch[units] == epochs) & (self.read_warp[units] != warps)
+        if conflict.any():
+            self._race("write after read", conflict, places, warps, self.read_warp[units], instruction)
+        self.write_epoch[units] = epochs
+        self.write_warp[units] = warps
+        at_once = self.write_warp[units] != warps
+        if at_once.any():
+            # Unequal values are noted by who stores them.
+            self.report.counts["shared stores of what another warp stores too"] += int(at_once.any(1).sum())
+
+    def begin_copy(self, places, n_bytes, warps, epochs, instruction) -> None:
+        self.write(places, n_bytes, warps, epochs, instruction, lands=False)
+        if self.races:
+            np.add.at(self.pending, self.units(places, n_bytes), 1)
+
+    def end_copy(self, places, n_bytes, warps, epochs) -> None:
+        """The bytes are there, for the thread that waited; for others behind the next barrier."""
+        units = self.units(places, n_bytes)
+        if self.uninitialised:
+            self.written[units] = True
+        if self.races:
+            np.subtract.at(self.pending, units, 1)
+            self.write_epoch[units] = epochs[:, None]
+            self.write_warp[units] = warps[:, None]
+
+    def settle(self, places, n_bytes) -> None:
+        """A copy has arrived and everybody who asked its barrier may read it."""
+        units = self.units(places, n_bytes)
+        if self.uninitialised:
+            self.written[units] = True
+        if self.races:
+            self.pending[units] = 0
+            self.write_epoch[units] = -1
+
+    def _race(self, kind, conflict, places, warps, others, instruction) -> None:
+        one = int(np.flatnonzero(conflict.any(1))[0])
+        column = int(np.flatnonzero(conflict[one])[0])
+        self.report.note(
+            f"shared race: {kind}",
+            instruction,
+            f"byte {int(places[one]) % self.n_bytes}, warps {int(warps[one, 0])} and {int(others[one, column])}",
+            int(conflict.any(1).sum()),
+        )
