@@ -3,6 +3,7 @@
 from .accounting import count_parameters
 from .checkpoint.headers import CheckpointError
 from .demo import load_demo
+from .engine import release
 from .modeling import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -28,5 +29,6 @@ __all__ = [
     "count_parameters",
     "load_demo",
     "patch",
+    "release",
     "unpatch",
 ]

@@ -241,6 +241,13 @@ def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
 
 
 class _Generation:
+    def _apply(self, fn, recurse=True):
+        """What `to()`, `half()` and the like go through: they free what the engine keeps beside the weights."""
+        from .engine import release
+
+        release(self)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
     @_shows_parameters_of(GenerationMixin.generate)  # type: ignore[attr-defined]
     def generate(
         self,

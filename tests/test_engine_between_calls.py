@@ -1,6 +1,8 @@
 """Calls of `generate()` do not disturb the calls that follow: modes, faults, and what the engine keeps between them."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -292,3 +294,58 @@ def test_weights_moved_by_a_streamer() -> None:
 
     with pytest.raises(RuntimeError, match="moved or replaced between two tokens"):
         ours.generate(prompt(), **GREEDY, streamer=Moves(ValueError()))
+
+
+# --- what belongs to whom -------------------------------------------------------------------------------------------
+
+
+def test_streamed_tokens_are_the_callers_own() -> None:
+    _, ours = small_pair()
+    expected = ours.generate(prompt(), **GREEDY)[:, 5:].tolist()
+    found = []
+    for tokens in ours.stream(prompt(), **GREEDY):
+        assert not tokens.is_pinned()
+        found.append(int(tokens))
+        tokens.fill_(-7)
+    assert [found] == expected
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        fastgpt.release,
+        lambda model: fastgpt.release(nn.Sequential(model)),
+        lambda model: model.to(DEVICE),
+        lambda model: nn.Sequential(model).to(DEVICE),
+        lambda model: model.float(),
+    ],
+)
+def test_release_and_moves_free_what_is_kept(checked, backend: str, move: Callable[[Any], Any]) -> None:
+    ours, check = checked
+    check()
+    kept = [weakref.ref(work) for work in [workspace._kept.get(ours)] if work is not None]
+    assert len(kept) == (backend == "triton")
+    move(ours)
+    gc.collect()
+    assert ours not in workspace._kept
+    assert [work for work in kept if work() is not None] == []
+    check()
+
+
+def test_release_leaves_a_model_that_keeps_nothing_alone() -> None:
+    fastgpt.release(nn.Linear(2, 2))
+
+
+def test_packed_weights_count_in_the_limit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "torch":
+        pytest.skip("only kernels keep anything")
+    if INTERPRETING:
+        monkeypatch.setattr(tuning, "persistent_programs", lambda _: 1)
+    _, ours = small_pair(n_embd=128)
+    with engine.tier("persistent"):
+        ours.generate(prompt(), **GREEDY)
+        kept = workspace._kept[ours]
+        assert kept.n_bytes > kept.cache.memory.nbytes + 12 * 128 * 128 * 4
+        monkeypatch.setattr(workspace, "_KEPT_BYTES", kept.cache.memory.nbytes)
+        ours.generate(prompt(), **GREEDY)
+        assert ours not in workspace._kept

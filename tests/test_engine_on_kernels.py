@@ -264,7 +264,7 @@ def test_nothing_of_a_model_outlives_it() -> None:
 
 def test_large_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = small_pair()
-    monkeypatch.setattr(workspace, "_KEPT_CACHE_BYTES", 64)
+    monkeypatch.setattr(workspace, "_KEPT_BYTES", 64)
     ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
     assert ours not in workspace._kept
 

@@ -9,7 +9,7 @@ from .generation import Generation, Request
 from .speculation import DeviceLookupGeneration, LookupGeneration
 from .step import decode_one_token, decode_tokens
 from .weights import view_weights, watched
-from .workspace import obstacle, tier
+from .workspace import obstacle, release, tier
 
 __all__ = [
     "DeviceGeneration",
@@ -22,6 +22,7 @@ __all__ = [
     "decode_tokens",
     "obstacle",
     "prefill",
+    "release",
     "tier",
     "view_weights",
     "watched",

@@ -34,9 +34,11 @@ class Arrival(NamedTuple):
         return cls(host, event)
 
     def wait(self) -> Tensor:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.tokens
+        """The tokens, in ordinary memory: what is pinned goes back to torch's pool."""
+        if self.event is None:
+            return self.tokens
+        self.event.synchronize()
+        return self.tokens.clone()
 
 
 class DeviceGeneration:

@@ -95,7 +95,7 @@ class Generation:
         newest = self._sequences[:, self.n_tokens]
         newest.copy_(tokens)
         self.n_tokens += 1
-        return newest
+        return newest.clone()  # The caller's own: what it writes there is not read again.
 
     def _goes_on(self) -> bool:
         """Whether a row needs another token. Raises ValueError when it does and has filled its context."""

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..modeling import GPT2LMHeadModel
 from .cache import KVCache
+from .streams import OwnStream
 from .weights import kernel_weights
 
 TIERS = ("auto", "eager", "graph", "persistent")
 _selected_tier = "auto"
-# Caches up to this size, 1 GiB, stay for the next call of `generate()`, with room for the whole context.
-_KEPT_CACHE_BYTES = 2**30
+# Caches and copies of weights up to this size, 1 GiB, stay for the next call of `generate()`, the cache with room for
+# the whole context.
+_KEPT_BYTES = 2**30
 
 
 @contextmanager
@@ -72,10 +74,13 @@ class Workspace:
     def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
         self.fixed, self.tier = fixed_in_graphs(kernel_weights(model)), _selected_tier
         self.n_rows, self.n_slots, self.n_new = n_rows, n_slots, n_new
-        self.cache = KVCache.allocate(model, n_rows, n_slots)
-        self.state = self.cache.memory.new_zeros(4, n_rows * n_new, dtype=torch.int64)
+        self.own_stream = OwnStream(model.device)
+        with self.own_stream.inside():
+            self.cache = KVCache.allocate(model, n_rows, n_slots)
+            new_zeros = self.cache.memory.new_zeros
+            self.state = new_zeros(4, n_rows * n_new, dtype=torch.int64)
+            self.logits = new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
         self.tokens, self.positions, self.slots, self.starts = self.state
-        self.logits = self.cache.memory.new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
         # Of steps with one new token a row, and with n_new.
         self._steps: dict[int, Any] = {}
         self._graphs: dict[int, Any] = {}
@@ -84,6 +89,11 @@ class Workspace:
         """Whether it can be used again: it has the right size, and what its graphs hold of the model is as it was."""
         fits = (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
         return fits and self.fixed == fixed_in_graphs(kernel_weights(model))
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the cache and of copies of weights."""
+        return self.cache.memory.nbytes + sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
 
     def refresh(self, model: GPT2LMHeadModel) -> None:
         """Bring copies of the model's weights up to date, at the start of a call.
@@ -99,13 +109,18 @@ class Workspace:
         graph = self._graphs.get(n_new)
         if graph is None and n_new in self._steps and self.logits.is_cuda and self.tier != "eager":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.logits.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with self.own_stream.capture(graph):
                 self._launch(model, n_new)
             self._graphs[n_new] = graph
-        if graph is None:
-            self._launch(model, n_new)  # which compiles the kernels that a graph holds
-        else:
+        if graph is not None:
             graph.replay()
+        elif n_new in self._steps:
+            self._launch(model, n_new)
+        else:  # which compiles the kernels that a graph holds, and allocates what they and cuBLAS work in
+            self.own_stream.come_after()
+            with self.own_stream.inside():
+                self._launch(model, n_new)
+            self.own_stream.come_first()
 
     def _launch(self, model: GPT2LMHeadModel, n_new: int) -> None:
         rows = slice(self.n_rows * n_new)
@@ -150,10 +165,24 @@ def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1)
         del taken
         n_context = max(n_slots, model.config.n_positions)
         n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
-        n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_CACHE_BYTES else n_slots
+        n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_BYTES else n_slots
         taken = Workspace(model, n_rows, n_slots, n_new)
-    else:
-        taken.refresh(model)
-    yield taken
-    if taken.cache.memory.nbytes <= _KEPT_CACHE_BYTES:
+    taken.own_stream.come_first()
+    taken.refresh(model)
+    try:
+        yield taken
+    finally:
+        taken.own_stream.come_after()
+    if taken.n_bytes <= _KEPT_BYTES:
         _kept[model] = taken
+
+
+def release(model: torch.nn.Module) -> None:
+    """Free what generation keeps on the device for the next call of a model: its cache, graphs and copies of weights.
+
+    model: a GPT-2 or what holds some, as an adapter does; one that keeps nothing is left alone. The next call makes
+    everything anew. A call that is under way keeps its own until it ends. Moving a model by `to()` and its like
+    releases it, too.
+    """
+    for module in model.modules():
+        _kept.pop(module, None)  # type: ignore[arg-type]
