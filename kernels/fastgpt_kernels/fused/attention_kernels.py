@@ -18,6 +18,8 @@ from .arithmetic import rounded_product
 from .dropout import dropout_keep
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# Sizes that vary from call to call; so does the alignment of the second half of the statistics.
+_VARYING = ["n_batch_heads", "n_queries", "n_keys", "threshold"]
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ def _attend(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["n_batch_heads", "n_queries", "n_keys", "threshold"])
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["norm_ptr"])
 def _causal_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, key_mask_ptr, seed_ptr, out_ptr, max_ptr, norm_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
@@ -220,7 +222,7 @@ def _accumulate_dkdv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_batch_heads", "n_queries", "n_keys", "threshold"])
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["norm_ptr"])
 def _causal_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, max_ptr, norm_ptr, delta_ptr, key_mask_ptr, seed_ptr, dk_ptr, dv_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
@@ -314,7 +316,7 @@ def _walk_keys(
     return dq, delta
 
 
-@triton.jit(do_not_specialize=["n_batch_heads", "n_queries", "n_keys", "threshold"])
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["norm_ptr"])
 def _causal_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, max_ptr, norm_ptr, delta_ptr, key_mask_ptr, seed_ptr, dq_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,

@@ -116,7 +116,7 @@ def _load_bias(bias_ptr, col, n_cols, BLOCK_COLS: tl.constexpr, ACCUMULATOR: tl.
 # --- products -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _gelu_mlp_fwd_hidden_kernel(
     x_ref, weight_ref, bias_ptr, pre_ref, hidden_ref, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
@@ -145,7 +145,7 @@ def _gelu_mlp_fwd_hidden_kernel(
             _store_tile(hidden_ref, hidden, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _gelu_mlp_fwd_out_kernel(
     hidden_ref, weight_ref, bias_ptr, residual_ref, seed_ptr, out_ref,
     hidden_row_stride, weight_row_stride, residual_row_stride, n_rows, n_cols, n_inner, threshold,
@@ -185,7 +185,7 @@ def _gelu_mlp_fwd_out_kernel(
             _store_tile(out_ref, out, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _gelu_mlp_bwd_pre_kernel(
     dproduct_ref, weight_ref, pre_ref, dpre_ref, hidden_ref, dbias_partial_ptr,
     dproduct_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
@@ -223,7 +223,7 @@ def _gelu_mlp_bwd_pre_kernel(
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _gelu_mlp_bwd_product_kernel(
     dout_ptr, seed_ptr, dproduct_ptr, dbias_partial_ptr, dout_row_stride, n_rows, n_cols, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,

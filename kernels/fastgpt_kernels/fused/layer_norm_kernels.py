@@ -22,7 +22,7 @@ def _normalise(x, in_row, n_cols, eps):
     return centered * rstd[:, None], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     x_row_stride, residual_row_stride, n_rows, n_cols,
@@ -53,7 +53,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_bwd_kernel(
     x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_partial_ptr, dbias_partial_ptr,
     x_row_stride, dy_row_stride, dsum_row_stride, n_rows, n_cols,
@@ -95,7 +95,7 @@ def _layer_norm_bwd_kernel(
     tl.store(dbias_partial_ptr + partial_offsets, dbias, mask=in_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def _layer_norm_bwd_reduce_kernel(
     dweight_partial_ptr, dbias_partial_ptr, dweight_ptr, dbias_ptr, n_partials, n_cols,
     BLOCK_PARTIALS: tl.constexpr, BLOCK_COLS: tl.constexpr, ACCUMULATOR: tl.constexpr,
