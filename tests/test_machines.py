@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from interpreter import releases
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "machines.md"
@@ -61,3 +64,36 @@ def test_the_table_has_every_fault() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.read_text().splitlines() if "|" in line]
     told = {row[0]: row[2:4] for row in rows[2:]}
     assert told == {fault: [cause, cure] for fault, (_, cause, cure) in FAULTS.items()}
+
+
+# --- versions -------------------------------------------------------------------------------------------------------
+
+
+def pairs() -> list[list[str]]:
+    """What CI tries: rows of torch, triton and transformers."""
+    lines = (ROOT / ".ci" / "pairs").read_text().splitlines()
+    return [line.split() for line in lines if not line.startswith("#")]
+
+
+def test_one_set_of_versions_is_said_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch_, triton_, transformers_ = (sorted(set(column)) for column in zip(*pairs(), strict=True))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    tried = f"torch {', '.join(torch_)} with triton {', '.join(triton_)} and transformers {', '.join(transformers_)}"
+    assert tried in readme
+    assert tuple(triton_) == releases.TRIED
+    pythons = [name.rpartition(" ")[2] for name in project["classifiers"]]
+    assert f"Python {pythons[0]} to {pythons[-1]}" in readme
+    assert project["requires-python"] == f">={pythons[0]}"
+    (least_triton,) = (line for line in project["dependencies"] if line.startswith("triton"))
+    assert least_triton.startswith(f"triton>={triton_[0].removesuffix('.0')};")
+    assert f"transformers>={transformers_[0].removesuffix('.0')},<6" in project["dependencies"]
+    assert f"torch=={torch_[0].rpartition('.')[0]}.*" in project["optional-dependencies"]["dev"]
+
+
+def test_the_first_pair_is_what_torch_itself_asks_for() -> None:
+    asked = [line for line in requires("torch") or [] if line.startswith("triton")]
+    if not asked:
+        pytest.skip("a CPU build of torch asks for no triton")
+    assert version("torch").partition("+")[0] == pairs()[0][0]
+    assert any(line.startswith(f"triton=={pairs()[0][1]}") for line in asked)
