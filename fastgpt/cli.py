@@ -303,6 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(" ".join(str(error).split()) or type(error).__name__, code=1)
     else:
+        if code == 130:  # typer's answer to Ctrl-C
+            _fail("interrupted", code)
         sys.exit(code or 0)
 
 

@@ -205,6 +205,16 @@ class GPT2Block(hf.GPT2Block):
         return attended
 
 
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def _check_labels(labels: Any, limit: int, ignore_index: int = -100) -> None:
+    """Raise ValueError on a label outside [0, limit) that is not ignored, as the fused training loss does."""
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        message = "label {value} is outside the classes: it must be in [0, {limit}) or " + str(ignore_index)
+        _check_range(labels.where(labels != ignore_index, 0), limit, message)
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +403,11 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
     @wraps(hf.GPT2LMHeadModel.forward)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if not self._fuses_loss(kwargs):
+            shifted = kwargs.get("shift_labels")
+            if shifted is None and isinstance(kwargs.get("labels"), Tensor):
+                shifted = kwargs["labels"][..., 1:]
+            if self.loss_function is ForCausalLMLoss:
+                _check_labels(shifted, self.config.vocab_size, kwargs.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
         labels = kwargs.pop("labels")
@@ -448,15 +463,34 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
 class GPT2DoubleHeadsModel(_Generation, _DropIn, hf.GPT2DoubleHeadsModel, GenerationMixin):
     """transformers' GPT2DoubleHeadsModel with every block on fastgpt."""
 
+    @wraps(hf.GPT2DoubleHeadsModel.forward)
+    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
+        if isinstance(kwargs.get("labels"), Tensor):
+            _check_labels(kwargs["labels"][..., 1:], self.config.vocab_size)
+        if input_ids is not None and input_ids.ndim > 1:
+            _check_labels(kwargs.get("mc_labels"), input_ids.shape[-2])
+        return hf.GPT2DoubleHeadsModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
+
 
 @replaces(hf.GPT2ForSequenceClassification)
 class GPT2ForSequenceClassification(_DropIn, hf.GPT2ForSequenceClassification):
     """transformers' GPT2ForSequenceClassification with every block on fastgpt."""
 
+    @wraps(hf.GPT2ForSequenceClassification.forward)
+    def forward(self, *args, **kwargs):
+        if self.num_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
+            _check_labels(kwargs.get("labels"), self.num_labels)
+        return hf.GPT2ForSequenceClassification.forward(self, *args, **kwargs)
+
 
 @replaces(hf.GPT2ForTokenClassification)
 class GPT2ForTokenClassification(_DropIn, hf.GPT2ForTokenClassification):
     """transformers' GPT2ForTokenClassification with every block on fastgpt."""
+
+    @wraps(hf.GPT2ForTokenClassification.forward)
+    def forward(self, *args, **kwargs):
+        _check_labels(kwargs.get("labels"), self.num_labels)
+        return hf.GPT2ForTokenClassification.forward(self, *args, **kwargs)
 
 
 @replaces(hf.GPT2ForQuestionAnswering)

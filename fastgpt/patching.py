@@ -4,8 +4,9 @@ The classes add no state to transformers' own, so assigning `__class__` is the w
 adapters and settings stay where they are.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,6 +50,11 @@ def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:
 
     Returns how many modules changed.
     """
+    with _all_or_nothing() as undo:
+        return _swap_classes(model, undo, to_fastgpt=to_fastgpt)
+
+
+def _swap_classes(model: nn.Module, undo: "Undo", *, to_fastgpt: bool) -> int:
     table = _TO_FASTGPT if to_fastgpt else {ours: theirs for theirs, ours in _TO_FASTGPT.items()}
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
     for module in model.modules():
@@ -60,17 +66,30 @@ def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:
             part = module._modules.get(name)
             swaps += [(part, after)] if part is not None and type(part) is before else []
 
-    done: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for module, new_class in swaps:
-            old_class = type(module)
-            module.__class__ = new_class
-            done.append((module, old_class))
-    except BaseException:
-        for module, old_class in done:
-            module.__class__ = old_class
-        raise
+    for module, new_class in swaps:
+        _set(module, "__class__", new_class, undo)
     return len(swaps)
+
+
+Undo = list[tuple[object, str, object]]
+
+
+def _set(target: Any, name: str, value: Any, undo: Undo) -> None:
+    undo.append((target, name, getattr(target, name)))
+    setattr(target, name, value)
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[Undo]:
+    """Collects what changes before it changes, and puts it back when the block is left by an exception."""
+    undo: Undo = []
+    try:
+        yield undo
+    except BaseException:
+        for target, name, value in reversed(undo):
+            if getattr(target, name) is not value:
+                setattr(target, name, value)
+        raise
 
 
 def patch(model: Module) -> Module:
@@ -78,13 +97,16 @@ def patch(model: Module) -> Module:
 
     Weights, hooks, adapters and settings stay as they are. transformers' default attention ("sdpa") gives way to
     ours; one that was chosen ("eager", "flex_attention", ...) is kept. Undone by `unpatch`.
-    Returns the model. Raises ValueError, the model untouched, when it holds no GPT-2 or runs on fastgpt already.
+    Returns the model; one that runs on fastgpt already stays as it is. Raises ValueError when it holds no GPT-2. On any
+    error the model is untouched.
     """
-    if any(type(module) in _TO_FASTGPT.values() for module in model.modules()):
-        raise ValueError(f"this {type(model).__name__} runs on fastgpt already")
-    if not swap_classes(model, to_fastgpt=True):
+    runs_already = any(type(module) in _TO_FASTGPT.values() for module in model.modules())
+    with _all_or_nothing() as undo:
+        n_changed = _swap_classes(model, undo, to_fastgpt=True)
+        if n_changed:
+            _change_attention(model, "sdpa", ATTENTION, undo)
+    if not n_changed and not runs_already:
         raise ValueError(f"no transformers GPT-2 module in {type(model).__name__}: nothing to patch")
-    _change_attention(model, "sdpa", ATTENTION)
     return model
 
 
@@ -93,15 +115,16 @@ def unpatch(model: Module) -> Module:
 
     Returns the model. Raises ValueError, the model untouched, when nothing in it runs on fastgpt.
     """
-    if not swap_classes(model, to_fastgpt=False):
-        raise ValueError(f"nothing in {type(model).__name__} runs on fastgpt: nothing to unpatch")
-    _change_attention(model, ATTENTION, "sdpa")
+    with _all_or_nothing() as undo:
+        if not _swap_classes(model, undo, to_fastgpt=False):
+            raise ValueError(f"nothing in {type(model).__name__} runs on fastgpt: nothing to unpatch")
+        _change_attention(model, ATTENTION, "sdpa", undo)
     return model
 
 
-def _change_attention(model: nn.Module, before: str, after: str) -> None:
+def _change_attention(model: nn.Module, before: str, after: str, undo: Undo) -> None:
     for module in model.modules():
         if isinstance(module, hf.GPT2PreTrainedModel | hf.GPT2Attention):
             config = module.config
             if config._attn_implementation == before:
-                config._attn_implementation = after
+                _set(config, "_attn_implementation", after, undo)

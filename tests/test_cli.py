@@ -186,6 +186,27 @@ def test_nothing_is_written_before_a_call_turned_out_to_be_valid(run, monkeypatc
     assert_one_line_error(run("generate", "hi", "--max-new-tokens", "2"), 1, "division")
 
 
+def test_an_interrupt_ends_in_one_line_and_the_next_call_is_right(run, monkeypatch) -> None:
+    command = "generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "8"
+    expected, decode, calls = run(*command).out, engine.decode_one_token, []
+
+    def interrupted(*call):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*call)
+
+    model, tokenizer = fastgpt.load_demo()
+    ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
+    monkeypatch.setattr(engine.generation, "decode_one_token", interrupted)
+    result = run(*command)
+    assert (result.code, result.err) == (130, "error: interrupted\n")
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0]) == expected.removesuffix("\n")
+
+
 def test_json_has_no_numbers_without_end(run, monkeypatch) -> None:
     assert json.loads(cli._strict_json({"a": [float("nan"), 1.5, {"b": float("-inf")}]})) == {
         "a": [None, 1.5, {"b": None}]

@@ -68,13 +68,50 @@ def test_patch_of_a_model_that_contains_gpt2() -> None:
 
 
 def test_patch_refuses_what_it_cannot_patch() -> None:
-    theirs, ours = pair(tiny_config())
+    theirs, _ = pair(tiny_config())
     with pytest.raises(ValueError, match=r"Linear.*nothing to patch"):
         fastgpt.patch(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="already"):
-        fastgpt.patch(ours)
     with pytest.raises(ValueError, match="nothing to unpatch"):
         fastgpt.unpatch(theirs)
+
+
+def test_patching_twice_is_patching_once() -> None:
+    theirs, ours = pair(tiny_config())
+    for model in (fastgpt.patch(theirs), ours):
+        before = classes(model)
+        assert fastgpt.patch(model) is model
+        assert classes(model) == before
+        model.set_attn_implementation("sdpa")
+        assert fastgpt.patch(model).config._attn_implementation == "sdpa"
+        model.set_attn_implementation("fastgpt")
+    theirs.transformer.h.append(transformers.models.gpt2.modeling_gpt2.GPT2Block(theirs.config, layer_idx=2))
+    assert type(fastgpt.patch(theirs).transformer.h[2]) is modeling.GPT2Block
+
+
+def test_a_failure_at_any_module_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(tiny_config(n_layer=1))
+    change = patching._set
+    for model, function in ((theirs, fastgpt.patch), (ours, fastgpt.unpatch)):
+        before, attention, n_calls = classes(model), model.config._attn_implementation, 0
+        for n_allowed in range(1000):
+            n_calls = 0
+
+            def fail_later(target, name, value, undo, n_allowed=n_allowed) -> None:
+                nonlocal n_calls
+                n_calls += 1
+                change(target, name, value, undo)
+                if n_calls > n_allowed:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(patching, "_set", fail_later)
+            try:
+                function(model)
+            except KeyboardInterrupt:
+                assert (classes(model), model.config._attn_implementation) == (before, attention)
+            else:
+                break
+        assert n_calls > 8  # every module and the attention
+        assert classes(model) != before
 
 
 def test_bug_exception_inside_patch_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -425,13 +425,36 @@ def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("label", [131, -7])
-def test_label_out_of_range(label: int, training: bool) -> None:
-    _, ours = pair(tiny_config())
+@pytest.mark.parametrize(
+    ("head", "shape", "name"),
+    [
+        ("GPT2LMHeadModel", (1, 5), "labels"),
+        ("GPT2LMHeadModel", (1, 5), "shift_labels"),
+        ("GPT2DoubleHeadsModel", (1, 2, 5), "labels"),
+        ("GPT2DoubleHeadsModel", (1,), "mc_labels"),
+        ("GPT2ForSequenceClassification", (1,), "labels"),
+        ("GPT2ForTokenClassification", (1, 5), "labels"),
+    ],
+)
+def test_label_out_of_range(head: str, shape: tuple[int, ...], name: str, label: int, training: bool) -> None:
+    """One rule in every class and mode, where torch knows another for each."""
+    _, ours = pair(tiny_config(), head)
+    ids = token_ids(2, 5, 131).view(1, 2, 5) if "Double" in head else token_ids(1, 5, 131)
+    labels = torch.ones(shape, dtype=torch.int64)
+    labels.flatten()[-1] = label
+    with pytest.raises(ValueError, match=rf"label {label} is outside .* it must be in \[0, "):
+        ours.train(training)(ids, **{name: labels, **({"labels": ids} if name == "shift_labels" else {})})
+    ours(ids, **{name: labels.fill_(-100), **({"labels": ids} if name == "shift_labels" else {})})
+
+
+def test_labels_that_are_ignored_under_another_number() -> None:
+    theirs, ours = pair(tiny_config())
     ids = token_ids(1, 5, 131)
     labels = ids.clone()
-    labels[0, 3] = label
-    with pytest.raises((ValueError, IndexError), match=str(label)):
-        ours.train(training)(ids, labels=labels)
+    labels[0, 2] = -7
+    for training in (False, True):
+        losses = [model.train(training)(ids, labels=labels, ignore_index=-7).loss for model in (theirs, ours)]
+        torch.testing.assert_close(losses[1], losses[0])
 
 
 @pytest.mark.parametrize(
