@@ -10,8 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from .second_order import formula_gradients, twice_differentiable
 
 # The tanh form is what GPT-2 was trained with; gelu_fast is the same function with a rounded constant.
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -285,7 +286,7 @@ def linear_cross_entropy(
     if reduction == "none":
         wide_weight = _accumulator(weight)  # in which autograd sums the gradients of the chunks
         chunks = [
-            checkpoint(_row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
+            checkpoint(row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
             for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
         ]
         return torch.cat(chunks)
@@ -318,7 +319,7 @@ def _accumulator(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """(N,) losses of one chunk, differentiable by autograd."""
     logits = _accumulator(hidden @ weight.to(hidden.dtype).t())
     counts, in_range = labels != ignore_index, (labels >= 0) & (labels < weight.shape[0])
@@ -339,8 +340,8 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], n_chunk_rows):
             rows = slice(start, start + n_chunk_rows)
             logits = hidden[rows] @ weight.t()
-            dlogits, row_losses = _softmax_minus_one_hot(_accumulator(logits), labels[rows], ignore_index)
-            total = total + row_losses.sum()
+            dlogits, losses = _softmax_minus_one_hot(_accumulator(logits), labels[rows], ignore_index)
+            total = total + losses.sum()
             dlogits = dlogits.to(logits.dtype)
             if dhidden is not None:
                 dhidden[rows] = (dlogits @ weight).to(dhidden.dtype)
@@ -348,23 +349,30 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
                 dweight.addmm_(dlogits.t(), hidden[rows])
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(hidden, weight, labels, dhidden, dweight)
+        ctx.ignore_index = ignore_index
         return total
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, dtotal: _summed_with_graph(ctx, dtotal))
     def backward(ctx, *grads: Tensor):
         (dtotal,) = grads
-        dhidden, dweight = ctx.saved_tensors
+        _, weight, _, dhidden, dweight = ctx.saved_tensors
         return (
             # dtotal in half precision would overflow under loss scaling and shift every gradient alike.
             None if dhidden is None else (_accumulator(dhidden) * dtotal).to(dhidden.dtype),
-            None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),
+            None if dweight is None else (dweight * dtotal).to(weight.dtype),
             None,
             None,
             None,
         )
+
+
+def _summed_with_graph(ctx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients with their graph, from logits that are computed again, all at once."""
+    hidden, weight, labels = ctx.saved_tensors[:3]
+    formula = partial(row_losses, labels=labels, ignore_index=ctx.ignore_index)
+    return *formula_gradients(formula, (hidden, weight), dtotal.expand(len(labels))), None, None, None
 
 
 def _softmax_minus_one_hot(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import tuning
+from ..reference import causal_attention as formula
 from ..reference import check_attention_arguments, dropout_threshold, seed_tensor
+from ..second_order import formula_gradients, twice_differentiable
 from .attention_kernels import (
     _causal_attention_bwd_delta_kernel,
     _causal_attention_bwd_dkdv_kernel,
@@ -205,6 +207,18 @@ def causal_attention_bwd(
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
+def _bwd_with_graph(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor,
+    key_padding_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> list[Tensor | None]:  # fmt: skip
+    """dq, dk and dv with their graph."""
+    options: dict[str, Any] = {"scale": scale, "key_padding_mask": key_padding_mask}
+    if seed is not None:
+        options |= {"dropout_p": dropout_p, "seed": seed}
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's whose backward can be differentiated
+        return formula_gradients(lambda q, k, v: formula(q, k, v, **options), (q, k, v), dout)
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -213,7 +227,7 @@ class _CausalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, *grads: _gradients(ctx, grads[0], _bwd_with_graph))
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grads[0], causal_attention_bwd)
 

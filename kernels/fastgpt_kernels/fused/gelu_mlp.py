@@ -5,17 +5,19 @@ again, are computed from it once more. Products with nothing to fuse behind them
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from ..reference import check_mlp_arguments, dropout_threshold, seed_tensor
+from ..reference import gelu_mlp as formula
+from ..second_order import formula_gradients, twice_differentiable
 from .gelu_mlp_kernels import (
     _gelu_mlp_bwd_pre_kernel,
     _gelu_mlp_bwd_product_kernel,
@@ -261,15 +263,15 @@ class _GeluMlp(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, *grads: _gradients_with_graph(ctx, grads[0]))
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         return _gradients(ctx, grads[0], gelu_mlp_bwd)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, fc_weight, _, proj_weight, _, residual, seed, ctx.activation, ctx.dropout_p, _ = inputs
+    x, fc_weight, fc_bias, proj_weight, _, residual, seed, ctx.activation, ctx.dropout_p, _ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, fc_weight, proj_weight, output[1], seed)
+    ctx.save_for_backward(x, fc_weight, proj_weight, output[1], seed, fc_bias)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -280,8 +282,21 @@ def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> Gradients:
     wants = list(ctx.needs_input_grad[:5])
     grads: Gradients = (None,) * 5
     if any(wants):
-        grads = backward(dout, *ctx.saved_tensors, ctx.activation, ctx.dropout_p, wants)
+        grads = backward(dout, *ctx.saved_tensors[:5], ctx.activation, ctx.dropout_p, wants)
         grads = tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+    return *grads, dresidual, None, None, None, None
+
+
+def _gradients_with_graph(ctx: Any, dout: Tensor | None) -> Gradients:
+    if dout is None:
+        return (None,) * 10
+    x, fc_weight, proj_weight, _, seed, fc_bias = ctx.saved_tensors
+    # No gradient depends on the value of the second bias.
+    proj_bias = proj_weight.new_zeros(proj_weight.shape[1], requires_grad=ctx.needs_input_grad[4])
+    options: dict[str, Any] = {} if seed is None else {"dropout_p": ctx.dropout_p, "seed": seed}
+    inputs = x, fc_weight, fc_bias, proj_weight, proj_bias
+    grads = formula_gradients(partial(formula, activation=ctx.activation, **options), inputs, dout)
     dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
     return *grads, dresidual, None, None, None, None
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import tuning
+from ..second_order import formula_gradients, twice_differentiable
 from .launch import as_rows, eager_or_registered, launch
 from .layer_norm_kernels import (
     _layer_norm_bwd_kernel,
@@ -174,6 +175,22 @@ def layer_norm_bwd(
 Gradients = tuple[Tensor | None, ...]
 
 
+def _layer_norm_with_graph(
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
+) -> list[Tensor | None]:
+    """`layer_norm_bwd` with a graph. No gradient depends on the value of the bias."""
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = _accumulator(x.dtype)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+
+    bias = torch.zeros_like(weight, dtype=bias_dtype, requires_grad=True)
+    dx, dweight, dbias = formula_gradients(formula, (x, weight, bias), dy)
+    if dsum is not None:
+        dx = dsum if dx is None else dx + dsum
+    return [dx, dweight, dbias]
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -181,10 +198,9 @@ class _LayerNorm(torch.autograd.Function):
         return layer_norm_fwd(x, weight, bias, eps, dtype)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, dy: _layer_norm_gradients(ctx, dy, _layer_norm_with_graph))
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        x, weight = ctx.saved_tensors
-        return *layer_norm_bwd(x, weight, grads[0], None, ctx.eps, ctx.bias_dtype), None, None
+        return _layer_norm_gradients(ctx, grads[0], layer_norm_bwd)
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -197,14 +213,14 @@ class _AddLayerNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, *grads: _add_layer_norm_gradients(ctx, grads, _layer_norm_with_graph))
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         return _add_layer_norm_gradients(ctx, grads, layer_norm_bwd)
 
 
 def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    x, weight, bias, ctx.eps, _ = inputs
-    ctx.bias_dtype = bias.dtype
+    x, weight, bias, eps, _ = inputs
+    ctx.options = eps, bias.dtype
     ctx.save_for_backward(x, weight)
 
 
@@ -213,6 +229,11 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.dtypes = x.dtype, residual.dtype, bias.dtype
     ctx.save_for_backward(output[1], weight)
     ctx.set_materialize_grads(False)
+
+
+def _layer_norm_gradients(ctx: Any, dy: Tensor, backward: Any) -> Gradients:
+    x, weight = ctx.saved_tensors
+    return *backward(x, weight, dy, None, *ctx.options), None, None
 
 
 def _add_layer_norm_gradients(ctx: Any, grads: tuple[Tensor | None, ...], backward: Any) -> Gradients:
@@ -253,8 +274,7 @@ def _(
 
 
 def _layer_norm_backward(ctx: Any, dy: Tensor) -> Gradients:
-    x, weight = ctx.saved_tensors
-    return *_layer_norm_backward_op(x, weight, dy, None, ctx.eps, ctx.bias_dtype), None, None
+    return _layer_norm_gradients(ctx, dy, _layer_norm_backward_op)
 
 
 def _add_layer_norm_backward(ctx: Any, *grads: Tensor | None) -> Gradients:

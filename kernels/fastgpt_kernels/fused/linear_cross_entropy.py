@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import tuning
-from ..reference import check_loss_arguments
+from ..reference import check_loss_arguments, row_losses
+from ..second_order import formula_gradients, twice_differentiable
 from .launch import launch
 from .linear_cross_entropy_kernels import _linear_cross_entropy_kernel
 
@@ -193,6 +193,13 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 # --- autograd and registration --------------------------------------------------------------------------------------
 
 
+def _with_graph(ctx: Any, dlosses: Tensor) -> list[Tensor | None]:
+    """dhidden and dweight with their graph, from logits that are computed again, all at once."""
+    hidden, weight, labels = ctx.saved_tensors[:3]
+    formula = lambda hidden, weight: row_losses(hidden.to(ctx.dtype), weight, labels, ctx.ignore_index)  # noqa: E731
+    return formula_gradients(formula, (hidden, weight), dlosses)
+
+
 class _SummedLoss(torch.autograd.Function):
     """The summed loss, its gradients computed in the same pass: a scalar's backward only scales them."""
 
@@ -203,7 +210,9 @@ class _SummedLoss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(
+        lambda ctx, dtotal: (*_with_graph(ctx, dtotal.expand(len(ctx.saved_tensors[2]))), *[None] * 5)
+    )
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _summed_loss_gradients(ctx, grads[0])
 
@@ -217,21 +226,21 @@ class _RowLosses(torch.autograd.Function):
         return row_losses_fwd(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx, dlosses: (*_with_graph(ctx, dlosses), None, None, None))
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _row_losses_gradients(ctx, grads[0], row_losses_bwd)
 
 
 def _save_summed_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, *_, wants_hidden, wants_weight = inputs
+    hidden, weight, labels, ctx.ignore_index, ctx.dtype, wants_hidden, wants_weight = inputs
     ctx.dtypes = hidden.dtype if wants_hidden else None, weight.dtype if wants_weight else None
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(hidden, weight, labels, *output[1:])
 
 
 def _summed_loss_gradients(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
     grads = (
         None if dtype is None else _scaled(gradient, dtotal, dtype)
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        for gradient, dtype in zip(ctx.saved_tensors[3:], ctx.dtypes, strict=True)
     )
     return *grads, None, None, None, None, None
 
