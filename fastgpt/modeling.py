@@ -478,8 +478,9 @@ class GPT2ForSequenceClassification(_DropIn, hf.GPT2ForSequenceClassification):
 
     @wraps(hf.GPT2ForSequenceClassification.forward)
     def forward(self, *args, **kwargs):
-        if self.num_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
-            _check_labels(kwargs.get("labels"), self.num_labels)
+        n_labels = self.num_labels or 0
+        if n_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
+            _check_labels(kwargs.get("labels"), n_labels)
         return hf.GPT2ForSequenceClassification.forward(self, *args, **kwargs)
 
 
@@ -489,7 +490,7 @@ class GPT2ForTokenClassification(_DropIn, hf.GPT2ForTokenClassification):
 
     @wraps(hf.GPT2ForTokenClassification.forward)
     def forward(self, *args, **kwargs):
-        _check_labels(kwargs.get("labels"), self.num_labels)
+        _check_labels(kwargs.get("labels"), self.num_labels or 0)
         return hf.GPT2ForTokenClassification.forward(self, *args, **kwargs)
 
 
