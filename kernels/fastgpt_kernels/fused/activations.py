@@ -3,6 +3,9 @@
 tanh(u) = 2 sigmoid(2u) - 1 makes the tanh form of GELU x * sigmoid(2u), and SiLU x * sigmoid(x), without libdevice.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# By the declarations of triton 3.7 some jit functions return nothing.
+
 import triton
 import triton.language as tl
 

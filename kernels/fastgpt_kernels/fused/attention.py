@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,7 +22,7 @@ from .attention_kernels import (
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
 )
-from .launch import FP_FUSION, eager_or_registered, on_device
+from .launch import FP_FUSION, cdiv, eager_or_registered, on_device
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -161,7 +160,7 @@ def causal_attention_fwd(
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     sizes, tile = _sizes(q, k), _tile("fwd", q, key_padding_mask, seed)
     with on_device(q):
-        _causal_attention_fwd_kernel[(triton.cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)](
+        _causal_attention_fwd_kernel[(cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)](
             q, k, v, _mask_bytes(key_padding_mask), seed, out, stats[0], stats[1],
             *_strides(q, k, v), **sizes, **_scores(q, scale, dropout_p), **tile,
         )  # fmt: skip
@@ -183,9 +182,9 @@ def causal_attention_bwd(
     sizes, scores = _sizes(q, k), _scores(q, scale, dropout_p)
     mask = _mask_bytes(key_padding_mask)
     tile = _tile("dq", q, mask, seed)
-    q_grid = (triton.cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)
+    q_grid = (cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)
     k_tile = _tile("dkdv", q, mask, seed)
-    k_grid = (triton.cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"],)
+    k_grid = (cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"],)
     with on_device(q):
         if q.element_size() == 2:  # In wider dtypes the pass for dq sums it.
             _causal_attention_bwd_delta_kernel[q_grid](

@@ -19,7 +19,7 @@ from .decode_step_kernels import (
     _decode_project_kernel,
 )
 from .decode_weights import DecodeLayer, DecodeWeights
-from .launch import launch
+from .launch import cdiv, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -128,7 +128,7 @@ class DecodeStep:
         """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream where partial sums were added."""
         tile, options = self._tile("norm_product", self.n_channels)
         launch(
-            _decode_norm_product_kernel, triton.cdiv(y.shape[1], tile.block_out),
+            _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
             stream, self.partial, part_bias, norm_weight, norm_bias, weight, bias, new_stream, y,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=y.shape[1], eps=self.eps,
             N_PARTIALS=n_parts, ACTIVATION=activation, **options,
@@ -150,7 +150,7 @@ class DecodeStep:
         n_parts, cols_per_part = tuning.decode_parts(weight.shape[0], weight.shape[1])
         tile, options = self._tile("project", cols_per_part)
         launch(
-            _decode_project_kernel, triton.cdiv(weight.shape[1], tile.block_out) * n_parts,
+            _decode_project_kernel, cdiv(weight.shape[1], tile.block_out) * n_parts,
             x, self.peak, self.total, weight, self.partial,
             n_rows=self.n_rows, n_cols=weight.shape[0], n_out=weight.shape[1], n_heads=self.n_heads,
             head_dim=self.n_channels // self.n_heads, cols_per_part=cols_per_part, N_SPLITS=n_splits, **options,
@@ -161,7 +161,7 @@ class DecodeStep:
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
         tile, options = self._tile("head", self.n_channels)
-        n_tiles = triton.cdiv(logits.shape[1], tile.block_out)
+        n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
             _decode_head_kernel, min(n_tiles, tuning.decode_head_programs(stream.device)),
             stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, weights.head, logits,

@@ -1,7 +1,8 @@
 """Dropout inside a kernel: a function of the seed and the position alone, so that backward draws it again."""
 
-# pyright: reportArgumentType=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton declares compile-time parameters as constexpr, a type that no literal has, and triton 3.7 what some jit
+# functions return as nothing.
 
 import triton
 import triton.language as tl

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,7 +23,7 @@ from .gelu_mlp_kernels import (
     _gelu_mlp_fwd_hidden_kernel,
     _gelu_mlp_fwd_out_kernel,
 )
-from .launch import FP_FUSION, eager_or_registered, launch, on_device
+from .launch import FP_FUSION, cdiv, eager_or_registered, launch, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -133,7 +132,7 @@ def _launch_product(
     """
     n_rows, n_inner = x.shape
     n_cols = weight.shape[0 if transposed else 1]
-    n_programs = triton.cdiv(n_rows, tile.block_rows) * triton.cdiv(n_cols, tile.block_cols)
+    n_programs = cdiv(n_rows, tile.block_rows) * cdiv(n_cols, tile.block_cols)
     if n_programs == 0:
         return
     refs = x, weight, *others
@@ -205,8 +204,8 @@ def _product_bwd(
         return dout, dout.new_empty(0)
     dproduct = torch.empty_like(dout, dtype=dtype, memory_format=torch.contiguous_format) if stores else dout
     tile = tuning.GELU_MLP_BWD_PRODUCT
-    n_col_tiles = triton.cdiv(n_cols, tile.block_cols)
-    n_row_programs = tuning.gelu_mlp_row_programs(dout.device, triton.cdiv(n_rows, tile.block_rows), n_col_tiles)
+    n_col_tiles = cdiv(n_cols, tile.block_cols)
+    n_row_programs = tuning.gelu_mlp_row_programs(dout.device, cdiv(n_rows, tile.block_rows), n_col_tiles)
     partials = dout.new_empty((n_row_programs, n_cols), dtype=_accumulator(dtype))
     launch(
         _gelu_mlp_bwd_product_kernel, n_row_programs * n_col_tiles,
@@ -233,7 +232,7 @@ def gelu_mlp_bwd(
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
     weight, transposed = _weight_rows(proj_weight.t())
     tile = _product_tile(dproduct, weight, pre, dpre, hidden)
-    n_row_tiles = triton.cdiv(dproduct.shape[0], tile.block_rows)
+    n_row_tiles = cdiv(dproduct.shape[0], tile.block_rows)
     partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=_accumulator(pre.dtype))
     _launch_product(
         _gelu_mlp_bwd_pre_kernel, tile, dproduct, weight, transposed, (pre, dpre, hidden, partials.view(-1)),

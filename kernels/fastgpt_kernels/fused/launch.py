@@ -11,6 +11,11 @@ from torch import Tensor
 FP_FUSION = {"enable_fp_fusion": True}
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many tiles of a size cover n."""
+    return -(-n // size)
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """Launch on the GPU that holds x, which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

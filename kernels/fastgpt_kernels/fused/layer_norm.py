@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
 from ..second_order import formula_gradients, twice_differentiable
-from .launch import as_rows, eager_or_registered, launch
+from .launch import as_rows, cdiv, eager_or_registered, launch
 from .layer_norm_kernels import (
     _layer_norm_bwd_kernel,
     _layer_norm_bwd_reduce_kernel,
@@ -114,7 +113,7 @@ def _forward(
     n_rows, n_cols = x.shape
     tile = tuning.layer_norm_tile("fwd", n_cols, tuning.architecture(x.device))
     launch(
-        _layer_norm_fwd_kernel, triton.cdiv(n_rows, tile.block_rows),
+        _layer_norm_fwd_kernel, cdiv(n_rows, tile.block_rows),
         x, residual, weight.contiguous(), bias.contiguous(), y, summed,
         x_row_stride=x.stride(0), residual_row_stride=0 if residual is None else residual.stride(0),
         n_rows=n_rows, n_cols=n_cols,
@@ -150,7 +149,7 @@ def layer_norm_bwd(
     n_rows, n_cols = x.shape
     architecture = tuning.architecture(x.device)
     tile = tuning.layer_norm_tile("bwd", n_cols, architecture)
-    n_programs = min(triton.cdiv(n_rows, tile.block_rows), tuning.layer_norm_bwd_programs(x))
+    n_programs = min(cdiv(n_rows, tile.block_rows), tuning.layer_norm_bwd_programs(x))
     partials = x.new_empty((2, n_programs, n_cols), dtype=_accumulator(x.dtype))
     accumulator = _triton_accumulator(x.dtype)
     launch(
@@ -162,7 +161,7 @@ def layer_norm_bwd(
         ACCUMULATOR=accumulator, num_warps=tile.num_warps,
     )  # fmt: skip
     launch(
-        _layer_norm_bwd_reduce_kernel, triton.cdiv(n_cols, tuning.LAYER_NORM_REDUCE_COLS),
+        _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tuning.LAYER_NORM_REDUCE_COLS),
         partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
         BLOCK_PARTIALS=tuning.layer_norm_reduce_partials(architecture), BLOCK_COLS=tuning.LAYER_NORM_REDUCE_COLS,
         ACCUMULATOR=accumulator,

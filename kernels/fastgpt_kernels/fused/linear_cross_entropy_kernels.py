@@ -1,5 +1,8 @@
 """The kernel of linear_cross_entropy, which stands between plain matrix products, and the forms in which it ships."""
 
+# pyright: reportGeneralTypeIssues=false
+# By the declarations of triton 3.7 some jit functions return nothing.
+
 import triton
 import triton.language as tl
 

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .. import tuning
 from .activations import activation_and_derivative
+from .launch import cdiv
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Below every score, yet a number: the difference of two of them is zero.
@@ -314,9 +315,9 @@ def constants(
 
 def _tiles(n_channels: int, n_programs: int, groups: int) -> dict[str, int]:
     """Rows of a program's slice of each matrix, and the first tile behind each phase of a layer."""
-    qkv, out, fc = (triton.cdiv(n * n_channels, n_programs) for n in (3, 1, 4))
+    qkv, out, fc = (cdiv(n * n_channels, n_programs) for n in (3, 1, 4))
     n_units = qkv, out, fc, 4 * out
-    ends = accumulate(triton.cdiv(n, 4 * groups) for n in n_units)
+    ends = accumulate(cdiv(n, 4 * groups) for n in n_units)
     names = "QKV_END", "OUT_END", "FC_END", "TILES"
     return {"QKV_SLICE": qkv, "OUT_SLICE": out, "FC_SLICE": fc, **dict(zip(names, ends, strict=True))}
 
