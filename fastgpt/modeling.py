@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import GenerationMixin, GPT2Config, LogitsProcessorList
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationMode
@@ -37,6 +38,8 @@ from .versions import CACHE, take_cache
 def _check_range(ids: Tensor, limit: int, message: str) -> None:
     # A captured or traced step cannot look at values.
     if ids.numel() == 0 or ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if isinstance(ids, FakeTensor) or ops.is_transformed():
         return
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -450,6 +453,7 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
             options.get("labels") is not None
             and self.training
             and not torch.compiler.is_compiling()
+            and not ops.is_transformed()
             and "logits_to_keep" not in options
             and "ignore_index" not in options
             and is_as_imported(hf.GPT2LMHeadModel)

@@ -9,6 +9,7 @@ import fastgpt_kernels
 import torch
 from fastgpt_kernels import KernelUnavailableError, reference
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -84,7 +85,16 @@ def _say_once(device: torch.device, reason: str) -> None:
 _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # As in fastgpt_kernels: said while it traces.
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: only torch's own operations know their rules."""
+    if torch.compiler.is_compiling():  # which traces them by itself
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _implementation(operation: str, x: Tensor) -> Callable:
+    if is_transformed():
+        return getattr(reference, operation)
     name, _ = explain(operation, x.device)
     if name == "triton" and (_selected == "triton" or _is_supported(operation, x)):
         return fastgpt_kernels.kernel(operation)
