@@ -5,6 +5,7 @@ module does what its class says and nothing else, so everything that calling dep
 that was just made. What differs is called, whatever the difference is.
 """
 
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ hooks = attrgetter(*HOOKS)
 MARKS = {"_is_hf_initialized"}
 # Where code that belongs to a class comes from; a function from elsewhere was put there by someone.
 _HOMES = tuple(
-    str(Path(path).resolve())
-    for path in (
+    f"{Path(folder).resolve()}{os.sep}"
+    for folder in (
         *(Path(package.__file__).parent for package in (torch, transformers) if package.__file__),
         Path(__file__).parent,
         sysconfig.get_path("stdlib"),
     )
 )
+_INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "dist-packages"))
 
 # --- classes --------------------------------------------------------------------------------------------------------
 
@@ -46,7 +48,13 @@ def _is_from_elsewhere(value: Any) -> bool:
     parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
     functions = (getattr(part, "__func__", part) for part in parts)
     codes = [function.__code__.co_filename for function in functions if isinstance(function, FunctionType)]
-    return any(not str(Path(file).resolve()).startswith(_HOMES) for file in codes if not file.startswith("<"))
+    return any(not _is_at_home(str(Path(file).resolve())) for file in codes if not file.startswith("<"))
+
+
+def _is_at_home(file: str) -> bool:
+    home = max((home for home in _HOMES if file.startswith(home)), key=len, default=None)
+    # What is installed lies below the standard library, and is none of it.
+    return home is not None and not any(folder in file[len(home) - 1 :] for folder in _INSTALLED)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,11 @@
 """What is read directly is what its constructor made: every other model gives transformers' answers."""
 
+import os
+import subprocess
+import sys
+import sysconfig
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 import fastgpt
+from fastgpt import plain
 
 # What transformers' own classes give and ours, in every way in which they are used.
 PADDED = torch.ones(2, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 0)
@@ -101,3 +107,55 @@ def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str)
 @cases(25)  # each runs two models in eight ways
 def test_random_chains_of_changes(before: list[str], after: list[str]) -> None:
     compare(before, after, used_first=False)
+
+
+INSTRUMENT = """
+from functools import wraps
+from torch import nn
+
+calls = []
+original = nn.{kind}.forward
+
+@wraps(original)
+def forward(self, *args, **kwargs):
+    calls.append(type(self))
+    return original(self, *args, **kwargs)
+
+nn.{kind}.forward = forward
+"""
+GENERATE = """
+import instrument
+import fastgpt
+from models import tiny_config, token_ids
+
+model = fastgpt.GPT2LMHeadModel(tiny_config()).eval()
+model.generate(token_ids(1, 5, 131), max_new_tokens=4, do_sample=False, eos_token_id=None)
+assert len(instrument.calls) >= 4, instrument.calls
+"""
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Dropout"])
+def test_a_class_that_was_patched_before_the_import(kind: str, tmp_path: Path) -> None:
+    """Instrumentation that another package has put on a class runs for every token, whenever it was put there."""
+    (tmp_path / "instrument.py").write_text(INSTRUMENT.format(kind=kind))
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "is_at_home"),
+    [
+        ("{torch}/nn/modules/linear.py", True),
+        ("{stdlib}/functools.py", True),
+        ("{torch}_geometric/nn.py", False),
+        ("{stdlib}/site-packages/instrument.py", False),
+        ("{stdlib}/../instrument.py", False),
+    ],
+)
+def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(file: str, is_at_home: bool) -> None:
+    places = {"torch": Path(torch.__file__).parent, "stdlib": sysconfig.get_path("stdlib")}
+    assert plain._is_at_home(str(Path(file.format(**places)).resolve())) is is_at_home
