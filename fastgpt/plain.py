@@ -157,7 +157,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if not parameters and not rule.parameters:
         return True
-    return list(parameters) == rule.parameters and all(map(_fits, parameters.values(), rule.shapes(module)))
+    if list(parameters) == rule.parameters:
+        held = parameters.values()
+    elif parameters.keys() <= set(rule.parameters):
+        # FSDP1 puts tensors that it has gathered into the module itself, or back in another order.
+        held = [getattr(module, name, None) for name in rule.parameters]
+    else:
+        return False
+    return all(map(_fits, held, rule.shapes(module)))
 
 
 _TENSORS = nn.Parameter, Tensor, NoneType
