@@ -74,7 +74,8 @@ def activation_bytes(
     each head. No (T, T) scores are kept.
     checkpointing: blocks keep only their input, and one at a time is computed again in backward.
     full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Else
-    `linear_cross_entropy` keeps the gradient of its input and, in fp32, that of the (V, C) table.
+    `linear_cross_entropy` keeps its input and the labels, from which second derivatives are computed, the gradient of
+    its input and, in fp32, that of the (V, C) table.
     Temporaries that live within one operation, forward or backward, are not counted; nor is the fp32 copy that a CPU
     makes to normalise bf16.
     """
@@ -87,7 +88,7 @@ def activation_bytes(
         "blocks": L * (stream if checkpointing else block),
         "block_computed_again": block - stream if checkpointing else 0,
         "final_norm": stream + 8 * rows,
-        "loss": stream + (rows * (V * (element_bytes + 4) + 8) if full_logits else 4 * V * C),
+        "loss": stream + 8 * rows + (rows * V * (element_bytes + 4) if full_logits else stream + 4 * V * C),
     }
 
 

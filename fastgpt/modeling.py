@@ -104,7 +104,8 @@ class GPT2Attention(hf.GPT2Attention):
             return super().forward(*arguments, **kwargs)  # type: ignore[return-value]
         B, T, C = hidden_states.shape
 
-        qkv = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim)
+        qkv = self.c_attn(hidden_states)
+        qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
         # Each (B, H, T, D), read in place; taken apart along the packed axis, for backward stacks gradients along it.
         query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
         if isinstance(past, EncoderDecoderCache):

@@ -105,8 +105,9 @@ def changes_of_class(kind: type) -> Iterator[str]:
                 yield f"{base.__name__}.{name} was replaced"
 
 
-# Python adds these when someone asks for them.
-_NOT_CODE = {"__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
+# Python adds these when someone asks for them. What a constructor made is compared itself, and some libraries wrap
+# every constructor to see modules as they are made.
+_NOT_CODE = {"__init__", "__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
 
 # --- modules --------------------------------------------------------------------------------------------------------
 

@@ -507,9 +507,9 @@ def test_report_on_a_batch_and_a_context():
 def test_report_refuses_what_is_out_of_range():
     with pytest.raises(ValueError, match=r"context must be in \[1, 1024\], the positions of gpt2, not 1025"):
         report("gpt2", context=1025)
-    with pytest.raises(ValueError, match="batch must be above 0, not 0"):
+    with pytest.raises(ValueError, match="batch must be a finite number above 0, not 0"):
         report("gpt2", batch=0)
-    with pytest.raises(ValueError, match="bandwidth must be above 0, not nan"):
+    with pytest.raises(ValueError, match="bandwidth must be a finite number above 0, not nan"):
         report("gpt2", bandwidth=float("nan"))
 
 

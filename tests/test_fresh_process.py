@@ -17,7 +17,7 @@ CALLS = ("torch.compile(", "torch.export.export(")
 FORKS = """
 import os, sys
 import hypothesis, peft, pytest, torch._dynamo, torch._inductor.compile_fx, transformers, triton
-import fastgpt
+import fastgpt, fastgpt_kernels
 
 failed = []
 for test in sys.argv[1:]:
@@ -26,7 +26,8 @@ for test in sys.argv[1:]:
         os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
     if os.waitpid(child, 0)[1] != 0:
         failed.append(test)
-assert not [name for name in sys.modules if name.startswith("fastgpt_kernels.fused.")]
+kernels = {f"fastgpt_kernels.fused.{name}" for name in fastgpt_kernels.KERNEL_MODULES.values()}
+assert kernels.isdisjoint(sys.modules), kernels & set(sys.modules)
 sys.exit(f"failed: {failed}" if failed else 0)
 """
 
