@@ -263,7 +263,9 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
 # For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
-_PRODUCT_OF_ODD_ROWS_BLACKWELL = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
+# Of these chips one of the compilers (triton 3.6 to 3.9) spills a few bytes of the float32 tile above.
+_PRODUCT_OF_ODD_ROWS_SMALLER = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
+_SMALLER_ODD_ROWS = "sm_90", "sm_100", "sm_120"
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -292,8 +294,8 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
         return _PRODUCT_DESCRIPTORS_HOPPER
     if describable:
         return _PRODUCT[element_size]
-    is_blackwell = architecture in ("sm_100", "sm_120")
-    return (_PRODUCT_OF_ODD_ROWS_BLACKWELL if is_blackwell else _PRODUCT_OF_ODD_ROWS)[element_size]
+    is_smaller = architecture in _SMALLER_ODD_ROWS
+    return (_PRODUCT_OF_ODD_ROWS_SMALLER if is_smaller else _PRODUCT_OF_ODD_ROWS)[element_size]
 
 
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
@@ -418,8 +420,8 @@ SAMPLING_GROUPS, SAMPLING_GROUPS_WARPS = 64, 4
 # Scores that the one program which chooses looks at together, so that a top-k of up to a sixteenth of them takes one
 # step a round, and values of the threshold that a round of its search tries. Compiled, unmeasured.
 SAMPLING_CHOICE_BLOCK, SAMPLING_CHOICE_WARPS, SAMPLING_WAYS = 1024, 16, 4
-# Where a compiler (triton 3.6 or 3.9) spills a word of the block above: compiled, unmeasured.
-_SAMPLING_CHOICE_BLOCK_ON = {"sm_100": 2048}
+# Where a compiler (triton 3.6 to 3.9) spills a word of the block above: compiled, unmeasured.
+_SAMPLING_CHOICE_BLOCK_ON = {"sm_90": 2048, "sm_100": 2048}
 
 
 def sampling_choice_block(architecture: str) -> int:
