@@ -105,9 +105,10 @@ def changes_of_class(kind: type) -> Iterator[str]:
                 yield f"{base.__name__}.{name} was replaced"
 
 
-# Python adds these when someone asks for them. What a constructor made is compared itself, and some libraries wrap
-# every constructor to see modules as they are made.
-_NOT_CODE = {"__init__", "__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
+# Not what a module does when it is called. Modules are compared as they are, however they were made: the first
+# torch.compile of a process wraps the two functions that make them. Python adds the others when someone asks for them.
+_MAKING = {"__init__", "__setstate__"}
+_NOT_CODE = {*_MAKING, "__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
 
 # --- modules --------------------------------------------------------------------------------------------------------
 

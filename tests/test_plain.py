@@ -146,6 +146,13 @@ def test_a_class_that_was_patched_before_the_import(kind: str, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
 
+def test_bug_the_first_torch_compile_of_a_process_stopped_the_engine() -> None:
+    """Dynamo wraps the functions that make modules; modules do the same as before."""
+    torch.compile(torch.nn.ReLU(), backend="eager")(torch.ones(2))
+    assert torch.nn.Module.__setstate__.__module__ == "torch._dynamo.mutation_guard"
+    assert not list(plain.changes_of_class(type(fastgpt.GPT2LMHeadModel(tiny_config()))))
+
+
 @pytest.mark.parametrize(
     ("file", "is_at_home"),
     [
