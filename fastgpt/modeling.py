@@ -27,7 +27,7 @@ from . import ops, sampling
 from .attention import attend, is_nothing_hidden, nothing_hidden
 from .loading import LoadingMixin, check_config
 from .outputs import training_logits
-from .patching import ATTENTION, replaces, swap_classes
+from .patching import ATTENTION, forward_of, replaces, swap_classes
 from .plain import declare, fused_activation, is_as_imported, is_plain
 from .prompts import pad_left
 from .versions import CACHE, take_cache
@@ -235,10 +235,11 @@ class _DropIn(LoadingMixin):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
 
 
-def _by_name(function: Callable, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of `function` by name. Raises TypeError as the call would."""
-    bound = inspect.signature(function).bind(*args, **options)
-    return dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs
+# The parameters of transformers' loops over tokens. A function that someone has put in a loop's place may not say them.
+LOOP = (
+    *("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+    *("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"),
+)
 
 
 def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
@@ -337,14 +338,14 @@ class _Generation:
 
     @wraps(GenerationMixin._beam_search)  # type: ignore[attr-defined]
     def _beam_search(self, *args, **call):
-        loop = super()._beam_search  # type: ignore[misc]
-        call = _by_name(loop, args, call)
-        return loop(**call | {"logits_processor": sampling.refusing_nan(call["logits_processor"])})
+        call = dict(zip(LOOP, args, strict=False)) | call
+        call["logits_processor"] = sampling.refusing_nan(call["logits_processor"])
+        return super()._beam_search(call.pop("input_ids"), **call)  # type: ignore[misc]
 
     def _through_engine(self, loop: Callable, args: tuple, call: dict[str, Any]) -> Any:
         from . import routing
 
-        call = _by_name(loop, args, call)
+        call = dict(zip(LOOP, args, strict=False)) | call
         processors = sampling.settle_seed(
             call["logits_processor"], call["generation_config"], call.get("attention_mask")
         )
@@ -358,7 +359,7 @@ class _Generation:
 class GPT2Model(_DropIn, hf.GPT2Model):
     """transformers' GPT2Model with every block on fastgpt."""
 
-    @wraps(hf.GPT2Model.forward)
+    @forward_of(hf.GPT2Model)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
@@ -404,7 +405,7 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
     """transformers' GPT2LMHeadModel with every block on fastgpt, and a training loss that needs no logits."""
 
     @can_return_tuple
-    @wraps(hf.GPT2LMHeadModel.forward)
+    @forward_of(hf.GPT2LMHeadModel)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if not self._fuses_loss(kwargs):
             shifted = kwargs.get("shift_labels")
@@ -468,7 +469,7 @@ class GPT2LMHeadModel(_Generation, _DropIn, hf.GPT2LMHeadModel, GenerationMixin)
 class GPT2DoubleHeadsModel(_Generation, _DropIn, hf.GPT2DoubleHeadsModel, GenerationMixin):
     """transformers' GPT2DoubleHeadsModel with every block on fastgpt."""
 
-    @wraps(hf.GPT2DoubleHeadsModel.forward)
+    @forward_of(hf.GPT2DoubleHeadsModel)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if isinstance(kwargs.get("labels"), Tensor):
             _check_labels(kwargs["labels"][..., 1:], self.config.vocab_size)
@@ -481,7 +482,7 @@ class GPT2DoubleHeadsModel(_Generation, _DropIn, hf.GPT2DoubleHeadsModel, Genera
 class GPT2ForSequenceClassification(_DropIn, hf.GPT2ForSequenceClassification):
     """transformers' GPT2ForSequenceClassification with every block on fastgpt."""
 
-    @wraps(hf.GPT2ForSequenceClassification.forward)
+    @forward_of(hf.GPT2ForSequenceClassification)
     def forward(self, *args, **kwargs):
         n_labels = self.num_labels or 0
         if n_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
@@ -493,7 +494,7 @@ class GPT2ForSequenceClassification(_DropIn, hf.GPT2ForSequenceClassification):
 class GPT2ForTokenClassification(_DropIn, hf.GPT2ForTokenClassification):
     """transformers' GPT2ForTokenClassification with every block on fastgpt."""
 
-    @wraps(hf.GPT2ForTokenClassification.forward)
+    @forward_of(hf.GPT2ForTokenClassification)
     def forward(self, *args, **kwargs):
         _check_labels(kwargs.get("labels"), self.num_labels or 0)
         return hf.GPT2ForTokenClassification.forward(self, *args, **kwargs)

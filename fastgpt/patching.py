@@ -4,8 +4,10 @@ The classes add no state to transformers' own, so assigning `__class__` is the w
 adapters and settings stay where they are.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 from torch import nn
@@ -43,6 +45,35 @@ def replaces(theirs: type[nn.Module], parts: tuple[str, ...] = ()) -> Callable[[
         return ours
 
     return register
+
+
+class _Signature(inspect.Signature):
+    """The signature of the forward that a class has now: from it transformers and its Trainer choose the inputs."""
+
+    def __init__(self, kind: type[nn.Module]):
+        super().__init__()
+        self.kind = kind
+
+    @property
+    def parameters(self):
+        return _signature_of(self.kind.forward).parameters
+
+    def replace(self, **changes) -> inspect.Signature:  # type: ignore[override] - a fixed one
+        return _signature_of(self.kind.forward).replace(**changes)
+
+
+_signature_of = lru_cache(maxsize=16)(inspect.signature)
+
+
+def forward_of(theirs: type[nn.Module]) -> Callable[[Callable], Callable]:
+    """Give a forward the name and documentation of that of `theirs`, and its signature, whoever replaces it there."""
+
+    def change(ours: Callable) -> Callable:
+        ours = wraps(theirs.forward)(ours)
+        ours.__signature__ = _Signature(theirs)  # type: ignore[attr-defined]
+        return ours
+
+    return change
 
 
 def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:

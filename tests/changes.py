@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import nn
 from transformers import GenerationMixin
+from transformers.activations import NewGELUActivation
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
@@ -35,7 +36,6 @@ def _scaled(forward: Callable) -> Callable:
 
 
 def _logits_scaled(forward: Callable) -> Callable:
-    @wraps(forward)  # transformers reads from the signature which inputs to make
     def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         output.logits = -output.logits
@@ -46,6 +46,10 @@ def _logits_scaled(forward: Callable) -> Callable:
     return scaled
 
 
+def _logits_scaled_as_said(forward: Callable) -> Callable:
+    return wraps(forward)(_logits_scaled(forward))  # transformers reads from the signature which inputs to make
+
+
 def _shown_less(prepare: Callable) -> Callable:
     """Inputs in which every token is another one."""
 
@@ -54,6 +58,47 @@ def _shown_less(prepare: Callable) -> Callable:
         return inputs | {"input_ids": (inputs["input_ids"] + 1) % 131}
 
     return prepared
+
+
+def _moved(update: Callable) -> Callable:
+    """Position ids that do not go on with the tokens."""
+
+    def updated(*args: Any, **kwargs: Any) -> Any:
+        options = update(*args, **kwargs)
+        return options | {"position_ids": options["position_ids"] - 1}
+
+    return updated
+
+
+def _prefilled(prefill: Callable) -> Callable:
+    """A first token that is the least likely one."""
+
+    def negated(*args: Any, **kwargs: Any) -> Any:
+        output = prefill(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+
+    return negated
+
+
+def _ended(loop: Callable) -> Callable:
+    """What the loop returns, and a token more."""
+
+    def longer(*args: Any, **kwargs: Any) -> Any:
+        return nn.functional.pad(loop(*args, **kwargs), (0, 1), value=7)
+
+    return longer
+
+
+# Functions of transformers' generate() that others replace, on an instance or on the class.
+_LOOP: dict[str, Callable[[Callable], Callable]] = {
+    "prepare_inputs_for_generation": _shown_less,
+    "_update_model_kwargs_for_generation": _moved,
+    "_prefill": _prefilled,
+    "_sample": _ended,
+    "_assisted_decoding": _ended,
+    "_beam_search": _ended,
+}
 
 
 def _method(name: str, wrap: Callable[[Any], Any]) -> Change:
@@ -105,6 +150,12 @@ def _twice(model: Any, stack: ExitStack) -> None:
 
 def _fewer(model: Any, stack: ExitStack) -> None:
     model.transformer.h = model.transformer.h[:-1]
+
+
+def _distilled(model: Any, stack: ExitStack) -> None:
+    """The last layer left out, of the configuration too."""
+    _fewer(model, stack)
+    model.config.n_layer = len(model.transformer.h)
 
 
 def _other_block(model: Any, stack: ExitStack) -> None:
@@ -180,6 +231,7 @@ CHANGES: dict[str, Change] = {
     "a block used twice": _twice,
     "a block replaced": _other_block,
     "a layer removed": _fewer,
+    "a layer removed from model and configuration": _distilled,
     "LayerNorm without affine": _norm_without(elementwise_affine=False),
     "LayerNorm without bias": _norm_without(bias=False),
     "LayerNorm loses its bias": _norm_loses("bias"),
@@ -196,13 +248,15 @@ CHANGES: dict[str, Change] = {
     ),
     "a hook on a norm": _hook("transformer.h.0.ln_2"),
     "a hook on a product": _hook("transformer.h.1.mlp.c_fc"),
-    "prepare_inputs_for_generation": _method("prepare_inputs_for_generation", _shown_less),
-    "prepare_inputs_for_generation of the class": _replace(
-        GenerationMixin, "prepare_inputs_for_generation", _shown_less
-    ),
+    **{name: _method(name, wrap) for name, wrap in _LOOP.items()},
+    **{f"{name} of the class": _replace(GenerationMixin, name, wrap) for name, wrap in _LOOP.items()},
     **{
         f"{kind.__name__}.forward": _replace(kind, "forward", _scaled)
-        for kind in (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D, hf.GPT2Attention, hf.GPT2MLP, hf.GPT2Block)
+        for kind in (
+            *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, Conv1D, NewGELUActivation),
+            *(hf.GPT2Attention, hf.GPT2MLP, hf.GPT2Block),
+        )
     },
-    "GPT2LMHeadModel.forward": _replace(hf.GPT2LMHeadModel, "forward", _logits_scaled),
+    "GPT2LMHeadModel.forward": _replace(hf.GPT2LMHeadModel, "forward", _logits_scaled_as_said),
+    "GPT2LMHeadModel.forward of another signature": _replace(hf.GPT2LMHeadModel, "forward", _logits_scaled),
 }

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from fastgpt import sampling
+from fastgpt import modeling, sampling
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
@@ -55,6 +55,13 @@ def test_the_shortest_length_counts_and_one_token_is_always_added(models, length
     options = GREEDY | {"stopping_criteria": criteria, "prompt_lookup_num_tokens": lookup, "max_new_tokens": 20}
     (sequence,) = assert_as_transformers(models, token_ids(1, 8, 131), **options)
     assert len(sequence) == max(9, min(lengths))
+
+
+@pytest.mark.parametrize("loop", ["_sample", "_assisted_decoding", "_beam_search"])
+def test_loops_have_the_parameters_that_are_read_by_position(loop: str) -> None:
+    parameters = inspect.signature(getattr(transformers.GenerationMixin, loop)).parameters.values()
+    _, *names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    assert tuple(names) == modeling.LOOP[: len(names)]
 
 
 def test_loops_may_be_called_by_position(models) -> None:
