@@ -89,9 +89,9 @@ _LAYER_NORM_BWD = (
     LayerNormTile(2048, 2, 8),
     LayerNormTile(4096, 1, 8),
 )
-# Where a compiler (triton 3.6 or 3.9) spills a word of the tiles above on one GPU: compiled, unmeasured.
+# Where a compiler (triton 3.6 to 3.9) spills a word of the tiles above on one GPU: compiled, unmeasured.
 _LAYER_NORM_ON = {
-    ("bwd", "sm_80"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
+    ("bwd", "sm_80"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 8)},
     ("fwd", "sm_90"): {4096: LayerNormTile(4096, 1, 16)},
     ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
     ("bwd", "sm_120"): {
@@ -265,7 +265,7 @@ _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1)
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
 # Of these chips one of the compilers (triton 3.6 to 3.9) spills a few bytes of the float32 tile above.
 _PRODUCT_OF_ODD_ROWS_SMALLER = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
-_SMALLER_ODD_ROWS = "sm_90", "sm_100", "sm_120"
+_SMALLER_ODD_ROWS = "sm_80", "sm_90", "sm_100", "sm_120"
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -379,7 +379,7 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
     if architecture == "cpu":  # few programs, which take longer than their work
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
-    if kernel == "norm_product" and architecture in ("sm_86", "sm_89"):  # where 4 warps spill a word
+    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89"):  # where 4 warps spill a word
         num_warps = max(num_warps, 8)
     # One sector of 32 bytes of every row of the weights. The head's rows are read whole.
     block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
