@@ -7,7 +7,7 @@ remembered, and a later call only looks whether anything has changed since.
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, call
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -120,46 +120,47 @@ class _Proof:
     """
 
     def __init__(self, model: modeling.GPT2LMHeadModel):
-        body, model_ref = list(model.modules())[1:], ref(model)
+        model_ref = ref(model)
 
         def forget(_: Any) -> None:
             gone = model_ref()
             if gone is not None:
                 _proofs.pop(gone, None)
 
-        self.modules = [ref(module, forget) for module in body]
-        everything = [model, *body]
-        self.types = list(map(type, everything))
-        self.states = list(map(dict, map(vars, everything)))
-        self.hooks = [hooks for module in everything for hooks in plain.hooks(module)]
+        everything = list(model.modules())
         self.children = [module._modules for module in everything if module._modules]
         self.parameters = [module._parameters for module in everything if module._parameters]
-        self.child_ids, self.names = self._child_ids(), list(chain.from_iterable(self.parameters))
-        self.facts = self._facts()
-        self.classes = list({base for kind in self.types for base in kind.__mro__[:-1]})
-        self.functions = [dict(vars(kind)) for kind in self.classes]
-        self.config, self.settings = vars(model.config), dict(vars(model.config))
+        self.hooks = [hooks for module in everything for hooks in plain.hooks(module)]
+        self.classes = [vars(base) for base in {base for module in everything for base in type(module).__mro__[:-1]}]
+        self.config = vars(model.config)
+
+        body = _values(self.children)
+        self.modules, self.types = [ref(module, forget) for module in body], list(map(type, body))
+        self.states = list(map(dict, map(vars, [model, *body])))
+        self.names, self.facts = list(chain.from_iterable(self.parameters)), self._facts()
+        self.functions, self.settings = list(map(dict, self.classes)), dict(self.config)
 
     def holds(self, model: modeling.GPT2LMHeadModel) -> bool:
-        everything = [model, *[module() for module in self.modules]]
+        body = _values(self.children)
         return (
-            list(map(_state, everything)) == self.states
-            and list(map(type, everything)) == self.types
+            list(map(type, body)) == self.types
+            and list(map(call, self.modules)) == body
+            and list(map(_state, [model, *body])) == self.states
             and not any(self.hooks)
             and not _has_any_global_hook()
-            and self._child_ids() == self.child_ids
             and list(chain.from_iterable(self.parameters)) == self.names
             and self._facts() == self.facts
-            and list(map(vars, self.classes)) == self.functions
+            and self.classes == self.functions
             and self.config == self.settings
         )
 
-    def _child_ids(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self.children))))
-
     def _facts(self) -> tuple[list[Any], ...]:
-        tensors = [tensor for tensor in chain.from_iterable(map(dict.values, self.parameters)) if tensor is not None]
+        tensors = [tensor for tensor in _values(self.parameters) if tensor is not None]
         return tuple(list(map(read, tensors)) for read in _FACTS)
+
+
+def _values(tables: list[Any]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, tables)))
 
 
 _state = attrgetter("__dict__")
