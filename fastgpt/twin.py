@@ -130,7 +130,7 @@ class _Proof:
         everything = list(model.modules())
         self.children = [module._modules for module in everything if module._modules]
         self.parameters = [module._parameters for module in everything if module._parameters]
-        self.hooks = [hooks for module in everything for hooks in plain.hooks(module)]
+        self.empty = [table for module in everything for table in (*plain.hooks(module), module._buffers)]
         self.classes = [vars(base) for base in {base for module in everything for base in type(module).__mro__[:-1]}]
         self.config = vars(model.config)
 
@@ -146,7 +146,7 @@ class _Proof:
             list(map(type, body)) == self.types
             and list(map(call, self.modules)) == body
             and list(map(_state, [model, *body])) == self.states
-            and not any(self.hooks)
+            and not any(self.empty)
             and not _has_any_global_hook()
             and list(chain.from_iterable(self.parameters)) == self.names
             and self._facts() == self.facts

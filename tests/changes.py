@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2 import modeling_gpt2 as hf
@@ -259,4 +260,35 @@ CHANGES: dict[str, Change] = {
     },
     "GPT2LMHeadModel.forward": _replace(hf.GPT2LMHeadModel, "forward", _logits_scaled_as_said),
     "GPT2LMHeadModel.forward of another signature": _replace(hf.GPT2LMHeadModel, "forward", _logits_scaled),
+}
+
+# --- of single modules ----------------------------------------------------------------------------------------------
+
+
+def some_hook(*_: Any) -> None:
+    """Nothing."""
+
+
+class OtherParameter(nn.Parameter):
+    """A parameter that may compute otherwise."""
+
+
+def hooked(register: str) -> Change:
+    return lambda module, stack: getattr(module, register)(some_hook)
+
+
+def hook_everywhere(_: Any, stack: ExitStack) -> None:
+    stack.callback(torch_module.register_module_forward_hook(some_hook).remove)
+
+
+def of_subclass(module: Any, stack: ExitStack) -> None:
+    module.__class__ = type("Special", (type(module),), {})
+
+
+HOOKED: dict[str, Change] = {
+    f"{register}": hooked(register)
+    for register in (
+        *("register_forward_hook", "register_forward_pre_hook"),
+        *("register_full_backward_hook", "register_full_backward_pre_hook"),
+    )
 }
