@@ -117,6 +117,7 @@ def assert_kept(kept: Tensor, scores: Tensor, options: SamplingOptions) -> None:
 def _several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "SAMPLING_GROUPS", 4)
     monkeypatch.setattr(tuning, "SAMPLING_CHOICE_BLOCK", 256)
+    monkeypatch.setattr(tuning, "SAMPLING_FILTER_LANES", 64)
     monkeypatch.setattr(tuning, "SAMPLING_WAYS", 16)
 
 
@@ -498,17 +499,17 @@ def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
     groups_kernel: Any = kernels._sampling_groups_kernel
     choice_kernel: Any = kernels._sampling_choice_kernel
     filtered_kernel: Any = _sampling_filtered_choice_kernel
-    advancing: Any = {"sequence_row_stride": 2**22, "n_slots": 2**22, "pad_id": 0, "BLOCK": 64}
+    advancing: Any = {"sequence_row_stride": 2**22, "n_slots": 2**22, "pad_id": 0}
     with dry_run():
         groups_kernel[(n_rows * -(-n_groups // 4),)](
             x, flag, index, index, index, index, x, index, x, **scoring, **shared,
             BLOCK_GROUPS=4, HAS_NOISE=True, HAS_MASS=True,
         )  # fmt: skip
-        choice_kernel[(n_rows,)](x, index, *state, **shared, **advancing)
+        choice_kernel[(n_rows,)](x, index, *state, **shared, **advancing, BLOCK=64)
         for has_top_k, has_top_p in product((False, True), (False, True)):
             filtered_kernel[(n_rows,)](
-                x, index, x, x, x, x, index, *state, **scoring, **shared, **advancing,
-                top_k=5, top_p=0.5, top_p_reach=-9.0, min_p_reach=-9.0, BLOCK_GROUPS=64, WAYS=16,
+                x, index, x, x, x, index, x, index, *state, **scoring, **shared, **advancing,
+                n_places=16 * n_groups, top_k=5, top_p=0.5, top_p_reach=-9.0, min_p_reach=-9.0, LANES=64, WAYS=16,
                 HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p,
             )  # fmt: skip
 

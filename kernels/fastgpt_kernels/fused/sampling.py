@@ -9,7 +9,7 @@ from .. import tuning
 from ..reference import seed_tensor
 from ..sampling_reference import DTYPES, Rows, SamplingOptions, check_sampling_arguments
 from .launch import as_rows, launch
-from .sampling_filter_kernels import _sampling_filtered_choice_kernel
+from .sampling_filter_kernels import TOKENS_OF_LANE, _sampling_filtered_choice_kernel
 from .sampling_kernels import GROUP_SIZE, _sampling_choice_kernel, _sampling_groups_kernel
 
 
@@ -71,24 +71,31 @@ def sample_fwd(
     state = eos_ids, rows.tokens, rows.positions, rows.slots, rows.finished, rows.sequences, rows.seen
     advancing = {
         "sequence_row_stride": rows.sequences.stride(0), "n_slots": rows.sequences.shape[1], "pad_id": pad_id,
-        "BLOCK": tuning.sampling_choice_block(tuning.architecture(logits.device)),
-        "num_warps": tuning.SAMPLING_CHOICE_WARPS,
     }  # fmt: skip
     if not filters:
-        launch(_sampling_choice_kernel, n_rows, group_scores, group_tokens, *state, **shared, **advancing)
+        launch(
+            _sampling_choice_kernel, n_rows, group_scores, group_tokens, *state, **shared, **advancing,
+            BLOCK=tuning.sampling_choice_block(tuning.architecture(logits.device)),
+            num_warps=tuning.SAMPLING_CHOICE_WARPS,
+        )  # fmt: skip
         return None
-    scores = logits.new_empty((n_rows, n_groups * GROUP_SIZE), dtype=torch.float32)
+    lanes = tuning.SAMPLING_FILTER_LANES
+    n_places = -(-n_groups * GROUP_SIZE // (lanes * TOKENS_OF_LANE)) * lanes * TOKENS_OF_LANE
+    scores = logits.new_empty((n_rows, 3, n_places), dtype=torch.float32)
+    indices = logits.new_empty((n_rows, 2, n_places), dtype=torch.int32)
     thresholds = logits.new_empty(n_rows, dtype=torch.float32)
     launch(
         _sampling_filtered_choice_kernel, n_rows,
         # The tokens of the groups are of no use here: their memory holds the list of groups.
-        group_scores, group_tokens, group_masses, logits, scores, thresholds, seed, *state,
+        group_scores, group_tokens, group_masses, logits, scores, indices, thresholds, seed, *state,
         **scoring, **shared, **advancing,
-        top_k=options.top_k, top_p=float(options.top_p),
+        n_places=n_places, top_k=options.top_k, top_p=float(options.top_p),
         # Twice as far as need be, for sums round.
         top_p_reach=temperature * math.log((1 - options.top_p) / (2 * n_cols)) if has_top_p else 0.0,
         min_p_reach=temperature * math.log(options.min_p) if options.min_p > 0 else -math.inf,
-        BLOCK_GROUPS=tuning.SAMPLING_GROUPS, WAYS=tuning.SAMPLING_WAYS, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p,
+        LANES=lanes, WAYS=tuning.SAMPLING_WAYS, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p,
+        num_warps=tuning.SAMPLING_FILTER_WARPS,
+        **tuning.sampling_filter_registers(tuning.architecture(logits.device)),
     )  # fmt: skip
     return thresholds
 

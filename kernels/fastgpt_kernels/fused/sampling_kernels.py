@@ -26,10 +26,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_scores(
-    row_logits_ptr, row_seen_ptr, eos_ptr, tokens, in_row, penalty, bars_ends,
-    HAS_PENALTY: tl.constexpr, N_EOS: tl.constexpr,
-):  # fmt: skip
+def _load_scores(row_logits_ptr, row_seen_ptr, tokens, in_row, penalty, HAS_PENALTY: tl.constexpr):
     """The penalised scores of tokens, never NaN and -inf outside in_row, and where a logit is NaN."""
     score = tl.load(row_logits_ptr + tokens, mask=in_row, other=float("-inf")).to(tl.float32)
     if HAS_PENALTY:
@@ -37,10 +34,16 @@ def _load_scores(
         # Said to round, so that scores which the reference makes equal are equal here.
         penalised = tl.where(score < 0.0, score * penalty, tl.div_rn(score, penalty))
         score = tl.where(seen, penalised, score)
-    for i in tl.static_range(N_EOS):
-        score = tl.where(bars_ends & (tokens == tl.load(eos_ptr + i)), float("-inf"), score)
     is_nan = score != score
     return tl.where(is_nan, float("-inf"), tl.minimum(score, _LARGEST_FLOAT32)), is_nan
+
+
+@triton.jit
+def _bar_ends(score, tokens, eos_ptr, N_EOS: tl.constexpr):
+    """The scores, with those of end tokens at -inf."""
+    for i in tl.static_range(N_EOS):
+        score = tl.where(tokens == tl.load(eos_ptr + i), float("-inf"), score)
+    return score
 
 
 @triton.jit
@@ -101,9 +104,9 @@ def _sampling_groups_kernel(
     bars_ends = tl.load(slot_ptr + row) + 1 < min_length
     row_logits_ptr = logits_ptr + row * logits_row_stride
     row_seen_ptr = seen_ptr + row * seen_row_stride if HAS_PENALTY else None
-    score, is_nan = _load_scores(
-        row_logits_ptr, row_seen_ptr, eos_ptr, tokens, tokens < n_cols, penalty, bars_ends, HAS_PENALTY, N_EOS
-    )
+    score, is_nan = _load_scores(row_logits_ptr, row_seen_ptr, tokens, tokens < n_cols, penalty, HAS_PENALTY)
+    if bars_ends:
+        score = _bar_ends(score, tokens, eos_ptr, N_EOS)
     if HAS_NOISE:
         position = (tl.load(position_ptr + row) + 1).to(tl.int32)
         continuation = (row % n_continuations).to(tl.int32)
