@@ -7,7 +7,7 @@ _QUICK_EXAMPLES, THOROUGH = 25, 25
 settings.register_profile("quick", max_examples=_QUICK_EXAMPLES, deadline=None, derandomize=True)
 # For mutants, which most tests notice: fewer cases, and of a failure not its simplest form.
 settings.register_profile(
-    "mutants", settings.get_profile("quick"), max_examples=2, phases=[Phase.explicit, Phase.generate]
+    "mutants", settings.get_profile("quick"), max_examples=10, phases=[Phase.explicit, Phase.generate]
 )
 settings.register_profile("thorough", max_examples=THOROUGH * _QUICK_EXAMPLES, deadline=None)
 

@@ -137,7 +137,7 @@ def test_gradients_are_those_of_finite_differences(
     assert torch.autograd.gradcheck(partial(causal_attention, **options), inputs)
 
 
-@cases(700)
+@cases(140)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(1, 72)),
     n_past=st.integers(1, 40),

@@ -116,7 +116,7 @@ def test_any_layout_of_inputs_and_gradients(layout: str, small: bool, request: p
     assert_mlp_parity(inputs, relayout(random(2, 19, 40, seed=5).to(inputs[0]), layout))
 
 
-@cases(350)
+@cases(70)
 @given(
     shape=st.lists(st.integers(1, 7), max_size=3),
     n_channels=st.integers(1, 40),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, releases, shuffled_grid
 from torch import Tensor
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
@@ -69,6 +70,17 @@ def _offset_kernel(x_ptr, stride, WIDE: tl.constexpr):
 def _running_sum_kernel(x_ptr, total_ptr):
     """A race: every program reads what another wrote."""
     tl.store(total_ptr, tl.load(total_ptr) * 0.5 + tl.load(x_ptr + tl.program_id(0)))
+
+
+@triton.jit
+def _one_more(x):
+    return x + 1.0
+
+
+@triton.jit
+def _count_kernel(x_ptr, n):
+    for _ in range(n):
+        tl.store(x_ptr, _one_more(tl.load(x_ptr)))
 
 
 @triton.jit
@@ -251,6 +263,22 @@ def test_what_a_new_release_lacks_is_skipped_and_what_a_known_one_lacks_is_an_er
         raise AttributeError("no such name")
     with pytest.raises(AttributeError, match="no such name"), releases.skipping_what_is_unknown(releases.TRIED[-1]):
         raise AttributeError("no such name")
+
+
+def test_the_language_is_replaced_once_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[str] = []
+    replace = triton_interpreter._patch_builtin
+    monkeypatch.setattr(
+        triton_interpreter, "_patch_builtin", lambda part, *rest: replaced.append(part.__name__) or replace(part, *rest)
+    )
+    x, n_parts = torch.zeros(1), []
+    for n_calls in (0, 1, 20, 20):
+        _count_kernel[(3,)](x, n_calls)
+        n_parts.append(len(replaced))
+        replaced.clear()
+    assert x.item() == 3 * 41
+    assert n_parts == [n_parts[0]] * 4
+    assert n_parts[0] > 0
 
 
 def test_device_is_where_kernels_run() -> None:

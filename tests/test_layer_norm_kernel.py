@@ -114,7 +114,7 @@ def test_the_sum_is_normalised_as_it_is_stored(dtype: torch.dtype) -> None:
     assert torch.equal(y, layer_norm(summed, weight, bias))
 
 
-@cases(600)
+@cases(120)
 @given(
     shape=st.lists(st.integers(1, 4), max_size=2),
     n_channels=st.integers(8, 270),

@@ -93,7 +93,7 @@ def test_chunks_end_anywhere(n_chunk_rows: int, reduction: str, monkeypatch: pyt
     assert_loss_parity(inputs, labels, reduction=reduction)
 
 
-@cases(350)
+@cases(70)
 @given(
     sizes=st.tuples(st.integers(1, 16), st.integers(1, 40), st.integers(1, 200)),
     n_chunk_rows=st.integers(1, 20),

@@ -20,7 +20,7 @@ DEVICE = "cpu" if INTERPRETING else "cuda"
 
 releases.check(triton.__version__)
 with releases.skipping_what_is_unknown(triton.__version__):
-    from . import arithmetic, memory
+    from . import arithmetic, memory, speed
     from .grid import dry_run, shuffled_grid
     from .memory import OutOfBoundsError, check_overflow
 
@@ -28,6 +28,7 @@ with releases.skipping_what_is_unknown(triton.__version__):
         releases.mend(triton.__version__)
         arithmetic.repair()
         memory.watch()
+        speed.patch_once()
 
 __all__ = [
     "DEVICE",
