@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from fastgpt import accounting
-from fastgpt.benchmark import BenchmarkOptions, make_tokens, parity, workloads
-from fastgpt.generation import DTYPES
+from fastgpt.bench import BenchmarkOptions, make_tokens, parity, workloads
+from fastgpt.text import DTYPES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,8 +13,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from fastgpt.benchmark import BenchmarkOptions
-from fastgpt.benchmark.workloads import OURS, make_work
+from fastgpt.bench import BenchmarkOptions
+from fastgpt.bench.workloads import OURS, make_work
 
 CONTENDERS = [OURS, "hf-eager", "hf-sdpa"]
 

@@ -3,7 +3,8 @@
 from .accounting import count_parameters
 from .checkpoint.headers import CheckpointError
 from .demo import load_demo
-from .engine import release
+from .generate import release
+from .model.patching import patch, unpatch
 from .modeling import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -13,7 +14,6 @@ from .modeling import (
     GPT2Model,
 )
 from .ops import backend
-from .patching import patch, unpatch
 
 __version__ = "0.1.0"
 

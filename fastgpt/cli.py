@@ -18,6 +18,15 @@ import transformers
 import typer
 from rich.console import Console
 
+from . import accounting, ops
+from . import bench as benchmark
+from . import doctor as checks
+from .accounting.tables import render
+from .bench import profiling
+from .generate import options as sampling
+from .text import settle_place, stream_text
+from .verify import verify_checkpoint
+
 app = typer.Typer(
     help="GPT-2 with Hugging Face weights on fused Triton kernels, and on plain torch where there is no GPU.",
     no_args_is_help=True,
@@ -64,9 +73,6 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
-    from . import ops, sampling
-    from .generation import settle_place, stream_text
-
     with _wrong_usage():
         settle_place(device, dtype)
         ops.selected_backend()
@@ -113,8 +119,6 @@ def bench(
     ] = None,
 ) -> None:
     """Measure tokens/s beside transformers with the same weights, after a parity check."""
-    from . import benchmark, ops
-
     with _wrong_usage():
         ops.selected_backend()
         series = [
@@ -148,8 +152,6 @@ def bench(
     if plot_file is not None:
         benchmark.plot(results, plot_file)
     if profile_file is not None:
-        from .benchmark import profiling
-
         profiling.render(profiling.profile(series[0], profile_file), notes)
 
 
@@ -163,15 +165,13 @@ def params(
     as_json: AsJson = False,
 ) -> None:
     """Count parameters, storage, FLOPs and the physical limits of a model, from its configuration alone."""
-    from . import accounting
-
     accounting.count_parameters(name)  # what is wrong with the model is no wrong usage
     with _wrong_usage():
         report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
     if as_json:
         _print_json(report)
     else:
-        accounting.render(report, _tables())
+        render(report, _tables())
 
 
 @app.command()
@@ -180,8 +180,6 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: its files, then that it loads and runs; and print the sha256 of its files."""
-    from .checkpoint.verify import verify_checkpoint
-
     with notes.status("checking") as status:
         report = verify_checkpoint(directory, progress=status.update)
     if as_json:
@@ -202,9 +200,6 @@ def verify(
 @app.command()
 def doctor(device: Device = None, as_json: AsJson = False) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
-    from . import doctor as checks
-    from .generation import settle_place
-
     with _wrong_usage():
         settle_place(device)
     diagnosis = checks.diagnose(device)

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import ops, routing
+from . import ops
 from .checkpoint.headers import one_line
-from .generation import default_device
-from .patching import patch
+from .generate import routing
+from .model.patching import patch
+from .text import default_device
 
 PACKAGES = ("fastgpt", "torch", "triton", "transformers", "safetensors", "peft", "accelerate")
 

@@ -1,23 +1,16 @@
 """A small trained model with its tokenizer, and in `train` the recipe that made them."""
 
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import torch
+import transformers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from ..modeling import GPT2LMHeadModel
+from ..modeling import GPT2LMHeadModel
 
 
-def load_demo() -> "tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]":
+def load_demo() -> "tuple[GPT2LMHeadModel, transformers.PreTrainedTokenizerFast]":
     """The bundled model, in float32 on the CPU and ready for use, and its tokenizer; no network is needed."""
-    from transformers import PreTrainedTokenizerFast
-
-    from ..modeling import GPT2LMHeadModel
-
     with resources.as_file(resources.files(__name__)) as folder:
         model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     return model.eval(), tokenizer

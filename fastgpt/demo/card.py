@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-from typing import TYPE_CHECKING
 
 import safetensors
 import tokenizers
@@ -11,8 +10,7 @@ import transformers
 
 import fastgpt
 
-if TYPE_CHECKING:
-    from .train import Outcome
+from .measure import Outcome
 
 CARD = """\
 ---
@@ -82,7 +80,7 @@ A model of this size repeats the form of its text and little of its sense. It is
 
 
 def model_card(
-    outcome: "Outcome",
+    outcome: Outcome,
     model: fastgpt.GPT2LMHeadModel,
     args: transformers.TrainingArguments,
     *,

@@ -4,12 +4,35 @@ A text is `ids` (n + 1,) int64: n tokens behind an end-of-text token; all n are 
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastgpt
+
+
+class Parts(NamedTuple):
+    training: str
+    validation: str
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured. Losses are in nats per token of the held-out part; n_tokens is of each part."""
+
+    parts: Parts
+    n_tokens: tuple[int, ...]
+    best_step: int
+    training_s: float
+    model_loss: float
+    model_bits_per_byte: float
+    bigram_loss: float
+    bigram_bits_per_byte: float
+    bigram_strength: float
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -36,18 +35,12 @@ from transformers import (
 import fastgpt
 
 from .card import model_card
-from .measure import Bigram, bits_per_byte, model_loss
+from .measure import Bigram, Outcome, Parts, bits_per_byte, model_loss
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 2 + 256  # these two and every byte
 
 # --- the text and its tokens ----------------------------------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-    training: str
-    validation: str
-    held_out: str
 
 
 def split(text: str) -> Parts:
@@ -110,21 +103,6 @@ def examples(rows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
 
 
 # --- training -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run measured. Losses are in nats per token of the held-out part; n_tokens is of each part."""
-
-    parts: Parts
-    n_tokens: tuple[int, ...]
-    best_step: int
-    training_s: float
-    model_loss: float
-    model_bits_per_byte: float
-    bigram_loss: float
-    bigram_bits_per_byte: float
-    bigram_strength: float
 
 
 class Progress(TrainerCallback):

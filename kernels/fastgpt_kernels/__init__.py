@@ -6,9 +6,10 @@ Dimensions, in every docstring and comment of this package:
     T  tokens           D  head size         V  vocabulary
     C  channels = H*D   N  rows = B*T
 
-`reference` holds each operation in plain torch: the specification, the parity reference and the path for CPUs.
-The Triton kernel of an operation has the same name and signature and is imported on first use, so that importing
-this package touches neither triton nor a GPU.
+Every operation has a folder in `operations`: `reference.py` is its formula in plain torch, which is the specification,
+the parity reference and the path for CPUs; `kernels.py` holds its Triton kernels, `op.py` launches them, and `tiles.py`
+chooses how. `op` has functions of the same name and signature as `reference`, and is imported on first use, so that
+importing this package touches neither triton nor a GPU.
 """
 
 import importlib
@@ -18,12 +19,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import fused, reference
-from .tuning import architecture
+from . import operations, reference
+from .common.chip import architecture
 
 OPERATIONS = ("layer_norm", "add_layer_norm", "causal_attention", "gelu_mlp", "linear_cross_entropy")
 
-# The module of `fused` that holds the Triton kernel of an operation, and says with `supports` which tensors it takes.
+# The folder of `operations` whose `op` launches the Triton kernels of an operation, and says with `supports` which
+# tensors they take.
 KERNEL_MODULES = {
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
@@ -81,7 +83,7 @@ def why_unavailable(operation: str, device: torch.device) -> str | None:
 
 
 def _fault(device: torch.device) -> str | None:
-    from .fused import probe  # With triton, as the kernels.
+    from .common import probe  # With triton, as the kernels.
 
     return probe.fault(device)
 
@@ -96,7 +98,11 @@ def _interprets() -> bool:
 def _module(operation: str) -> ModuleType:
     _import_module(operation)
     # Where torch.compile sees what is imported while it traces: of sys.modules it has a copy from before.
-    return getattr(fused, KERNEL_MODULES[operation])
+    return _folder(operation).op
+
+
+def _folder(operation: str) -> ModuleType:
+    return getattr(operations, KERNEL_MODULES[operation])
 
 
 def _import_module(operation: str) -> None:
@@ -105,11 +111,11 @@ def _import_module(operation: str) -> None:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in KERNEL_MODULES:
         raise KernelUnavailableError(f"{operation}: this version has no Triton kernel for it")
-    module = KERNEL_MODULES[operation]
-    if hasattr(fused, module):  # At every call of an operation: importlib takes ten times as long to find it.
+    folder = _folder(operation)
+    if hasattr(folder, "op"):  # At every call of an operation: importlib takes ten times as long to find it.
         return
     try:
-        importlib.import_module(f"{fused.__name__}.{module}")
+        importlib.import_module(f"{folder.__name__}.op")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise

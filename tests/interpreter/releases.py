@@ -26,8 +26,9 @@ def check(version: str) -> None:
     """Warn of a release whose interpreter these hooks have not met; test_interpreter.py says whether they hold."""
     if not _was_tried(version):
         warnings.warn(
-            f"tests/interpreter was tried with triton {', '.join(TRIED)}, not {version}: run tests/test_interpreter.py "
-            "first; where it fails, compare triton/runtime/interpreter.py with what the package replaces",
+            f"tests/interpreter was tried with triton {', '.join(TRIED)}, not {version}: run "
+            "tests/interpreter/test_interpreter.py first; where it fails, compare "
+            "triton/runtime/interpreter.py with what the package replaces",
             stacklevel=2,
         )
 

@@ -12,7 +12,7 @@ import time
 from fnmatch import fnmatchcase
 
 import torch
-from fastgpt_kernels import shipped
+from fastgpt_kernels.audit import shipped
 
 from .launch import executing
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastgpt_kernels.common import chip
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import compiler as triton_compiler
@@ -96,7 +97,6 @@ def executing(
     architecture: str, n_multiprocessors: int = 2, edit: Callable | None = None, **options: Any
 ) -> Iterator[Session]:
     """Launches in the block run here. options: those of `machine.Options`."""
-    from fastgpt_kernels import tuning  # The project, which need not be there for other kernels' sake.
 
     session = Session(machine.Options(**options), edit)
 
@@ -110,7 +110,7 @@ def executing(
     nvidia_compiler.CUDABackend.make_cubin = lambda self, src, metadata, opt, capability: b"none"
     _current.append(session)
     try:
-        with tuning.assume(tuning.Chip(architecture, n_multiprocessors)):
+        with chip.assume(chip.Chip(architecture, n_multiprocessors)):
             yield session
     finally:
         _current.pop()

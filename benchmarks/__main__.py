@@ -1,0 +1,31 @@
+"""The benchmarks as commands: python -m benchmarks gpu|tune|cpu|curves|lookup|guard|report, each with --help."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+# Where the function of a command is: imported when asked for, because some need triton or a GPU.
+COMMANDS = {
+    "gpu": "benchmarks.gpu.command",
+    "tune": "benchmarks.gpu.tune",
+    "cpu": "benchmarks.cpu.command",
+    "curves": "benchmarks.cpu.curves",
+    "lookup": "benchmarks.cpu.lookup",
+    "guard": "benchmarks.cpu.guard",
+    "report": "benchmarks.report.command",
+}
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in COMMANDS:
+        print(f"unknown benchmark {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(import_module(COMMANDS[name]).main)
+    app(arguments, prog_name=f"python -m benchmarks {name}")
+
+
+if __name__ == "__main__":
+    main()

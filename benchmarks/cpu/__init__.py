@@ -1,0 +1,1 @@
+"""fastgpt compared with other implementations on a CPU."""

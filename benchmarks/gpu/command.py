@@ -1,0 +1,133 @@
+"""Everything that only a GPU can prove, in one command: parity of the kernels, then speed and memory beside others.
+
+    PYTHONPATH=.:kernels python -m benchmarks gpu --minutes 8 --out DIR
+
+It needs a checkout and no installation. What matters most comes first, and DIR/result.json is written after every part
+of a step: a run that is cut off leaves what it had, and the same command goes on from there. `--dry-run` takes every
+step on tiny shapes, on a CPU with the kernels in the interpreter: it proves the command, and its times say nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+from fastgpt.accounting import PRESETS
+from fastgpt.bench import machine
+from fastgpt.doctor import versions
+
+from ..report import records
+from . import kernels as gpu_kernels
+from . import models as gpu_models
+from . import tables as gpu_tables
+from .run import ROOT, Extent, OutOfTime, Parts, Run, Step, dry, full, take
+
+SCHEMA = 2
+_log = Console(stderr=True, highlight=False)
+
+
+def environment(run: Run) -> Parts:
+    """The machine, versions and the commit."""
+    yield "machine", lambda: machine.describe(run.extent.device)
+    yield "versions", versions
+    yield "commit", _commit
+
+
+def _commit() -> str | None:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return os.environ.get("FASTGPT_COMMIT") or git.stdout.strip() or None
+
+
+def steps(sizes: list[str]) -> Iterator[tuple[str, Step]]:
+    """All of them by name, the most important first; the first size is the one that curves are drawn of."""
+    yield "environment", environment
+    yield "parity", gpu_kernels.parity
+    yield "rates", gpu_kernels.rates
+    yield "waits", gpu_kernels.wait_times
+    for size in sizes:
+        yield f"decode {size}", partial(gpu_models.decode, size=size)
+        if size == sizes[0]:
+            yield "ceilings", gpu_kernels.ceilings
+        yield f"kernels {size}", partial(gpu_kernels.kernels, size=size)
+        yield f"prefill {size}", partial(gpu_models.prefill, size=size)
+        yield f"train {size}", partial(gpu_models.train, size=size)
+        if size == sizes[0]:
+            yield f"memory {size}", partial(gpu_models.memory, size=size)
+            yield f"latency {size}", partial(gpu_models.latency, size=size)
+        yield f"cold start {size}", partial(gpu_models.cold_starts, size=size)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for result.json and parity.txt; an unfinished run is continued")],
+    minutes: Annotated[float, typer.Option(help="start nothing further after this long")] = 8.0,
+    sizes: Annotated[
+        str, typer.Option(help="presets, in the order of their importance")
+    ] = "gpt2,gpt2-xl,gpt2-medium,gpt2-large",
+    batch: Annotated[int, typer.Option(help="sequences of 1024 tokens")] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="every step on tiny shapes, on a CPU")] = False,
+) -> None:
+    """Prove the kernels on the GPU at hand."""
+    stop_at = time.monotonic() + 60 * minutes
+    unknown = [name for name in sizes.split(",") if name not in PRESETS]
+    if unknown:
+        raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
+    if dry_run and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported, as it is by now
+        os.environ["TRITON_INTERPRET"] = "1"
+        _start_again(sys.argv[2:])
+    out.mkdir(parents=True, exist_ok=True)
+    n_processes = min(16, os.cpu_count() or 1) if find_spec("xdist") else 1
+    extent = dry() if dry_run else full(sizes.split(","), batch, n_processes)
+    transformers.logging.disable_progress_bar()
+    run = Run(extent, stop_at, out / "result.json", _result(out / "result.json", dry_run, extent), _say)
+
+    try:
+        for name, step in steps(list(extent.shapes)):
+            if name not in run.result["seconds"]:
+                _say(name)
+                take(run, name, step)
+    except OutOfTime:
+        _say("no time left: the same command goes on from here")
+    except torch.AcceleratorError as error:
+        _say(f"the GPU is lost to this process, which starts again: {error}")
+        # Of two --minutes the last holds.
+        _start_again([*sys.argv[2:], f"--minutes={run.seconds_left / 60}"])
+    gpu_tables.render(run.result, Console(width=120))
+    passed = run.result.get("parity", {}).get("tests", {}).get("passed", False)
+    if not passed or records.faults(run.result):
+        raise typer.Exit(1)
+
+
+def _say(what: str) -> None:
+    _log.print(what, markup=False)
+
+
+def _start_again(arguments: list[str]) -> None:
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", "gpu", *arguments], dict(os.environ))
+
+
+def _result(file: Path, dry_run: bool, extent: Extent) -> dict[str, Any]:
+    """What an unfinished run left, or an empty result."""
+    kind = {"schema": SCHEMA, "dry_run": dry_run, "batch": extent.n_batch}
+    if not file.is_file():
+        return kind | {"seconds": {}}
+    result = json.loads(file.read_text())
+    if {name: result.get(name) for name in kind} != kind:
+        raise typer.BadParameter(f"{file} is the result of another kind of run: give another folder")
+    if "environment" in result["seconds"]:
+        was, gpu = result["environment"], machine.describe(extent.device)["gpu"]
+        if (was["machine"]["gpu"], was["versions"], was["commit"]) != (gpu, versions(), _commit()):
+            raise typer.BadParameter(f"{file} is of another GPU, commit or version: give another folder")
+    return result

@@ -1,0 +1,146 @@
+"""Steps of `benchmarks gpu` about single operations: the kernels' tests, what the GPU reaches, times beside torch's."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from fastgpt_kernels.common import chip
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.accounting import Shape
+from fastgpt.bench import machine
+from fastgpt.bench.parity import ParityError
+
+from ..operations import timing as operations
+from ..operations.timing import TINY
+from ..peers import contenders as peers
+from . import waits
+from .run import ROOT, Parts, Run
+
+# --- parity ---------------------------------------------------------------------------------------------------------
+
+
+def parity(run: Run) -> Parts:
+    """The tests of the kernels on this device."""
+    yield "tests", partial(_tests, run)
+
+
+def _tests(run: Run) -> dict[str, Any]:
+    """How they ended, which failed, and the table of errors. Raises subprocess.TimeoutExpired."""
+    extent = run.extent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--accuracy-table", *extent.tests]
+    if extent.n_processes > 1:
+        command += ["-n", str(extent.n_processes)]
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))
+    finished = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=max(60.0, run.seconds_left / 2),  # the rest is for the steps with gates of their own
+    )
+    lines = finished.stdout.splitlines()
+    run.file.with_name("parity.txt").write_text(finished.stdout + finished.stderr)
+    return {
+        "passed": finished.returncode == 0,
+        "summary": next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed)", line)), None),
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        "accuracy": [line for line in lines if line.startswith("│")],
+    }
+
+
+# --- ceilings -------------------------------------------------------------------------------------------------------
+
+
+def rates(run: Run) -> Parts:
+    """Bandwidth in bytes/s and matrix rate in FLOP/s, the ceilings of all that follows."""
+    if run.extent.shapes is TINY:
+        measured = {"bandwidth": 1e9, "matrix_rate": 1e9}
+    else:
+        measured = machine.measure_rates(run.extent.device, run.extent.dtype)
+    for name, rate in measured.items():
+        yield name, lambda rate=rate: rate
+
+
+def wait_times(run: Run) -> Parts:
+    """An empty grid barrier, and a node of a CUDA graph: what the tiers of decoding are made of."""
+    device, row_s = run.extent.device, run.extent.row_s
+    n_times = 2 if run.extent.shapes is TINY else 200
+    yield "grid barrier", partial(waits.barrier_seconds, device, n_times, row_s)
+    yield "graph node", partial(waits.node_seconds, device, False, n_times, row_s)
+    if chip.overlaps_launches(device):
+        yield "graph node, overlapped", partial(waits.node_seconds, device, True, n_times, row_s)
+
+
+def ceilings(run: Run) -> Parts:
+    """Copying and reading alone, a large product, and the library's own rate in every product of GPT-2."""
+    n_bytes, width = (2**16, 64) if run.extent.shapes is TINY else (2**32, 8192)
+    yield "memory", partial(_memory_rates, run, n_bytes)
+    yield "large product", partial(_product, run, width, width, width, bias=False)
+    for size, shape in run.extent.shapes.items():
+        yield f"products {size}", partial(_products, run, shape)
+
+
+def _memory_rates(run: Run, n_bytes: int) -> dict[str, float]:
+    """Bytes/s of a copy, read and written, and of a sum, read."""
+    source = torch.ones(n_bytes // 4, device=run.extent.device)
+    target = torch.empty_like(source)
+    copy, read = (
+        operations.time_call(call, run.extent.device, run.extent.row_s)
+        for call in (lambda: target.copy_(source), source.sum)
+    )
+    return {"copy": 2 * n_bytes / copy["median_s"], "read": n_bytes / read["median_s"]}
+
+
+def _products(run: Run, shape: Shape) -> list[dict[str, Any]]:
+    """For the rows of a decode step, of a batch of them, and of a prefill."""
+    C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
+    products = {"qkv": (C, 3 * C), "projection": (C, C), "fc": (C, F), "mlp projection": (F, C), "head": (C, V)}
+    return [
+        {"product": name} | _product(run, n_rows, *sizes, bias=name != "head")
+        for name, sizes in products.items()
+        for n_rows in (*run.extent.decode_batches, run.extent.n_batch * run.extent.n_tokens)
+    ]
+
+
+def _product(run: Run, n_rows: int, n_in: int, n_out: int, *, bias: bool) -> dict[str, Any]:
+    """torch.addmm, or torch.mm by the transpose of (out, in), as the head is stored."""
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=run.extent.device).to(run.extent.dtype)
+
+    x = random(n_rows, n_in)
+    if bias:
+        call = partial(torch.addmm, random(n_out), x, random(n_in, n_out))
+    else:
+        call = partial(torch.mm, x, random(n_out, n_in).t())
+    timing = operations.time_call(call, run.extent.device, run.extent.row_s)
+    n_bytes = (n_rows * n_in + n_in * n_out + n_rows * n_out) * run.extent.dtype.itemsize
+    speed = {"flops_per_s": 2 * n_rows * n_in * n_out / timing["median_s"], "bytes_per_s": n_bytes / timing["median_s"]}
+    return {"rows": n_rows, "in": n_in, "out": n_out} | speed | timing
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def kernels(run: Run, size: str) -> Parts:
+    """Every operation at one size, checked and then timed beside torch's and its peers'."""
+    extent = run.extent
+    for case in operations.cases(extent.shapes[size], extent.n_batch, extent.n_tokens, extent.device, extent.dtype):
+        yield case.operation, partial(_operation, run, case, extent.shapes[size])
+
+
+def _operation(run: Run, case: operations.Case, shape: Shape) -> list[dict[str, Any]]:
+    """Raises ParityError: there is no figure of an operation that is wrong."""
+    with ops.backend("triton"):  # where "auto" would time the reference in place of a kernel that cannot run
+        if fault := operations.check(case):
+            raise ParityError(fault)
+        run.say(f"  {case.operation}: agrees")
+        case, left_out = peers.with_peers(case, shape)
+        return operations.measure(case, run.result["rates"], run.extent.row_s) + left_out

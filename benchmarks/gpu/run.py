@@ -1,0 +1,175 @@
+"""One run of `benchmarks gpu`: how large everything is, what is known so far, and how much time is left."""
+
+import gc
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2LMHeadModel
+
+from fastgpt.accounting import PRESETS, Shape
+from fastgpt.bench import machine, workloads
+
+from ..operations.timing import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large everything is, and how often it is timed.
+
+    shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
+    n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
+    middle of what decode makes. tiers: of decoding, timed beside the one that is chosen. cold_starts: with empty
+    caches and with full ones. tests: arguments of pytest.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: dict[str, Shape]
+    models: dict[str, str]
+    n_batch: int
+    n_tokens: int
+    row_s: float
+    n_runs: int
+    decode_batches: tuple[int, ...]
+    decode_context: int
+    n_new_tokens: int
+    memory_batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    baselines: tuple[str, ...]
+    tiers: tuple[str, ...]
+    cold_starts: tuple[int, int]
+    tests: tuple[str, ...]
+    n_processes: int
+
+
+def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
+    """What a GPU is asked."""
+    return Extent(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        shapes={name: PRESETS[name] for name in sizes},
+        models={name: name for name in sizes},
+        n_batch=n_batch,
+        n_tokens=1024,
+        row_s=0.1,
+        n_runs=5,
+        decode_batches=(1, 64),
+        decode_context=512,
+        n_new_tokens=128,
+        memory_batches=(1, 2, 4, 8, 16, 32),
+        contexts=(64, 128, 256, 512, 768, 992),
+        baselines=("hf-sdpa", "hf-compile"),
+        tiers=("eager", "graph", "persistent"),
+        cold_starts=(1, 3),
+        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*_kernel*.py"))),
+        n_processes=n_processes,
+    )
+
+
+def dry() -> Extent:
+    """Every step on a CPU within a minute: the smallest shapes, no compiler, a handful of tests."""
+    return Extent(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        shapes=TINY,
+        models={"tiny": "demo"},
+        n_batch=2,
+        n_tokens=17,
+        row_s=0.0,
+        n_runs=5,
+        decode_batches=(1, 2),
+        decode_context=12,
+        n_new_tokens=4,
+        memory_batches=(1, 2),
+        contexts=(8, 16),
+        baselines=("hf-sdpa",),
+        tiers=("eager",),
+        cold_starts=(1, 1),
+        tests=("tests/kernels/layer_norm/test_layer_norm_kernel.py", "-k", "wrong_shapes"),
+        n_processes=1,
+    )
+
+
+class OutOfTime(Exception):
+    """Nothing further may start."""
+
+
+@dataclass
+class Run:
+    """What is known so far, and how much time is left. result: by step, and in each by part."""
+
+    extent: Extent
+    stop_at: float
+    file: Path
+    result: dict[str, Any]
+    say: Callable[[str], None]
+    _base: dict[str, tuple[GPT2LMHeadModel, str]] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Replace the file whole, so that it is valid whenever the process ends."""
+        unfinished = self.file.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.result, indent=1))
+        unfinished.replace(self.file)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.stop_at - time.monotonic()
+
+    def check_time(self, *_: Any) -> None:
+        """Raises OutOfTime. Takes what a benchmark says of its progress, to be asked at every step of it."""
+        if self.seconds_left <= 0:
+            raise OutOfTime
+
+    def load(self, size: str) -> tuple[GPT2LMHeadModel, str]:
+        """The model of a size on the device, in float32, and where its weights are from; one is held at a time."""
+        if size not in self._base:
+            self._base.clear()
+            base, weights = workloads.load_base(self.extent.models[size])
+            self._base[size] = base.to(self.extent.device), weights  # type: ignore[arg-type]
+        return self._base[size]
+
+
+# The parts of a step by name, each of which measures when it is called and returns what to write down.
+Parts = Iterator[tuple[str, Callable[[], Any]]]
+Step = Callable[[Run], Parts]
+
+
+def take(run: Run, name: str, step: Step) -> None:
+    """Take a step, but for the parts that the result has; write down each as it comes.
+
+    Raises OutOfTime, and torch.AcceleratorError when the GPU is lost. Only a step with all its parts is listed under
+    "seconds". What fails is a finding about that part, and the others go on.
+    """
+    start = time.monotonic()
+    found: dict[str, Any] = run.result.get(name, {})
+    for part, measure in step(run):
+        if part in found:
+            continue
+        run.check_time()
+        try:
+            found[part] = measure()
+        except OutOfTime:
+            raise
+        except subprocess.TimeoutExpired as error:
+            run.say(f"  {part}: stopped after {error.timeout:.0f} s and left to the next run")
+            return
+        except Exception as error:  # A kernel, a compiler or a driver may fail in more ways than can be named.
+            found[part] = {"fault": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            run.say(f"  {part}: {found[part]['fault']}")
+        run.result[name] = found
+        run.save()
+        gc.collect()
+        torch.compiler.reset()  # whose graphs hold memory
+        if run.extent.device.type == "cuda":
+            torch.cuda.empty_cache()
+            machine.synchronize(run.extent.device)  # raises where a kernel has left the GPU unusable to this process
+    run.result["seconds"][name] = round(time.monotonic() - start, 1)
+    run.save()

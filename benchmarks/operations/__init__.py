@@ -1,0 +1,1 @@
+"""Each operation compared with torch's."""

@@ -1,0 +1,234 @@
+"""The operations beside torch's, one at a time, on the shapes of GPT-2: what is run, and how its time is taken.
+
+Bytes and FLOPs are those that an operation cannot avoid, as `kernels/README.md` counts them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import quantiles
+from typing import Any
+
+import fastgpt_kernels
+import torch
+import torch.nn.functional as F
+from fastgpt_kernels import reference
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgpt import ops
+from fastgpt.accounting import Shape
+from fastgpt.bench import machine
+
+DROPOUT_P = 0.1
+TINY = {"tiny": Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size. Contenders take the inputs, of which the floating ones get gradients.
+
+    The first contender is fastgpt's, the second the torch reference, beside which the others are checked.
+    forward, backward: (bytes, FLOPs) of the pass.
+    """
+
+    operation: str
+    inputs: tuple[Tensor, ...]
+    contenders: dict[str, Callable[..., Any]]
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+def cases(shape: Shape, n_batch: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Every operation on n_batch sequences of n_tokens; one at a time is in memory."""
+
+    def random(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(sizes, device=device) * scale).to(dtype).requires_grad_()
+
+    C, H, V, N = shape.n_embd, shape.n_head, shape.vocab_size, n_batch * n_tokens
+    hidden_width, element = shape.n_inner or 4 * C, dtype.itemsize
+
+    yield _layer_norm_case(random(N, C), random(C), random(C))
+    yield _add_layer_norm_case(random(N, C), random(N, C), random(C), random(C))
+    packed = random(n_batch, n_tokens, 3 * C)
+    for dropout_p in (0.0, DROPOUT_P):
+        yield _attention_case(packed, H, dropout_p)
+    weights = random(C, hidden_width, scale=C**-0.5), random(hidden_width), random(hidden_width, C, scale=0.02)
+    yield _mlp_case(random(N, C), *weights, random(C))
+    labels = torch.randint(V, (N,), device=device)
+    flops = 2 * N * V * C
+    vocabulary = (V * C + N * C) * element
+    yield Case(
+        "linear_cross_entropy",
+        (random(N, C), random(V, C, scale=C**-0.5), labels),
+        {**_ours("linear_cross_entropy"), "torch, unfused": lambda x, w, y: F.cross_entropy((x @ w.t()).float(), y)},
+        (vocabulary, flops),
+        (2 * vocabulary, 2 * flops),
+    )
+
+
+def _ours(operation: str, **options: Any) -> dict[str, Callable[..., Any]]:
+    return {
+        "fastgpt": partial(getattr(ops, operation), **options),
+        "torch": partial(getattr(reference, operation), **options),
+    }
+
+
+def _layer_norm_case(x: Tensor, weight: Tensor, bias: Tensor) -> Case:
+    row_bytes, n = x.nbytes, x.numel()
+    return Case("layer_norm", (x, weight, bias), _ours("layer_norm"), (2 * row_bytes, 9 * n), (3 * row_bytes, 18 * n))
+
+
+def _add_layer_norm_case(x: Tensor, *others: Tensor) -> Case:
+    row_bytes, n = x.nbytes, x.numel()
+    return Case(
+        "add_layer_norm", (x, *others), _ours("add_layer_norm"), (4 * row_bytes, 10 * n), (4 * row_bytes, 19 * n)
+    )
+
+
+def _attention_case(packed: Tensor, n_heads: int, dropout_p: float) -> Case:
+    """On q, k and v as the projection leaves them, packed in one tensor."""
+    B, T, width = packed.shape
+    D = width // 3 // n_heads
+
+    def unpacked(attend: Callable[..., Tensor], packed: Tensor) -> Tensor:
+        q, k, v = packed.view(B, T, 3, n_heads, D).permute(2, 0, 3, 1, 4)
+        return attend(q, k, v).transpose(1, 2).reshape(B, T, n_heads * D)
+
+    contenders = dict(_ours("causal_attention", dropout_p=dropout_p))
+    if packed.is_cuda:
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            contenders[f"sdpa {backend.name.split('_')[0].lower()}"] = partial(_pinned_sdpa, backend, dropout_p)
+    else:
+        contenders["sdpa"] = partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=dropout_p)
+    flops = 2 * T * (T + 1) * D * B * n_heads
+    return Case(
+        "causal_attention" + (f", dropout {dropout_p}" if dropout_p else ""),
+        (packed,),
+        {name: partial(unpacked, attend) for name, attend in contenders.items()},
+        (packed.nbytes * 4 // 3, flops),
+        (packed.nbytes * 8 // 3, flops * 5 // 2),
+    )
+
+
+def _pinned_sdpa(backend: SDPBackend, dropout_p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+
+
+def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Case:
+    n_hidden = x.shape[0] * fc_weight.shape[1]
+    flops = 4 * n_hidden * x.shape[1]
+    n_bytes = fc_weight.nbytes + proj_weight.nbytes + 2 * x.nbytes + 2 * n_hidden * x.element_size()
+    contenders = _ours("gelu_mlp")
+    if x.is_cuda:  # On a CPU this epilogue is the other GELU.
+
+        def cublas_epilogue(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, *proj: Tensor) -> Tensor:
+            return torch.addmm(proj[1], torch._addmm_activation(fc_bias, x, fc_weight, use_gelu=True), proj[0])
+
+        contenders["cuBLASLt epilogue"] = cublas_epilogue
+    inputs = x, fc_weight, fc_bias, proj_weight, proj_bias
+    return Case("gelu_mlp", inputs, contenders, (n_bytes, flops), (2 * n_bytes, 2 * flops))
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+def check(case: Case) -> str | None:
+    """What is wrong with fastgpt's outputs and gradients, None when nothing is.
+
+    Beside the reference in a wider dtype, they may err 1.5 times as much as the reference in the dtype itself, plus
+    two of its steps, in the Frobenius norm. Dropout has the same seed for both.
+    """
+    first = case.inputs[0]
+    wider = torch.float64 if first.dtype == torch.float32 else torch.float32
+    wide = tuple(x.detach().to(wider).requires_grad_() if x.is_floating_point() else x for x in case.inputs)
+    functions = list(case.contenders.values())
+    truth, eager, ours = (
+        _results(function, inputs)
+        for function, inputs in ((functions[1], wide), (functions[1], case.inputs), (functions[0], case.inputs))
+    )
+    for i, (true, theirs, mine) in enumerate(zip(truth, eager, ours, strict=True)):
+        # A loss is a mean over rows: either may hit it by luck, but the steps of so many rows average out.
+        mean_step = 0.0 if mine.ndim else torch.finfo(first.dtype).eps / len(first) ** 0.5
+        step = max(torch.finfo(mine.dtype).eps, mean_step)
+        error, allowed = _distance(mine, true), 1.5 * _distance(theirs, true) + 2 * step
+        if not error <= allowed:
+            return f"{case.operation}: result {i} errs by {error:.2e}, allowed {allowed:.2e}"
+    return None
+
+
+def _results(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *_gradients(outputs, inputs)]
+
+
+def _gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    upstream = [
+        torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) if y.ndim else torch.ones_like(y)
+        for y in outputs
+    ]
+    return torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream)
+
+
+def _distance(x: Tensor, truth: Tensor) -> float:
+    truth = truth.double()
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[str, Any]]:
+    """A row for each contender and pass: median time and quartiles in s, peak memory in bytes, share of the floor.
+
+    rates: of `machine.measure_rates`. budget_s: timed seconds of each row. A contender that cannot run has its reason.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, function in case.contenders.items():
+        for direction in ("forward", "forward+backward"):
+            row: dict[str, Any] = {"operation": case.operation, "direction": direction, "contender": name}
+            n_bytes, n_flops = case.forward
+            if direction != "forward":
+                n_bytes, n_flops = n_bytes + case.backward[0], n_flops + case.backward[1]
+            try:
+                row |= time_call(make_call(function, case.inputs, direction), case.inputs[0].device, budget_s)
+            except (RuntimeError, fastgpt_kernels.KernelUnavailableError) as error:
+                rows.append(row | {"skipped": str(error).splitlines()[0]})
+                continue
+            floor_s = max(n_bytes / rates["bandwidth"], n_flops / rates["matrix_rate"])
+            rows.append(row | {"bytes": n_bytes, "flops": n_flops, "share_of_floor": floor_s / row["median_s"]})
+    return rows
+
+
+def make_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+    """One pass of a contender: "forward" without gradients, "backward" alone, or "forward+backward"."""
+    if direction == "forward":
+        return torch.no_grad()(partial(function, *(x.detach() for x in inputs)))
+    leaves = [x for x in inputs if x.requires_grad]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.randn_like(y) if y.ndim else torch.ones_like(y) for y in outputs]
+    if direction == "backward":
+        return partial(torch.autograd.grad, outputs, leaves, upstream, retain_graph=True)
+    del outputs  # and what they keep for their backward pass
+    return lambda: torch.autograd.grad(function(*inputs), leaves, upstream if len(upstream) > 1 else upstream[0])
+
+
+def time_call(call: Callable[[], Any], device: torch.device, budget_s: float) -> dict[str, Any]:
+    """Median and quartiles in s, peak memory in bytes, of a call that takes about budget_s in all."""
+    call()
+    peak_bytes, _ = machine.peak_growth(call, device)
+    if device.type == "cuda":
+        from triton.testing import do_bench  # which empties the cache between runs
+
+        milliseconds: Any = do_bench(
+            call, warmup=int(250 * budget_s), rep=int(1000 * budget_s), quantiles=[0.25, 0.5, 0.75]
+        )
+        low, median, high = (ms / 1000 for ms in milliseconds)
+    else:
+        low, median, high = quantiles([machine.seconds(call, device) for _ in range(3)])
+    return {"median_s": median, "quartiles_s": [low, high], "peak_bytes": peak_bytes}

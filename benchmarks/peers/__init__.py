@@ -1,0 +1,1 @@
+"""Other implementations of GPT-2 and of its operations."""

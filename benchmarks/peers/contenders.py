@@ -1,0 +1,152 @@
+"""Contenders beside torch and transformers, left out with a reason where not installed or where results differ.
+
+On a CPU whole models: ctranslate2 and onnxruntime on the very weights, for prefill and decode. On a GPU operations:
+liger-kernel, cut-cross-entropy, flash-attn, quack-kernels. Shapes: B batch, T tokens, H heads, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GPT2LMHeadModel
+
+from fastgpt.accounting import Shape
+from fastgpt.bench import MakeWork
+from fastgpt.bench.parity import ParityError
+from fastgpt.bench.workloads import Work
+
+from ..operations import timing as operations
+from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+
+def _contender(build: Callable[[GPT2LMHeadModel, int], Remote]) -> MakeWork:
+    """build: starts the engine of a model in float32 on the CPU, for B sequences."""
+    # Converting takes longer than timing: prefill and decode share an engine.
+    build = lru_cache(maxsize=1)(build)
+
+    def make(workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> Work:
+        if ids.device.type != "cpu" or dtype != torch.float32 or workload == "train":
+            raise ValueError("runs here only on a CPU, in float32, for prefill and decode")
+        engine = build(base, ids.shape[0])
+        check_engine(engine, base, ids, n_new_tokens)
+        seconds = partial(engine.seconds, workload, ids, n_new_tokens)
+        return Work(
+            run=seconds,
+            seconds=seconds,
+            n_tokens=ids.numel() if workload == "prefill" else ids.shape[0] * (n_new_tokens - 1),
+            held_bytes=lambda: engine.n_bytes,
+            peak_growth=partial(engine.peak_growth, workload, ids, n_new_tokens),
+        )
+
+    return make
+
+
+def check_engine(engine: Engine, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) -> None:
+    """The gate: logits within 64 steps of the largest of transformers', and equal greedy tokens. Raises ParityError."""
+    with torch.no_grad():
+        theirs = base(ids, use_cache=False).logits
+    difference = (engine.logits(ids) - theirs).abs().max().item()
+    allowed = 64 * torch.finfo(torch.float32).eps * theirs.abs().max().item()
+    if not difference <= allowed:
+        raise ParityError(f"its logits differ from transformers' by {difference:.3g}, allowed {allowed:.3g}")
+    settings = GenerationConfig(max_new_tokens=n_new_tokens, pad_token_id=0, do_sample=False)
+    sequences = base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)  # type: ignore[operator]
+    if not torch.equal(engine.generate(ids, n_new_tokens)[0], sequences[:, ids.shape[1] :]):
+        raise ParityError("its greedy tokens are not transformers'")
+
+
+# By name, for `benchmark.run_benchmark`.
+CPU_PEERS: dict[str, MakeWork] = {
+    "ctranslate2": _contender(partial(Remote, CTranslate2)),
+    "onnxruntime": _contender(partial(Remote, OnnxRuntime)),
+}
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+# A function of a case's inputs, made only where its package can be imported.
+MakeOperation = Callable[[Shape], Callable[..., Any]]
+
+
+def _liger_layer_norm(shape: Shape) -> Callable[..., Any]:
+    from liger_kernel.transformers.functional import liger_layer_norm  # type: ignore[import-not-found]
+
+    return lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
+
+
+def _liger_linear_cross_entropy(shape: Shape) -> Callable[..., Any]:
+    from liger_kernel.transformers.functional import (  # type: ignore[import-not-found]
+        liger_fused_linear_cross_entropy,
+    )
+
+    return liger_fused_linear_cross_entropy
+
+
+def _cut_cross_entropy(shape: Shape) -> Callable[..., Any]:
+    from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+
+    return linear_cross_entropy
+
+
+def _quack_linear_cross_entropy(shape: Shape) -> Callable[..., Any]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy  # type: ignore[import-not-found]
+
+    return chunked_linear_cross_entropy
+
+
+def _flash_attn_2(shape: Shape) -> Callable[..., Any]:
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    return lambda packed: _on_packed(flash_attn_func, packed, shape.n_head)
+
+
+def _flash_attn_4(shape: Shape) -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    return lambda packed: _on_packed(flash_attn_func, packed, shape.n_head)
+
+
+def _on_packed(attend: Callable[..., Any], packed: Tensor, n_heads: int) -> Tensor:
+    """Attention over (B, T, H, D) views of the projection's output (B, T, 3*C)."""
+    B, T, width = packed.shape
+    out = attend(*packed.view(B, T, 3, n_heads, -1).unbind(2), causal=True)
+    out = out[0] if isinstance(out, tuple) else out  # the log-sum-exp comes along in some versions
+    return out.reshape(B, T, width // 3)
+
+
+# By the operation's name. Attention with dropout has none: other random numbers than ours leave nothing to check.
+OPERATION_PEERS: dict[str, dict[str, MakeOperation]] = {
+    "layer_norm": {"liger": _liger_layer_norm},
+    "causal_attention": {"flash-attn 2": _flash_attn_2, "flash-attn 4": _flash_attn_4},
+    "linear_cross_entropy": {
+        "liger": _liger_linear_cross_entropy,
+        "cut-cross-entropy": _cut_cross_entropy,
+        "quack": _quack_linear_cross_entropy,
+    },
+}
+
+
+def with_peers(case: operations.Case, shape: Shape) -> tuple[operations.Case, list[dict[str, Any]]]:
+    """A case with the peers that are installed and agree with the reference, and for each other a row that says why."""
+    contenders, left_out = dict(case.contenders), []
+    for name, reason, function in _judged(case, shape):
+        if reason is None:
+            contenders[name] = function
+        else:
+            left_out.append({"operation": case.operation, "contender": name, "skipped": reason})
+    return replace(case, contenders=contenders), left_out
+
+
+def _judged(case: operations.Case, shape: Shape) -> Iterator[tuple[str, str | None, Callable[..., Any]]]:
+    for name, make in OPERATION_PEERS.get(case.operation, {}).items():
+        function: Callable[..., Any] = make
+        try:
+            function = make(shape)
+            reason = operations.check(replace(case, contenders={name: function, "torch": case.contenders["torch"]}))
+        except Exception as error:  # A package may be missing, or fail on this GPU, in more ways than can be named.
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        yield name, reason, function

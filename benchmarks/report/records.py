@@ -1,0 +1,106 @@
+"""What a file of results holds: of `fastgpt bench` and `benchmarks cpu` one benchmark of whole models, of
+`benchmarks gpu` steps with their parts. Steps that are not known here are passed over.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file of results."""
+
+    file: Path
+    content: dict[str, Any]
+
+    @property
+    def device(self) -> str:
+        """The folder that it lies in."""
+        return self.file.parent.name
+
+    @property
+    def name(self) -> str:
+        """Of what is drawn from it."""
+        return f"{self.device}-{self.file.stem}"
+
+
+def load(folder: Path) -> list[Result]:
+    """Every result in a folder, by device and name. Raises ValueError on a file that holds none that may be quoted."""
+    results = [Result(file, json.loads(file.read_text())) for file in sorted(folder.glob("*/*.json"))]
+    for result in results:
+        if result.content.get("dry_run"):
+            raise ValueError(f"{result.file} is a dry run: its times say nothing")
+        if "environment" not in result.content and "results" not in result.content:
+            raise ValueError(f"{result.file} is the result neither of fastgpt bench nor of benchmarks.gpu.command")
+    return results
+
+
+def benchmarks(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Benchmarks of whole models by step and part, "" for that of `fastgpt bench`."""
+    found = {f"{step}, {part}": inner for step, part, inner in _parts(content) if "results" in inner}
+    return ({"": content} if "results" in content else {}) | found
+
+
+def operations(content: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Rows of operations by the model's size; one that failed has a row with its fault."""
+    sizes: dict[str, list[Row]] = {}
+    for step, operation, inner in _parts(content):
+        if step.startswith("kernels "):
+            rows = [{"operation": operation} | inner] if "fault" in inner else inner
+            sizes.setdefault(step.removeprefix("kernels "), []).extend(rows)
+    return sizes
+
+
+def curve(content: Mapping[str, Any], kind: str) -> dict[str, list[Row]]:
+    """Points of "memory" against the batch or "latency" against the context, by the model's size."""
+    sizes: dict[str, list[Row]] = {}
+    for step, _, inner in _parts(content):
+        if step.startswith(f"{kind} ") and "fault" not in inner:
+            sizes.setdefault(step.removeprefix(f"{kind} "), []).extend(inner)
+    return sizes
+
+
+def products(content: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """The library's matrix products by the model's size."""
+    return {
+        part.removeprefix("products "): inner
+        for step, part, inner in _parts(content)
+        if step == "ceilings" and part.startswith("products ") and "fault" not in inner
+    }
+
+
+def cold_starts(content: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
+    """Cold starts by the model's size, "fresh" and "warm"."""
+    return {
+        part: inner for step, part, inner in _parts(content) if step.startswith("cold start ") and "fault" not in inner
+    }
+
+
+def lookups(content: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Texts generated with and without prompt lookup, by model."""
+    return {step.removeprefix("lookup "): inner for step, _, inner in _parts(content) if step.startswith("lookup ")}
+
+
+def forwards(content: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
+    """Forwards of several tokens by model and dtype."""
+    return {
+        step.removeprefix("forwards "): dict(parts) for step, parts in content.items() if step.startswith("forwards ")
+    }
+
+
+def faults(content: Mapping[str, Any]) -> list[str]:
+    """What failed, by step and part."""
+    return [f"{step}, {part}: {inner['fault']}" for step, part, inner in _parts(content) if "fault" in inner]
+
+
+def _parts(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(step, part, what it holds), but for parts that are a figure or a word."""
+    for step, parts in content.items():
+        for part, inner in parts.items() if isinstance(parts, Mapping) else ():
+            if isinstance(inner, Mapping | list):
+                yield step, part, inner

@@ -1,0 +1,135 @@
+"""Storage, FLOPs and speed limits of GPT-2 at any size, from closed formulas: nothing is built or run.
+
+In the formulas: L layers, C channels, H heads, F hidden width of the MLP, V vocabulary, B batch, T tokens. Counts are
+exact integers. Cross-attention has parameters, but its work depends on the encoder: FLOPs, caches, activations and
+speed limits are those of a decoder that was given no encoder states.
+"""
+
+from .shapes import Shape, count_parameters
+
+# Measured on one H200: a large copy (bytes/s) and a large bf16 matrix product (FLOP/s).
+H200_BANDWIDTH = 4.3e12
+H200_MATRIX_RATE = 7.9e14
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(shape: Shape) -> dict[str, int]:
+    """Bytes of the weights in fp32, bf16 and int8.
+
+    int8: the matrices of every product (attention, cross-attention, MLP, and the head, whose table a tied token
+    embedding reads too) in int8 with one fp32 scale per output column; everything else in bf16.
+    """
+    C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
+    n_attentions = 2 if shape.cross_attention else 1
+    n_matrix = shape.n_layer * (n_attentions * 4 * C**2 + 2 * C * F) + V * C
+    n_columns = shape.n_layer * (n_attentions * 4 * C + F + C) + V
+    total = count_parameters(shape).total
+    return {"fp32": 4 * total, "bf16": 2 * total, "int8": n_matrix + 4 * n_columns + 2 * (total - n_matrix)}
+
+
+def kv_cache_bytes(shape: Shape, tokens: int = 1, *, batch: int = 1, element_bytes: int = 2) -> int:
+    """Bytes of the keys and values of `tokens` tokens in each sequence: 2*L*C elements a token."""
+    return batch * tokens * 2 * shape.n_layer * shape.n_embd * element_bytes
+
+
+def training_state_bytes(n_parameters: int, precision: str = "fp32") -> dict[str, int]:
+    """Bytes that training with AdamW holds whatever the batch, by part.
+
+    precision: "fp32", or "mixed" for bf16 weights and gradients with a master copy and moments in fp32: both come to
+    16 bytes a parameter. Raises ValueError on another.
+    """
+    sizes = {
+        "fp32": {"weights": 4, "gradients": 4, "master_weights": 0, "moments": 8},
+        "mixed": {"weights": 2, "gradients": 2, "master_weights": 4, "moments": 8},
+    }
+    if precision not in sizes:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(sizes)}")
+    return {part: size * n_parameters for part, size in sizes[precision].items()}
+
+
+def activation_bytes(
+    shape: Shape,
+    batch: int,
+    tokens: int,
+    *,
+    element_bytes: int = 2,
+    checkpointing: bool = False,
+    full_logits: bool = False,
+) -> dict[str, int]:
+    """Bytes that a training step without dropout keeps from forward to backward, by part.
+
+    A row is one token of one sequence. A block keeps 8*C + 2*F elements a row: its input, the normalised input, q, k,
+    v, the attended values, the sum with the residual and its normalised form, and the MLP before and after its
+    activation; and 4 + H statistics a row in fp32: mean and reciprocal deviation of two norms, the log-sum-exp of
+    each head. No (T, T) scores are kept.
+    checkpointing: blocks keep only their input, and one at a time is computed again in backward.
+    full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Else
+    `linear_cross_entropy` keeps its input and the labels, from which second derivatives are computed, the gradient of
+    its input and, in fp32, that of the (V, C) table.
+    Temporaries that live within one operation, forward or backward, are not counted; nor is the fp32 copy that a CPU
+    makes to normalise bf16.
+    """
+    C, F, V, L = shape.n_embd, shape.hidden_width, shape.vocab_size, shape.n_layer
+    rows = batch * tokens
+    stream = rows * C * element_bytes
+    block = rows * ((8 * C + 2 * F) * element_bytes + (4 + shape.n_head) * 4)
+    return {
+        "token_and_position_ids": 8 * (rows + tokens),
+        "blocks": L * (stream if checkpointing else block),
+        "block_computed_again": block - stream if checkpointing else 0,
+        "final_norm": stream + 8 * rows,
+        "loss": stream + 8 * rows + (rows * V * (element_bytes + 4) if full_logits else stream + 4 * V * C),
+    }
+
+
+# --- FLOPs and bytes moved ------------------------------------------------------------------------------------------
+
+
+def forward_flops(shape: Shape, tokens: int) -> int:
+    """FLOPs of the matrix products for one sequence, with all logits: 24*T*L*C^2 + 2*T*(T+1)*L*C + 2*T*V*C.
+
+    The 24 is 8 for attention's own matrices and 4*F/C for the MLP. Attention is causal: query i meets i keys, (T+1)/2
+    on average, where a product that ignores the mask meets T.
+    """
+    C, L = shape.n_embd, shape.n_layer
+    blocks = tokens * L * (8 * C**2 + 4 * C * shape.hidden_width)
+    return blocks + 2 * tokens * (tokens + 1) * L * C + 2 * tokens * shape.vocab_size * C
+
+
+def training_flops(shape: Shape, tokens: int) -> int:
+    """FLOPs of forward and backward for one sequence: a product has two in backward. Nothing is computed again."""
+    return 3 * forward_flops(shape, tokens)
+
+
+def adamw_bytes(n_parameters: int) -> int:
+    """Bytes that an fp32 AdamW step moves: weight, gradient and two moments read, all but the gradient written."""
+    return 28 * n_parameters
+
+
+def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int = 2) -> int:
+    """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
+
+    Weights: L*(12*C^2 + 13*C) + 2*C + V*C elements, where 12*C^2 + 13*C stands for 4*C^2 + 2*C*F + 9*C + F.
+    """
+    C, F = shape.n_embd, shape.hidden_width
+    n_weights = shape.n_layer * (4 * C**2 + 2 * C * F + 9 * C + F) + 2 * C + shape.vocab_size * C
+    return n_weights * element_bytes + kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
+
+
+# --- ceilings -------------------------------------------------------------------------------------------------------
+
+
+def decode_ceiling(shape: Shape, bandwidth: float, batch: int, context: int, *, element_bytes: int = 2) -> float:
+    """Tokens/s of the whole batch when decoding waits only for memory. bandwidth: bytes/s."""
+    return batch * bandwidth / decode_bytes(shape, batch, context, element_bytes=element_bytes)
+
+
+def prefill_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:
+    """Tokens/s of a forward pass, all logits included, that waits only for products. matrix_rate: FLOP/s."""
+    return tokens * matrix_rate / forward_flops(shape, tokens)
+
+
+def training_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:
+    """Tokens/s of forward and backward that wait only for products. matrix_rate: FLOP/s."""
+    return tokens * matrix_rate / training_flops(shape, tokens)

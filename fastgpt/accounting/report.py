@@ -1,0 +1,98 @@
+"""Everything that `fastgpt params` says about a model, ready for JSON."""
+
+import dataclasses
+from typing import Any
+
+from .costs import (
+    H200_BANDWIDTH,
+    H200_MATRIX_RATE,
+    activation_bytes,
+    adamw_bytes,
+    decode_bytes,
+    decode_ceiling,
+    forward_flops,
+    kv_cache_bytes,
+    prefill_ceiling,
+    training_ceiling,
+    training_flops,
+    training_state_bytes,
+    weight_bytes,
+)
+from .shapes import Shape, Source, count_parameters, describe
+
+
+def report(
+    source: Source,
+    *,
+    bandwidth: float = H200_BANDWIDTH,
+    matrix_rate: float = H200_MATRIX_RATE,
+    batch: int = 1,
+    context: int | None = None,
+) -> dict[str, Any]:
+    """Everything above for one model, ready for JSON; "total" is the exact number of parameters.
+
+    source: as for `count_parameters`. bandwidth: bytes/s. matrix_rate: FLOP/s. batch, context: sequences and their
+    tokens, for caches, activations and speed limits (in bf16); the whole context when None.
+    What is not a GPT-2, and a module, has parameters, weights and training state only.
+    Raises ValueError on an unknown model or a value that is out of range.
+    """
+    for field, value in {"bandwidth": bandwidth, "matrix_rate": matrix_rate, "batch": batch}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{field} must be a finite number above 0, not {value}")
+    name, model = describe(source)
+    count = count_parameters(model)
+    total = count.total
+    result = {
+        "model": name,
+        "total": total,
+        "components": [
+            {**dataclasses.asdict(part), "subtotal": part.subtotal, "share": part.subtotal / max(total, 1)}
+            for part in count.components
+        ],
+        "weight_bytes": {"fp32": 4 * total, "bf16": 2 * total},
+        "training_state_bytes": {precision: training_state_bytes(total, precision) for precision in ("fp32", "mixed")},
+        "adamw_bytes_per_step": adamw_bytes(total),
+    }
+    if not isinstance(model, Shape):
+        return result
+    context = model.n_positions if context is None else context
+    if not 1 <= context <= model.n_positions:
+        raise ValueError(f"context must be in [1, {model.n_positions}], the positions of {name}, not {context}")
+    flops = forward_flops(model, context)
+    return result | {
+        "shape": {**dataclasses.asdict(model), "n_inner": model.hidden_width},
+        "batch": batch,
+        "context": context,
+        "weight_bytes": weight_bytes(model),
+        "kv_cache_bytes": {"token": kv_cache_bytes(model), "batch": kv_cache_bytes(model, context, batch=batch)},
+        "activation_bytes": {
+            "fp32": _activation_totals(model, batch, context, element_bytes=4),
+            "mixed": _activation_totals(model, batch, context, element_bytes=2),
+        },
+        "flops": {
+            "forward_per_sequence": flops,
+            "forward_per_token": flops / context,
+            "training_per_token": training_flops(model, context) / context,
+        },
+        "ceilings": {
+            "bandwidth": bandwidth,
+            "matrix_rate": matrix_rate,
+            "decode_bytes_per_step": decode_bytes(model, batch, context),
+            "decode_tokens_per_s": decode_ceiling(model, bandwidth, batch, context),
+            "prefill_tokens_per_s": prefill_ceiling(model, matrix_rate, context),
+            "training_tokens_per_s": training_ceiling(model, matrix_rate, context),
+        },
+    }
+
+
+def _activation_totals(shape: Shape, batch: int, tokens: int, *, element_bytes: int) -> dict[str, int]:
+    variants = {
+        "kept, chunked loss": {},
+        "kept, full logits": {"full_logits": True},
+        "checkpointed, chunked loss": {"checkpointing": True},
+        "checkpointed, full logits": {"checkpointing": True, "full_logits": True},
+    }
+    return {
+        variant: sum(activation_bytes(shape, batch, tokens, element_bytes=element_bytes, **flags).values())
+        for variant, flags in variants.items()
+    }

@@ -1,0 +1,133 @@
+"""What a user calls: `generate()` and `stream()` of the language models.
+
+transformers' own `generate` prepares every call. Where it would start its loop over tokens, the engine takes the call
+if it can, and transformers' loop does otherwise.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+
+from ..model.patching import ATTENTION
+from . import options as sampling
+from . import routing
+from .prompts import pad_left
+from .workspace import release
+
+# The parameters of transformers' loops over tokens. A function that someone has put in a loop's place may not say them.
+LOOP = (
+    *("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+    *("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"),
+)
+
+
+def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
+    """Give a method that stands for transformers' the parameters of that one, followed by its own keyword-only ones."""
+
+    def change(ours: Callable) -> Callable:
+        signature = inspect.signature(theirs)
+        own = [p for p in inspect.signature(ours).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        *parameters, options = signature.parameters.values()
+        ours.__signature__ = signature.replace(parameters=[*parameters, *own, options])  # type: ignore[attr-defined]
+        return ours
+
+    return change
+
+
+class GenerationMethods:
+    """`generate` and `stream` of a language model; stands before transformers' classes among its bases."""
+
+    def _apply(self, fn, recurse=True):
+        """What `to()`, `half()` and the like go through: they free what the engine keeps beside the weights."""
+        release(self)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    @_shows_parameters_of(GenerationMixin.generate)  # type: ignore[attr-defined]
+    def generate(
+        self,
+        inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None,
+        generation_config=None,
+        logits_processor=None,
+        *args,
+        seed: int | None = None,
+        **kwargs,
+    ):
+        """transformers' `generate`, through the engine where it can take the call (see `routing`).
+
+        inputs: (B, T) ids, or a list of prompts of different lengths, which are padded on the left.
+        seed: decides every draw of sampling, whatever the batch a prompt is in; torch's generator does when None.
+        Raises ValueError on wrong sampling options and on NaN logits.
+        """
+        sampling.check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
+        prompt = kwargs.get("input_ids", inputs)
+        if isinstance(prompt, list | tuple):
+            if kwargs.get("attention_mask") is not None:
+                raise ValueError("a list of prompts needs no attention_mask: each is taken whole")
+            asked = kwargs.get("pad_token_id"), (generation_config or self.generation_config).pad_token_id  # type: ignore[attr-defined]
+            pad_id = next((pad for pad in asked if pad is not None), 0)
+            inputs, (prompt, mask) = None, pad_left(prompt, pad_id, self.device)  # type: ignore[attr-defined]
+            kwargs |= {"input_ids": prompt, "attention_mask": mask}
+        if isinstance(prompt, Tensor) and prompt.numel() == 0:
+            raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
+        if seed is not None:
+            logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.Seed(seed)])
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
+
+    def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
+        """The tokens that `generate` would append, (B,) each, as they come; stop asking and nothing more is computed.
+
+        inputs, options: as `generate` takes them. Weights that change in place meanwhile count from the next call on.
+        Raises ValueError, at once, on a call that the engine cannot take, and RuntimeError where the weights were moved
+        or replaced before the next token.
+        """
+        return self.generate(inputs, streamer=routing.Handover(), **options)
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args, **kwargs):
+        attention = self.config._attn_implementation  # type: ignore[attr-defined]
+        if attention != ATTENTION:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        # Pages of keys are transformers' own, and so is the attention that reads them until the manager stops.
+        self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.set_attn_implementation(attention)  # type: ignore[attr-defined]
+            raise
+        manager._original_attn_impl = attention
+        return manager
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
+        routing.log_mode(generation_mode)
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
+
+    # Here transformers' `generate` has prepared everything and starts its loop over tokens.
+
+    @wraps(GenerationMixin._sample)  # type: ignore[attr-defined]
+    def _sample(self, *args, **call):
+        return self._through_engine(super()._sample, args, call)  # type: ignore[misc]
+
+    @wraps(GenerationMixin._assisted_decoding)  # type: ignore[attr-defined]
+    def _assisted_decoding(self, *args, **call):
+        return self._through_engine(super()._assisted_decoding, args, call)  # type: ignore[misc]
+
+    @wraps(GenerationMixin._beam_search)  # type: ignore[attr-defined]
+    def _beam_search(self, *args, **call):
+        call = dict(zip(LOOP, args, strict=False)) | call
+        call["logits_processor"] = sampling.refusing_nan(call["logits_processor"])
+        return super()._beam_search(call.pop("input_ids"), **call)  # type: ignore[misc]
+
+    def _through_engine(self, loop: Callable, args: tuple, call: dict[str, Any]) -> Any:
+        call = dict(zip(LOOP, args, strict=False)) | call
+        processors = sampling.settle_seed(
+            call["logits_processor"], call["generation_config"], call.get("attention_mask")
+        )
+        call["logits_processor"] = sampling.refusing_nan(processors)
+        input_ids = call.pop("input_ids")
+        generated = routing.try_engine(self, input_ids, **call)
+        return loop(input_ids, **call) if generated is None else generated

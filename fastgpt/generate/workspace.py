@@ -1,0 +1,188 @@
+"""What the kernels' steps of a model work in: memory, CUDA graphs, and the tier on which they run.
+
+A step is the same kernels on the same memory every time, and one CUDA graph replays them. What the steps of a model
+work in is kept for its next call, unless it is large or the weights have changed since.
+B batch, T slots of the cache, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from .cache import KVCache
+from .streams import OwnStream
+from .weights import kernel_weights
+
+TIERS = ("auto", "eager", "graph", "persistent")
+_selected_tier = "auto"
+# Caches and copies of weights up to this size, 1 GiB, stay for the next call of `generate()`, the cache with room for
+# the whole context.
+_KEPT_BYTES = 2**30
+
+
+@contextmanager
+def tier(name: str) -> Iterator[None]:
+    """Decode on one tier inside the block, for measuring it.
+
+    name: "eager" launches every kernel from the host, "graph" replays a CUDA graph of them, "persistent" does a step
+    of one row in one kernel (also in a graph), "auto" is what is known to be the fastest.
+    Raises ValueError on another name.
+    """
+    global _selected_tier
+    if name not in TIERS:
+        raise ValueError(f"unknown tier {name!r}: choose one of {', '.join(TIERS)}")
+    previous, _selected_tier = _selected_tier, name
+    try:
+        yield
+    finally:
+        _selected_tier = previous
+
+
+def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
+    """Why the kernels cannot decode with this model, whose modules are plain; None when they can.
+
+    The device is one that kernels run on.
+    """
+    from fastgpt_kernels.operations.decode_step.op import DecodeStep
+
+    weights = kernel_weights(model)
+    if any(not parameter.is_contiguous() for parameter in model.parameters()):
+        return "a parameter is not contiguous"
+    if _selected_tier == "persistent":
+        from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
+
+        wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
+        shape = n_rows, wte.shape[1], weights.n_heads, n_hidden, weights.activation
+        return PersistentDecoder.obstacle(*shape, wte.dtype, wte.device)
+    return DecodeStep.obstacle(weights)
+
+
+class Workspace:
+    """The memory in which batches of one size decode with one model, and on a GPU the graphs of steps in it.
+
+    n_rows: B. n_slots: T of the cache. n_new: how many tokens a row has in a step at most; more than one for one row.
+    tokens, positions, slots, starts: (B * n_new,) int64, parts of `state`. logits: (B * n_new, V).
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
+        self.fixed, self.tier = fixed_in_graphs(kernel_weights(model)), _selected_tier
+        self.n_rows, self.n_slots, self.n_new = n_rows, n_slots, n_new
+        self.own_stream = OwnStream(model.device)
+        with self.own_stream.inside():
+            self.cache = KVCache.allocate(model, n_rows, n_slots)
+            new_zeros = self.cache.memory.new_zeros
+            self.state = new_zeros(4, n_rows * n_new, dtype=torch.int64)
+            self.logits = new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
+        self.tokens, self.positions, self.slots, self.starts = self.state
+        # Of steps with one new token a row, and with n_new.
+        self._steps: dict[int, Any] = {}
+        self._graphs: dict[int, Any] = {}
+
+    def serves(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> bool:
+        """Whether it can be used again: it has the right size, and what its graphs hold of the model is as it was."""
+        fits = (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
+        return fits and self.fixed == fixed_in_graphs(kernel_weights(model))
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the cache and of copies of weights."""
+        return self.cache.memory.nbytes + sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
+
+    def refresh(self, model: GPT2LMHeadModel) -> None:
+        """Bring copies of the model's weights up to date, at the start of a call.
+
+        Every time, because nothing tells for certain that they changed: fused optimizers and `.data` pass by autograd's
+        version counters. A copy moves the bytes of the blocks twice, about as much as two tokens read.
+        """
+        if self.tier == "persistent" and 1 in self._steps:
+            self._steps[1].pack(kernel_weights(model))
+
+    def decode(self, model: GPT2LMHeadModel, n_new: int = 1) -> None:
+        """Fill logits from tokens, positions, slots and starts, the first n_rows * n_new, and append to the cache."""
+        graph = self._graphs.get(n_new)
+        if graph is None and n_new in self._steps and self.logits.is_cuda and self.tier != "eager":
+            graph = torch.cuda.CUDAGraph()
+            with self.own_stream.capture(graph):
+                self._launch(model, n_new)
+            self._graphs[n_new] = graph
+        if graph is not None:
+            graph.replay()
+        elif n_new in self._steps:
+            self._launch(model, n_new)
+        else:  # which compiles the kernels that a graph holds, and allocates what they and cuBLAS work in
+            self.own_stream.come_after()
+            with self.own_stream.inside():
+                self._launch(model, n_new)
+            self.own_stream.come_first()
+
+    def _launch(self, model: GPT2LMHeadModel, n_new: int) -> None:
+        rows = slice(self.n_rows * n_new)
+        tokens, positions, slots, starts = self.state[:, rows]
+        where = self.cache.memory, tokens, positions, slots, starts, self.logits[rows]
+        step = self._steps.get(n_new)
+        if self.tier == "persistent" and n_new == 1:
+            from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
+
+            step = step or PersistentDecoder(kernel_weights(model))
+            step.decode(*where)
+        else:
+            from fastgpt_kernels.operations.decode_step.op import DecodeStep
+
+            # It holds no weights: those of a model that moved away would stay on the GPU.
+            weights = kernel_weights(model)
+            step = step or DecodeStep(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
+            step.decode(weights, *where)
+        self._steps[n_new] = step
+
+
+def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
+    """What a captured step holds of a model: where its weights lie and in which form, and its constants.
+
+    Not their values, which the kernels read in place at every step.
+    """
+    held = chain(weights._replace(layers=()), *weights.layers)
+    return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
+
+
+_kept: WeakKeyDictionary[GPT2LMHeadModel, Workspace] = WeakKeyDictionary()
+
+
+@contextmanager
+def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
+    """The workspace that is kept for a model if it serves, else a new one; no other call has it meanwhile.
+
+    It is kept again only behind a block that came to its end, since in another its state may be anything.
+    """
+    taken = _kept.pop(model, None)
+    if taken is None or not taken.serves(model, n_rows, n_slots, n_new):
+        del taken
+        n_context = max(n_slots, model.config.n_positions)
+        n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
+        n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_BYTES else n_slots
+        taken = Workspace(model, n_rows, n_slots, n_new)
+    taken.own_stream.come_first()
+    taken.refresh(model)
+    try:
+        yield taken
+    finally:
+        taken.own_stream.come_after()
+    if taken.n_bytes <= _KEPT_BYTES:
+        _kept[model] = taken
+
+
+def release(model: torch.nn.Module) -> None:
+    """Free what generation keeps on the device for the next call of a model: its cache, graphs and copies of weights.
+
+    model: a GPT-2 or what holds some, as an adapter does; one that keeps nothing is left alone. The next call makes
+    everything anew. A call that is under way keeps its own until it ends. Moving a model by `to()` and its like
+    releases it, too.
+    """
+    for module in model.modules():
+        _kept.pop(module, None)  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""Attention between transformers and the operations: which mask is made, and what runs under it.
+
+Importing this registers both with transformers, so that attn_implementation="fastgpt" works on any model with full
+attention. Shapes: B batch, T tokens, H heads, D head size; q for queries, k for keys.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from .. import ops
+from .patching import ATTENTION
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float, dropout_p: float
+) -> Tensor:
+    """Attention under any mask that `attention_mask` makes or a user passes.
+
+    query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: None or (B, Tk) bool over the keys, to which causality is
+    added when is_causal; or four axes, bool (True = attend) or additive, which says everything itself.
+    Returns (B, H, Tq, D).
+    """
+    if is_causal and (mask is None or mask.ndim == 2):
+        return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """`attend` in the form that transformers calls. Returns (B, Tq, H, D) and no attention weights."""
+    n_queries_per_key = getattr(module, "num_key_value_groups", 1)
+    if n_queries_per_key > 1:
+        key, value = (heads.repeat_interleave(n_queries_per_key, dim=1) for heads in (key, value))
+    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = attend(query, key, value, attention_mask, is_causal=is_causal, scale=scale, dropout_p=dropout)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def attention_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The least that says what may be seen: None, (B, Tk) bool over the keys, or (B, 1, Tq, Tk) bool.
+
+    Called by transformers with the pattern (`mask_function`) and the padding (`attention_mask`, 2-D bool).
+    """
+    at_the_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    is_causal = mask_function is causal_mask_function and at_the_end
+    if not (is_causal or mask_function is bidirectional_mask_function):
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        lengths = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+        return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **lengths, **kwargs)
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+    padding = F.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+    can_look = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return None if can_look and bool(padding.all()) else padding
+
+
+def nothing_hidden(x: Tensor) -> Tensor:
+    """In place of no mask, between a model and its blocks: nothing is padded and nothing is packed.
+
+    Where there is no mask transformers looks for packed sequences in the positions, which waits for the device, and
+    under torch.compile makes a mask for them as if there were some. A mask with four axes it hands on as it is.
+    """
+    return x.new_empty((1, 1, 0, 0), dtype=torch.bool)
+
+
+def is_nothing_hidden(mask: Tensor | None) -> bool:
+    """Whether a mask is `nothing_hidden`."""
+    return mask is not None and mask.ndim == 4 and mask.shape[-1] == 0
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, attention_mask)

@@ -1,0 +1,183 @@
+"""The modules that a GPT-2 is made of, over the operations of `ops`.
+
+Every class here is transformers' or torch's class of the same kind with another forward: same parameters, same names,
+same arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GPT2Config
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.gpt2 import modeling_gpt2 as hf
+from transformers.pytorch_utils import Conv1D
+
+from .. import ops
+from .attention import attend, is_nothing_hidden
+from .checks import check_range
+from .compat import CACHE, take_cache
+from .patching import ATTENTION, replaces
+from .plain import declare, fused_activation, is_as_imported, is_plain
+
+# --- embeddings and norms -------------------------------------------------------------------------------------------
+
+
+@replaces(nn.Embedding, parts=("wte",))
+class TokenEmbedding(nn.Embedding):
+    """wte: refuses ids outside the vocabulary with a ValueError."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_range(
+            input, self.weight.shape[0], "token id {value} is outside the vocabulary: it must be in [0, {limit})"
+        )
+        return super().forward(input)
+
+
+@replaces(nn.Embedding, parts=("wpe",))
+class PositionEmbedding(nn.Embedding):
+    """wpe: refuses positions past the context with a ValueError."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_range(input, self.weight.shape[0], "position {value} is outside the context: n_positions is {limit}")
+        return super().forward(input)
+
+
+@replaces(nn.LayerNorm, parts=("ln_1", "ln_2", "ln_cross_attn", "ln_f"))
+class LayerNorm(nn.LayerNorm):
+    """Every LayerNorm of a GPT-2."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_whole = self.weight is not None and self.bias is not None and self.normalized_shape == input.shape[-1:]
+        if not (is_whole and is_as_imported(nn.LayerNorm)):
+            return super().forward(input)
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+declare(LayerNorm(1), ("normalized_shape", "eps"), lambda it: (it.normalized_shape, it.normalized_shape))
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@replaces(hf.GPT2Attention)
+class GPT2Attention(hf.GPT2Attention):
+    """Causal self-attention; cross-attention and any other attn_implementation run transformers' own forward."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        past = take_cache(past, kwargs)
+        is_ours = self.config._attn_implementation == ATTENTION and is_as_imported(hf.GPT2Attention)
+        if not is_ours or encoder_hidden_states is not None or self.split_size != hidden_states.shape[-1]:
+            arguments: Any = (hidden_states, past, attention_mask, encoder_hidden_states)
+            return super().forward(*arguments, **kwargs)  # type: ignore[return-value]
+        B, T, C = hidden_states.shape
+
+        qkv = self.c_attn(hidden_states)
+        qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
+        # Each (B, H, T, D), read in place; taken apart along the packed axis, for backward stacks gradients along it.
+        query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
+        if isinstance(past, EncoderDecoderCache):
+            past = past.self_attention_cache
+        if past is not None:
+            assert self.layer_idx is not None
+            key, value = past.update(key, value, self.layer_idx)  # (B, H, past + T, D)
+
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        # As in transformers, whose masks are causal whatever the module says: it decides where no mask is needed.
+        is_causal = self.is_causal or attention_mask is not None or key.shape[2] != T
+        attended = attend(
+            query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
+        )
+        attended = attended.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(attended)), None
+
+
+# --- MLP and block --------------------------------------------------------------------------------------------------
+
+
+@replaces(hf.GPT2MLP)
+class GPT2MLP(hf.GPT2MLP):
+    """The MLP in one operation where both products are plain, the residual sum included where its block asks for it."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        fc, proj = self.c_fc, self.c_proj
+        activation = fused_activation(self.act) if is_as_imported(hf.GPT2MLP) else None
+        if activation is None or not (is_plain(fc, Conv1D) and is_plain(proj, Conv1D)):
+            hidden_states = super().forward(hidden_states)  # type: ignore[arg-type]
+        elif residual is None or not is_plain(self.dropout, nn.Dropout):
+            hidden_states = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias, activation)
+            hidden_states = self.dropout(hidden_states)
+        else:
+            dropout_p = self.dropout.p if self.dropout.training else 0.0
+            weights = fc.weight, fc.bias, proj.weight, proj.bias
+            return ops.gelu_mlp(hidden_states, *weights, activation, residual=residual, dropout_p=dropout_p)
+        return hidden_states if residual is None else residual + hidden_states
+
+
+declare(GPT2MLP(1, GPT2Config(n_embd=1)))
+
+
+@replaces(hf.GPT2Block)
+class GPT2Block(hf.GPT2Block):
+    """One layer; the residual sum and the second LayerNorm are one operation."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs,
+    ) -> Tensor:
+        past = take_cache(past, kwargs)
+        attention_mask = None if is_nothing_hidden(attention_mask) else attention_mask
+        if not is_as_imported(hf.GPT2Block):
+            encoder = encoder_hidden_states, encoder_attention_mask
+            return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]
+        residual = hidden_states  # (B, T, C)
+        attended, _ = self.attn(
+            self.ln_1(hidden_states),
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **{CACHE: past},
+            **kwargs,
+        )
+
+        if encoder_hidden_states is not None:
+            residual = residual + attended
+            attended = self._cross_attend(residual, past, encoder_hidden_states, encoder_attention_mask)
+
+        if is_plain(self.ln_2, LayerNorm) and is_as_imported(nn.LayerNorm):
+            ln = self.ln_2
+            normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
+        else:
+            residual = residual + attended
+            normalised = self.ln_2(residual)
+        if is_plain(self.mlp, GPT2MLP):
+            return self.mlp(normalised, residual)
+        return residual + self.mlp(normalised)
+
+    def _cross_attend(
+        self,
+        hidden_states: Tensor,
+        past: Cache | None,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+    ) -> Tensor:
+        if not hasattr(self, "crossattention"):
+            raise ValueError("encoder_hidden_states needs a model built with config.add_cross_attention=True")
+        attended, _ = self.crossattention(
+            self.ln_cross_attn(hidden_states),
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **{CACHE: past},
+        )
+        return attended

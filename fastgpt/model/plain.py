@@ -1,0 +1,230 @@
+"""What may be read directly: a module that is as its constructor made it, of a class that is as it was at import.
+
+Fused code reads the weights of a module that transformers would call. That gives the same only where calling the
+module does what its class says and nothing else, so everything that calling depends on is compared with an example
+that was just made. What differs is called, whatever the difference is.
+"""
+
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from types import FunctionType, MethodType, NoneType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.pytorch_utils import Conv1D
+
+# What `module(...)` runs, as far as it is the class that says so.
+CALLED = "__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__", "__getattribute__"
+_called = attrgetter(*CALLED)
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+hooks = attrgetter(*HOOKS)
+# transformers marks modules whose weights it has initialised; nothing that runs reads the mark.
+MARKS = {"_is_hf_initialized"}
+# Where code that belongs to a class comes from; a function from elsewhere was put there by someone.
+_HOMES = tuple(
+    f"{Path(folder).resolve()}{os.sep}"
+    for folder in (
+        *(Path(package.__file__).parent for package in (torch, transformers) if package.__file__),
+        Path(__file__).parents[1],
+        sysconfig.get_path("stdlib"),
+    )
+)
+_INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "dist-packages"))
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def _is_from_elsewhere(value: Any) -> bool:
+    """Whether a function, property or method of a class was defined outside of torch, transformers and fastgpt."""
+    parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
+    functions = (getattr(part, "__func__", part) for part in parts)
+    codes = [function.__code__.co_filename for function in functions if isinstance(function, FunctionType)]
+    return any(not _is_at_home(str(Path(file).resolve())) for file in codes if not file.startswith("<"))
+
+
+def _is_at_home(file: str) -> bool:
+    home = max((home for home in _HOMES if file.startswith(home)), key=len, default=None)
+    # What is installed lies below the standard library, and is none of it.
+    return home is not None and not any(folder in file[len(home) - 1 :] for folder in _INSTALLED)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A class at import: all its attributes, and the names of functions that others had put there by then."""
+
+    attributes: dict[str, Any]
+    foreign: tuple[str, ...]
+
+
+_seen: dict[type, _Seen] = {}
+_called_at_import: dict[type, tuple[Any, ...] | None] = {}
+_forward_at_import: dict[type, Any] = {}
+
+
+def watch(kind: type[nn.Module]) -> None:
+    """Remember a class and its bases as they are now."""
+    for base in kind.__mro__:
+        if base not in _seen and base is not object:
+            attributes = dict(vars(base))
+            foreign = tuple(name for name, value in attributes.items() if _is_from_elsewhere(value))
+            _seen[base] = _Seen(attributes, foreign)
+    is_foreign = any(name in CALLED for base in kind.__mro__[:-1] for name in _seen[base].foreign)
+    _called_at_import[kind] = None if is_foreign else _called(kind)
+    _forward_at_import[kind] = None if is_foreign else kind.forward
+
+
+def is_as_imported(kind: type[nn.Module]) -> bool:
+    """Whether calling a module of this class runs the functions that it ran when fastgpt was imported."""
+    if torch.compiler.is_compiling():
+        return kind.forward is _forward_at_import[kind]  # what Dynamo can follow, and it looks into the rest itself
+    return _called(kind) == _called_at_import[kind]
+
+
+def changes_of_class(kind: type) -> Iterator[str]:
+    """Functions of a class or its bases that are no longer those seen at import, or were not their own even then."""
+    for base in kind.__mro__[:-1]:
+        seen, now = _seen[base], vars(base)
+        if now == seen.attributes and not seen.foreign:
+            continue
+        for name in (*seen.foreign, *sorted(now.keys() | seen.attributes.keys())):
+            before, after = seen.attributes.get(name), now.get(name)
+            is_code = any(callable(value) or hasattr(value, "__get__") for value in (before, after))
+            is_new = not any(name in _seen[other].attributes for other in kind.__mro__[:-1]) and not hasattr(
+                object, name
+            )
+            if name in seen.foreign or (is_code and before is not after and not is_new and name not in _NOT_CODE):
+                yield f"{base.__name__}.{name} was replaced"
+
+
+# Not what a module does when it is called. Modules are compared as they are, however they were made: the first
+# torch.compile of a process wraps the two functions that make them. Python adds the others when someone asks for them.
+_MAKING = {"__init__", "__setstate__"}
+_NOT_CODE = {*_MAKING, "__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a module must be to be read directly. fixed: its attributes, sizes apart. parameters: their names."""
+
+    read_fixed: Callable[[Any], Any]
+    fixed: Any
+    parameters: list[str]
+    shapes: Callable[[Any], tuple[tuple[int, ...] | None, ...]]
+
+
+_kinds: dict[type[nn.Module], _Kind] = {}
+_hides_nothing = frozenset(CALLED).isdisjoint
+
+
+def declare(example: nn.Module, sizes: Sequence[str] = (), shapes: Callable[[Any], tuple] = lambda _: ()) -> None:
+    """Modules of this example's class may be read directly where they differ from it in sizes alone.
+
+    sizes: attributes that a user chooses. shapes: of the parameters, in order, given a module; None for a bias that it
+    may not have.
+    """
+    watch(type(example))
+    fixed = sorted(vars(example).keys() - vars(nn.Module()).keys() - set(sizes))
+    read_fixed = attrgetter(*fixed) if fixed else type
+    fixed_values = read_fixed(example)
+    _kinds[type(example)] = _Kind(read_fixed, fixed_values, list(example._parameters), shapes)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly `kind`, as its constructor made it, and calling it does nothing else.
+
+    LoRA and quantisation replace the class, hooks and device dispatch surround the call, FSDP2 and tensor
+    parallelism replace the parameters, users replace anything: all of these must go through the module's own call.
+    """
+    if torch.compiler.is_compiling():
+        return _is_plain_to_dynamo(module, kind)
+    if type(module) is not kind or any(hooks(module)) or _has_any_global_hook():
+        return False
+    # Of other names in the module, what its class runs reads none.
+    if not _hides_nothing(module.__dict__) or _called(kind) != _called_at_import[kind]:
+        return False
+    rule, parameters = _kinds[kind], module._parameters
+    fixed = rule.read_fixed(module)
+    if fixed != rule.fixed and not same(fixed, rule.fixed):
+        return False
+    if not parameters and not rule.parameters:
+        return True
+    if list(parameters) == rule.parameters:
+        held = parameters.values()
+    elif parameters.keys() <= set(rule.parameters):
+        # FSDP1 puts tensors that it has gathered into the module itself, or back in another order.
+        held = [getattr(module, name, None) for name in rule.parameters]
+    else:
+        return False
+    return all(map(_fits, held, rule.shapes(module)))
+
+
+_TENSORS = nn.Parameter, Tensor, NoneType
+
+
+def _fits(parameter: Tensor | None, shape: tuple[int, ...] | None) -> bool:
+    return parameter is shape if parameter is None else type(parameter) in _TENSORS and parameter.shape == shape
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether it is a tensor of torch itself, and no subclass that computes otherwise or lies on several devices."""
+    return type(tensor) in _TENSORS
+
+
+def _is_plain_to_dynamo(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """The part of the rule that Dynamo can follow; it guards what it read, and compiles again when that changes."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and not _has_any_global_hook()
+        and all(type(parameter) in _TENSORS for parameter in module._parameters.values())
+    )
+
+
+def same(value: Any, other: Any) -> bool:
+    """Equal, or partial applications of the same function to the same arguments."""
+    if isinstance(value, partial) and isinstance(other, partial):
+        return (value.func, value.args, value.keywords) == (other.func, other.args, other.keywords)
+    return type(value) is type(other) and (value is other or bool(value == other))
+
+
+def fused_activation(act: nn.Module) -> str | None:
+    """The name under which `gelu_mlp` knows this activation module."""
+    name = _ACTIVATIONS.get(type(act))
+    is_python_twin = isinstance(getattr(act, "act", None), MethodType)  # gelu_python: unfused, as its user asked
+    return None if name is None or is_python_twin or not is_plain(act, type(act)) else name
+
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    NewGELUActivation: "gelu_new",
+    GELUTanh: "gelu_new",
+    GELUActivation: "gelu",
+    FastGELUActivation: "gelu_fast",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+}
+for _activation in _ACTIVATIONS:
+    declare(_activation())
+
+declare(Conv1D(1, 1), ("nf", "nx"), lambda it: ((it.nx, it.nf), (it.nf,)))
+declare(
+    nn.Linear(1, 1, bias=False),
+    ("in_features", "out_features"),
+    lambda it: ((it.out_features, it.in_features), None),
+)
+declare(nn.Dropout(), ("p",))
+watch(nn.ModuleList)

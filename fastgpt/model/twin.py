@@ -1,0 +1,171 @@
+"""Whether a language model is, as a whole, what its configuration describes: then the engine may stand in for it.
+
+The model is compared with a twin that is built from the same configuration without weights. What was found equal is
+remembered, and a later call only looks whether anything has changed since.
+"""
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter, call
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.gpt2 import modeling_gpt2 as hf
+
+from . import plain
+from .patching import replacement
+
+
+def difference(model: nn.Module) -> str | None:
+    """What distinguishes a model from fastgpt's GPT2LMHeadModel just made, in eval mode; None if nothing."""
+    if type(model) is not replacement(hf.GPT2LMHeadModel):
+        return f"the model is not a plain module: {type(model).__name__}"
+    assert isinstance(model, hf.GPT2LMHeadModel)
+    proof = _proofs.get(model)
+    if proof is not None and proof.holds(model):
+        return None
+    found = next(_differences(model), None)
+    if found is None:
+        _proofs[model] = _Proof(model)
+    return found
+
+
+# --- comparison -----------------------------------------------------------------------------------------------------
+
+
+def _differences(model: hf.GPT2LMHeadModel) -> Iterator[str]:
+    if _has_any_global_hook():
+        yield "a hook is set on every module"
+    try:
+        twin = _twin(model.config)
+    except Exception as error:  # the configuration was changed into one that describes no model
+        yield f"its configuration describes no model: {error}"
+        return
+    parts, twins = (dict(it.named_modules(remove_duplicate=False)) for it in (model, twin))
+    places: dict[int, str] = {}
+    for path, module in parts.items():
+        if path not in twins:
+            yield f"{path} is not in a GPT-2 of this configuration"
+            return
+        if id(module) in places:
+            yield f"{path} is {places[id(module)]} once more"
+        places[id(module)] = path
+        for what in _module_differences(module, twins[path], model.config, twin.config):
+            yield f"{path or 'the model'} {what}"
+    if list(parts) != list(twins):
+        missing = [path for path in twins if path not in parts]
+        yield f"{missing[0]} is missing" if missing else "its modules stand in another order"
+        return
+    if len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) != 1:
+        yield "the parameters differ in device or dtype"
+    for block in model.transformer.h:
+        if plain.fused_activation(block.mlp.act) is None:  # type: ignore[union-attr]
+            yield f"{type(block.mlp.act).__name__} is an activation that the engine does not know"  # type: ignore[union-attr]
+    for kind in {type(module) for module in parts.values()}:
+        yield from plain.changes_of_class(kind)
+
+
+def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
+    with torch.device("meta"), no_init_weights():
+        return replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
+
+
+def _module_differences(
+    module: nn.Module, twin: nn.Module, config: PreTrainedConfig, its_config: PreTrainedConfig
+) -> Iterator[str]:
+    if type(module) is not type(twin):
+        yield f"is not a plain module: {type(module).__name__}"
+        return
+    if module.training:
+        yield "is in training mode"
+    if any(plain.hooks(module)):
+        yield "is not a plain module: it has hooks"
+    ours, theirs = vars(module), vars(twin)
+    for name in (ours.keys() | theirs.keys()) - _NOT_COMPARED:
+        if isinstance(module, PreTrainedModel):
+            # Libraries leave notes on a model; only what hides an attribute of its class is read by what runs.
+            hidden = getattr(type(module), name, ours.get(name))
+            is_different = name not in theirs and not plain.same(ours[name], hidden)
+        elif isinstance(ours.get(name), PreTrainedConfig):
+            is_different = ours[name] is not config or theirs.get(name) is not its_config
+        else:
+            is_different = name not in ours or name not in theirs or not plain.same(ours[name], theirs[name])
+        if is_different:
+            yield f"is not a plain module: its {name} was changed"
+    if list(map(_described, module._parameters.items())) != list(map(_described, twin._parameters.items())):
+        yield "is not a plain module: its parameters are others"
+    if module._buffers:
+        yield "is not a plain module: it has buffers"
+
+
+# Of these, what runs reads neither the mark nor the tags, which are for model cards.
+_NOT_COMPARED = {"training", "_parameters", "_buffers", "_modules", "model_tags", *plain.HOOKS, *plain.MARKS}
+
+
+def _described(item: tuple[str, Tensor | None]) -> tuple[Any, ...]:
+    name, parameter = item
+    return (name,) if parameter is None else (name, plain.is_parameter(parameter), parameter.shape)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+class _Proof:
+    """A model that was found equal to its twin, and every place where a change since would show.
+
+    It holds no module and no parameter, so that what is replaced is freed: with the first of the modules it goes, too.
+    """
+
+    def __init__(self, model: hf.GPT2LMHeadModel):
+        model_ref = ref(model)
+
+        def forget(_: Any) -> None:
+            gone = model_ref()
+            if gone is not None:
+                _proofs.pop(gone, None)
+
+        everything = list(model.modules())
+        self.children = [module._modules for module in everything if module._modules]
+        self.parameters = [module._parameters for module in everything if module._parameters]
+        self.empty = [table for module in everything for table in (*plain.hooks(module), module._buffers)]
+        self.classes = [vars(base) for base in {base for module in everything for base in type(module).__mro__[:-1]}]
+        self.config = vars(model.config)
+
+        body = _values(self.children)
+        self.modules, self.types = [ref(module, forget) for module in body], list(map(type, body))
+        self.states = list(map(dict, map(vars, [model, *body])))
+        self.names, self.facts = list(chain.from_iterable(self.parameters)), self._facts()
+        self.functions, self.settings = list(map(dict, self.classes)), dict(self.config)
+
+    def holds(self, model: hf.GPT2LMHeadModel) -> bool:
+        body = _values(self.children)
+        return (
+            list(map(type, body)) == self.types
+            and list(map(call, self.modules)) == body
+            and list(map(_state, [model, *body])) == self.states
+            and not any(self.empty)
+            and not _has_any_global_hook()
+            and list(chain.from_iterable(self.parameters)) == self.names
+            and self._facts() == self.facts
+            and self.classes == self.functions
+            and self.config == self.settings
+        )
+
+    def _facts(self) -> tuple[list[Any], ...]:
+        tensors = [tensor for tensor in _values(self.parameters) if tensor is not None]
+        return tuple(list(map(read, tensors)) for read in _FACTS)
+
+
+def _values(tables: list[Any]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, tables)))
+
+
+_state = attrgetter("__dict__")
+_FACTS = type, Tensor.size, attrgetter("dtype"), attrgetter("device")
+_proofs: WeakKeyDictionary[nn.Module, _Proof] = WeakKeyDictionary()

@@ -1,0 +1,184 @@
+"""Text in, text out: a prompt continued by a model, streamed and timed."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from .checkpoint.tokenizer import load_tokenizer
+from .demo import load_demo
+from .generate import options as sampling
+from .modeling import GPT2LMHeadModel
+from .ops import explain
+
+logger = logging.getLogger("fastgpt")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a prompt became, and how fast. Times in seconds."""
+
+    prompt: str
+    text: str
+    seed: int
+    device: str
+    dtype: str
+    backend: str
+    n_prompt_tokens: int
+    n_new_tokens: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.n_prompt_tokens / self.prefill_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first, which prefill gives; None when there is only that one."""
+        return (self.n_new_tokens - 1) / self.decode_s if self.n_new_tokens > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
+
+    def summary(self) -> str:
+        decode = f"{self.decode_tokens_per_s:,.0f} tokens/s" if self.decode_tokens_per_s else "-"
+        return (
+            f"prefill {self.n_prompt_tokens} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
+            f"decode {self.n_new_tokens} tokens at {decode} "
+            f"({self.backend} path on {self.device}, {self.dtype}, seed {self.seed})"
+        )
+
+
+class _TimedStreamer(TextStreamer):
+    """Writes the prompt when its first new token comes, then whole words as they come; notes when each token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, write: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True)  # type: ignore[arg-type]
+        self.prompt, self.write = prompt, write
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2 and self.write is not None:  # the call turned out to be valid
+            self.write(self.prompt)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.write is not None:
+            self.write(text + ("\n" if stream_end else ""))
+
+
+def default_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a model runs.
+
+    device: the GPU when there is one, if None. dtype: a key of `DTYPES`; float32 on the CPU and bfloat16 on a GPU,
+    if None. Raises ValueError on another dtype, and on a device that is not here.
+    """
+    try:
+        place = torch.device(default_device() if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: say cpu or cuda") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"fastgpt runs on cpu and cuda, not on {place.type}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave --device out or say --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {place} here: there are {torch.cuda.device_count()}")
+    dtype = ("float32" if place.type == "cpu" else "bfloat16") if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return place, DTYPES[dtype]
+
+
+def load_model_and_tokenizer(
+    name: str, device: str | None = None, dtype: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The demo, a Hub id or a local directory, ready to run.
+
+    device, dtype: as for `settle_place`. A model without the head that its configuration asks for gets a new one, with
+    a warning. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
+    """
+    model: Any
+    place = settle_place(device, dtype)
+    if name == "demo":
+        model, tokenizer = load_demo()
+    else:
+        loaded: Any = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        model, info = loaded
+        if "lm_head.weight" in info["missing_keys"]:
+            logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
+        tokenizer = load_tokenizer(name)
+    return model.to(*place).eval(), tokenizer
+
+
+def stream_text(
+    prompt: str,
+    name: str = "demo",
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    prompt_lookup: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    write: Callable[[str], None] | None = None,
+) -> Continuation:
+    """Continue `prompt` by the model `name`; `write` gets the prompt and then the text, piece by piece.
+
+    temperature 0 is greedy. seed: drawn when None, and reported either way. prompt_lookup: how many tokens to propose
+    at once where the text repeats itself.
+    Raises ValueError when the prompt leaves no room in the context or an option describes no distribution.
+    """
+    greedy = temperature == 0
+    sampling.check_sampling_options(temperature=None if greedy else temperature, top_k=top_k, top_p=top_p)
+    model, tokenizer = load_model_and_tokenizer(name, device, dtype)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    n_prompt, n_context = inputs["input_ids"].shape[1], model.config.n_positions
+    if n_prompt == 0:
+        raise ValueError("the prompt is empty: give at least one word to continue")
+    if n_prompt >= n_context:
+        raise ValueError(f"the prompt has {n_prompt} tokens and the model's context is {n_context}: shorten it")
+    seed = torch.seed() % 2**32 if seed is None else seed
+
+    streamer = _TimedStreamer(tokenizer, prompt, write)
+    start = time.perf_counter()
+    sequence = model.generate(
+        **inputs,
+        max_new_tokens=min(max_new_tokens, n_context - n_prompt),
+        streamer=streamer,
+        pad_token_id=tokenizer.eos_token_id,
+        seed=seed,
+        prompt_lookup_num_tokens=prompt_lookup,
+        **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),
+        **({} if greedy else {"top_k": top_k, "top_p": top_p}),
+    )[0]
+    first, last = streamer.times[1], streamer.times[-1]  # times[0] is the prompt itself
+    return Continuation(
+        prompt=prompt,
+        text=str(tokenizer.decode(sequence[n_prompt:])),
+        seed=seed,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend=explain("causal_attention", model.device)[0],
+        n_prompt_tokens=n_prompt,
+        n_new_tokens=len(sequence) - n_prompt,
+        prefill_s=first - start,
+        decode_s=last - first,
+    )

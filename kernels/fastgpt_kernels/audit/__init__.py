@@ -1,0 +1,227 @@
+"""Compile every kernel as it is launched, for GPUs that need not be there, and read what the machine code takes.
+
+The operations of `shipped` run on the CPU, where triton is told of a GPU and of every launch that it need not do it.
+Figures come from the machine code that triton itself made. A launch fails when it does not compile, spills a register,
+needs more shared memory than the chip has, rounds float32 to tf32, or multiplies half-precision matrices on sm_90
+without wgmma.
+"""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from triton import knobs
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from ..common import chip
+from .shipped import Call, calls
+
+# Shared memory of one program, in KiB.
+SHARED_LIMITS = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
+}  # fmt: skip
+# Of the chips whose persistent kernels are compiled for their number: an H100 or H200, and a B200.
+_MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
+# The width of a local store in the machine code, in bytes.
+_STORE_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+# Kernels of prefill and training that multiply matrices: in half precision wgmma must show on sm_90.
+_MATRIX_KERNELS = {
+    "_causal_attention_fwd_kernel", "_causal_attention_bwd_dq_kernel", "_causal_attention_bwd_dkdv_kernel",
+    "_gelu_mlp_fwd_hidden_kernel", "_gelu_mlp_fwd_out_kernel", "_gelu_mlp_bwd_pre_kernel",
+}  # fmt: skip
+_HALF = "bf16", "fp16"
+
+
+class Launch(NamedTuple):
+    """A kernel as it is launched: triton's own words for the types and values under which it is compiled."""
+
+    operation: str
+    label: str
+    module: str
+    kernel: str
+    specialization: str  # JSON, which triton reads again
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One compiled launch: bytes and registers are those of a thread, shared_bytes those of a program."""
+
+    operation: str
+    kernel: str
+    configuration: str
+    architecture: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    wgmma: int = 0
+    tf32: int = 0
+    failure: str | None = None
+
+
+# --- what is launched -----------------------------------------------------------------------------------------------
+
+
+class _AbsentGpu:
+    """What triton asks of a GPU's driver before it compiles. Its caches tell devices apart by the chip's name."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_current_device(self) -> str:
+        return self.architecture
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        is_hip = self.architecture.startswith("gfx")
+        return GPUTarget("hip", self.architecture, 64) if is_hip else GPUTarget("cuda", int(self.architecture[3:]), 32)
+
+
+@contextmanager
+def _absent_gpu(architecture: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_AbsentGpu(architecture))  # type: ignore[arg-type]
+    try:
+        with chip.assume(chip.Chip(architecture, _MULTIPROCESSORS.get(architecture, 100))):
+            yield
+    finally:
+        driver._active = before
+
+
+def record(calls: Iterable[Call], architecture: str) -> list[Launch]:
+    """The different launches that calls make for one of `SHARED_LIMITS`, in their order; nothing is compiled or run."""
+    launches: dict[tuple[str, str], Launch] = {}
+    call = None
+
+    def note(*, fn: Any, compile: Any, **_: Any) -> bool:
+        assert call is not None
+        label = f"{call.label}: {_describe(fn.jit_function, compile)}"
+        launch = Launch(call.operation, label, fn.module, fn.name, compile["specialization_data"])
+        launches.setdefault((fn.name, launch.specialization), launch)
+        return True  # Done: triton does nothing more.
+
+    knobs.runtime.jit_cache_hook, before = note, knobs.runtime.jit_cache_hook
+    try:
+        with _absent_gpu(architecture):
+            for call in calls:
+                call.run()
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return list(launches.values())
+
+
+def _describe(kernel: Any, compile: Any) -> str:
+    """The compile-time arguments that are set, but for those which are 1 by chance."""
+    values = {kernel.arg_names[path[0]]: value for path, value in compile["constants"].items()}
+    shown = {name: value for name, value in values.items() if name.isupper() and value is not False}
+    words = [name if value is True else f"{name}={value}" for name, value in shown.items()]
+    return " ".join([*words, f"warps={compile['num_warps']}", f"stages={compile['num_stages']}"])
+
+
+# --- one of them ----------------------------------------------------------------------------------------------------
+
+
+def audit(launch: Launch, architecture: str) -> Finding:
+    """Compile what was recorded for a chip, and judge it."""
+    finding = Finding(launch.operation, launch.kernel.strip("_"), launch.label, architecture)
+    try:
+        compiled = compile_launch(launch, architecture)
+    except Exception as error:  # Whatever a compiler raises is a finding about the kernel.
+        reason = (str(error).strip() or "no message").splitlines()[-1]
+        return replace(finding, failure=f"{type(error).__name__}: {reason}")
+    read = _read_hip if architecture.startswith("gfx") else _read_cuda
+    finding = replace(finding, shared_bytes=compiled.metadata.shared, **read(compiled))
+    return replace(finding, failure=_failure(launch, finding))
+
+
+def compile_launch(launch: Launch, architecture: str) -> CompiledKernel:
+    """The machine code of a launch."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    with _absent_gpu(architecture):
+        return kernel.preload(launch.specialization)
+
+
+def _failure(launch: Launch, finding: Finding) -> str | None:
+    shared_limit = SHARED_LIMITS[finding.architecture]
+    if finding.spilled_bytes:
+        return f"{finding.spilled_bytes} bytes spilled"
+    if finding.shared_bytes > shared_limit * 1024:
+        return f"{finding.shared_bytes} bytes of shared memory exceed {shared_limit} KiB"
+    if finding.tf32:
+        return f"{finding.tf32} tf32 instructions"
+    has_tensor_cores = launch.kernel in _MATRIX_KERNELS and launch.label.startswith(_HALF)
+    if has_tensor_cores and finding.architecture == "sm_90" and not finding.wgmma:
+        return "no wgmma instruction"
+    return None
+
+
+def _read_cuda(compiled: CompiledKernel) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = {
+            name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin))
+        }
+        # Spilled registers lie in the stack frame; where there is none, disassembling can be spared.
+        has_frame = usage["STACK"] or usage["LOCAL"]
+        spilled = spilled_bytes(_tool("nvdisasm", "-c", cubin)) if has_frame else 0
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": usage["REG"],
+        "spilled_bytes": spilled,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tf32": ptx.count(".tf32"),
+    }
+
+
+def _tool(name: str, option: str, cubin: Path) -> str:
+    path = Path(nvidia.__path__[0], "bin", name)
+    return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def spilled_bytes(machine_code: str) -> int:
+    """What the local stores in NVIDIA machine code write; loads without a store count as one word each."""
+    stores = re.findall(r"\bSTL((?:\.\w+)*)", machine_code)
+    widths = (next((_STORE_WIDTHS[s] for s in store.split(".") if s in _STORE_WIDTHS), 4) for store in stores)
+    return sum(widths) if stores else 4 * len(re.findall(r"\bLDL\b", machine_code))
+
+
+def _read_hip(compiled: CompiledKernel) -> dict[str, Any]:
+    assembly = compiled.asm["amdgcn"]
+    registers, spilled = (re.findall(rf"\.{name}:\s*(\d+)", assembly) for name in ("vgpr_count", "vgpr_spill_count"))
+    return {"registers": int(registers[0]), "spilled_bytes": 4 * int(spilled[0])}
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def launches(architecture: str, only: str = "") -> list[Launch]:
+    """Everything that ships for a chip, where the operation and the label of a launch, with a space, contain `only`."""
+    recorded = record(calls(architecture), architecture)
+    return [launch for launch in recorded if only in f"{launch.operation} {launch.label}"]
+
+
+def audit_all(architectures: Sequence[str], only: str = "", n_jobs: int = 1) -> list[Finding]:
+    """The findings of every launch, in a fixed order.
+
+    architectures: of `SHARED_LIMITS`. only: as `launches` takes it. n_jobs: worker processes, 1 for none.
+    """
+    tasks = [(launch, architecture) for architecture in architectures for launch in launches(architecture, only)]
+    if n_jobs == 1:
+        return [audit(*task) for task in tasks]
+    with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(audit, *zip(*tasks, strict=True), chunksize=8)) if tasks else []

@@ -1,0 +1,198 @@
+"""What ships: every operation in the forms and at the widths in which models of this family call it.
+
+The calls are real ones, on small tensors in the CPU's memory. `audit` records the launches that they make for a chip
+that need not be there, so that what is compiled is what is launched. A tile depends on dtype, width and chip; numbers
+of rows and sizes of vocabularies change no machine code but by what divides them, for which GPT-2's stand.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.decode_weights import DecodeLayer, DecodeWeights
+from ..operations.attention import op as attention
+from ..operations.decode_step.op import DecodeStep
+from ..operations.gelu_mlp import op as gelu_mlp
+from ..operations.layer_norm import op as layer_norm
+from ..operations.linear_cross_entropy import op as linear_cross_entropy
+from ..operations.persistent_decode import tiles as persistent_decode_tiles
+from ..operations.persistent_decode.op import PersistentDecoder
+from ..operations.sampling import op as sampling
+from ..operations.sampling.reference import Rows, SamplingOptions
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+# Channels and heads of the four sizes.
+_SIZES = {"small": (768, 12), "medium": (1024, 16), "large": (1280, 20), "xl": (1600, 25)}
+_VOCABULARY, _CONTEXT = 50257, 1024
+# As many sequences of as many tokens: multiples of 16, as in training.
+_BATCH, _TOKENS = 2, 16
+
+
+class Call(NamedTuple):
+    """One call of an operation, forward and where there is one backward, and what tells it from others."""
+
+    operation: str
+    label: str
+    run: Callable[[], object]
+
+
+def calls(architecture: str) -> Iterator[Call]:
+    """Everything that ships for a chip, which the caller has `chip.assume` for while they run."""
+    for part in (_layer_norm, _attention, _linear_cross_entropy, _gelu_mlp, _decode, _persistent_decode, _sample):
+        yield from part(architecture)
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
+
+
+def _with_backward(operation: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], None]:
+    def run() -> None:
+        outputs = operation(*args, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    return run
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+# float16 differs from bfloat16 in the conversions alone.
+_DTYPES = torch.bfloat16, torch.float32, torch.float64
+
+
+def _layer_norm(_: str) -> Iterator[Call]:
+    widths = 256, 512, 768, 1600, 4096
+    for dtype, width in (*product((torch.bfloat16, torch.float32), widths), (torch.float64, 2048)):
+        x, residual, weight, bias = (_random(*n, width, dtype=dtype) for n in ((32,), (32,), (), ()))
+        label = f"{_NAMES[dtype]} C={width}"
+        yield Call("layer_norm", label, _with_backward(layer_norm.layer_norm, x, weight, bias))
+        yield Call("add_layer_norm", label, _with_backward(layer_norm.add_layer_norm, x, residual, weight, bias))
+
+
+def _attention(_: str) -> Iterator[Call]:
+    mask = torch.ones(_BATCH, _TOKENS, dtype=torch.bool)
+    # Heads of other sizes are masked as those of 80 are, in tiles as wide or narrower.
+    for dtype, head_dim in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 128),
+        (torch.float32, 64),
+        (torch.float32, 80),
+        (torch.float32, 128),
+    ):
+        for has_mask, dropout_p in product((False, True), (0.0, 0.1)):
+            packed = _random(_BATCH, _TOKENS, 3, 2, head_dim, dtype=dtype)
+            options = {"key_padding_mask": mask if has_mask else None, "dropout_p": dropout_p, "seed": 0}
+            heads = (packed[:, :, part].transpose(1, 2) for part in range(3))
+            label = f"{_NAMES[dtype]} D={head_dim}{' mask' * has_mask}{' dropout' * (dropout_p > 0)}"
+            yield Call("causal_attention", label, _with_backward(attention.causal_attention, *heads, **options))
+
+
+def _linear_cross_entropy(_: str) -> Iterator[Call]:
+    labels = torch.zeros(32, dtype=torch.int64)
+    for dtype, reduction in product(_DTYPES, ("mean", "none")):
+        hidden, weight = _random(32, 64, dtype=dtype), _random(131, 64, dtype=dtype)
+        run = _with_backward(linear_cross_entropy.linear_cross_entropy, hidden, weight, labels, reduction=reduction)
+        yield Call("linear_cross_entropy", f"{_NAMES[dtype]} {reduction}", run)
+
+
+def _gelu_mlp(_: str) -> Iterator[Call]:
+    # Multiples of 16 go through tensor descriptors where there are such, odd widths through pointers.
+    # Of the activations the exact GELU takes the most registers.
+    for dtype, width in ((torch.float64, 64), *product((torch.bfloat16, torch.float32), (64, 65))):
+        for activation, is_last in (("gelu_new", False), ("gelu", True)):
+            x, fc, proj = (
+                _random(*shape, dtype=dtype) for shape in ((32, width), (width, 4 * width), (4 * width, width))
+            )
+            fc_bias, proj_bias, residual = (_random(*n, dtype=dtype) for n in ((4 * width,), (width,), (32, width)))
+            options = {"residual": residual, "dropout_p": 0.1, "seed": 0} if is_last else {}
+            label = f"{_NAMES[dtype]} {activation}{' residual dropout' * is_last}{' odd' * (width % 2)}"
+            weights = fc, fc_bias, proj, proj_bias, activation
+            yield Call("gelu_mlp", label, _with_backward(gelu_mlp.gelu_mlp, x, *weights, **options))
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype) -> DecodeWeights:
+    def new(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def product_of(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+        return new(n_in, n_out), new(n_out)
+
+    norm = new(n_channels), new(n_channels)
+    layer = DecodeLayer(
+        *norm, *product_of(n_channels, 3 * n_channels), 0.125, *product_of(n_channels, n_channels),
+        *norm, *product_of(n_channels, 4 * n_channels), *product_of(4 * n_channels, n_channels),
+    )  # fmt: skip
+    wte = new(_VOCABULARY, n_channels)
+    return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer,), *norm, wte, 1e-5, n_heads, "gelu_new")
+
+
+def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Cache, tokens, positions, slots, starts and logits."""
+    cache = torch.zeros(1, 2, n_caches, n_heads, _CONTEXT, n_channels // n_heads, dtype=dtype)
+    return cache, *torch.zeros(4, n_rows, dtype=torch.int64), torch.zeros(n_rows, _VOCABULARY)
+
+
+def _decode(_: str) -> Iterator[Call]:
+    # The narrowest and the widest of the sizes: those between take the same tiles.
+    # One row, as many as are fused, more; new tokens of one sequence, for prompt lookup.
+    forms = (1, False), (4, False), (8, False), (4, True), (9, True)
+    for dtype, size in product((torch.bfloat16, torch.float32), ("small", "xl")):
+        weights = _decode_weights(*_SIZES[size], dtype)
+        for n_rows, one_sequence in forms if dtype == torch.bfloat16 else forms[:2]:
+
+            def run(n_rows: int = n_rows, one_sequence: bool = one_sequence, weights: DecodeWeights = weights) -> None:
+                step = DecodeStep(weights, n_rows, _CONTEXT, one_sequence=one_sequence)
+                n_caches = 1 if one_sequence else n_rows
+                state = _decode_state(weights.wte.shape[1], weights.n_heads, n_rows, n_caches, weights.wte.dtype)
+                step.decode(weights, *state)  # type: ignore[arg-type]
+
+            yield Call("decode", f"{_NAMES[dtype]} {size} B={n_rows}{' one sequence' * one_sequence}", run)
+
+
+def _persistent_decode(architecture: str) -> Iterator[Call]:
+    for dtype, (size, (n_channels, n_heads)) in product((torch.bfloat16, torch.float16), _SIZES.items()):
+        if persistent_decode_tiles.persistent_ring(n_channels, dtype, architecture) is None:
+            continue
+
+        def run(n_channels: int = n_channels, n_heads: int = n_heads, dtype: torch.dtype = dtype) -> None:
+            decoder = PersistentDecoder(_decode_weights(n_channels, n_heads, dtype))
+            decoder.decode(*_decode_state(n_channels, n_heads, 1, 1, dtype))  # type: ignore[arg-type]
+
+        yield Call("persistent_decode", f"{_NAMES[dtype]} {size}", run)
+
+
+def _sample(_: str) -> Iterator[Call]:
+    filters = {
+        "greedy": {"seed": None}, "draw": {}, "min-p": {"min_p": 0.1}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9},
+        "top-k, top-p": {"top_k": 50, "top_p": 0.9},
+    }  # fmt: skip
+    # A step leaves float32; bfloat16 are the logits of a prompt.
+    for dtype, has_penalty, label in (
+        *product((torch.float32,), (False, True), filters),
+        (torch.bfloat16, True, "draw"),
+        (torch.bfloat16, True, "top-k, top-p"),
+    ):
+        options = filters[label]
+
+        def run(dtype: torch.dtype = dtype, has_penalty: bool = has_penalty, options: Any = options) -> None:
+            tokens, positions, slots = torch.zeros(3, _BATCH, dtype=torch.int64)
+            finished = torch.zeros(_BATCH, dtype=torch.bool)
+            seen = torch.zeros(_BATCH, _VOCABULARY, dtype=torch.bool) if has_penalty else None
+            sequences = torch.zeros(_BATCH, _CONTEXT, dtype=torch.int64)
+            sampling.sample(
+                torch.zeros(_BATCH, _VOCABULARY, dtype=dtype),
+                Rows(tokens, positions, slots, finished, sequences, seen),
+                SamplingOptions(**{"seed": 0} | options, repetition_penalty=1.2 if has_penalty else 1.0),
+                torch.tensor([50256]),
+                pad_id=0,
+            )
+
+        yield Call("sample", f"{_NAMES[dtype]} {label}{', penalty' * has_penalty}", run)

@@ -1,0 +1,38 @@
+"""Dropout inside a kernel: a function of the seed and the position alone, so that backward draws it again."""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton declares compile-time parameters as constexpr, a type that no literal has, and triton 3.7 what some jit
+# functions return as nothing.
+
+import triton
+import triton.language as tl
+
+from .dropout import PHILOX_ROUNDS
+
+_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+@triton.jit
+def dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, threshold):
+    """Which weights survive, bit for bit as `reference.dropout_keep_mask`.
+
+    q_offset, k_offset: places inside the block, (rows, 1) and (1, cols) or the other way round; starts divide by 16.
+    Of the offsets alone the compiler sees which eight elements share a Philox call, and that one thread holds them.
+    """
+    q_group = (q_start >> 1) + (((q_offset >> 4) << 3) | (q_offset & 7))
+    k_group = (k_start >> 2) + (((k_offset >> 4) << 2) | ((k_offset >> 1) & 3))
+    zero = (q_offset | k_offset) * 0
+    word_0, word_1, word_2, word_3 = tl.philox(
+        seed, zero + k_group, zero + q_group, zero + batch_head, zero, _PHILOX_ROUNDS
+    )
+    low_q, low_k = (q_offset & 8) == 0, (k_offset & 8) == 0
+    word = tl.where(low_q, tl.where(low_k, word_0, word_1), tl.where(low_k, word_2, word_3))
+    draw = (word >> ((k_offset & 1) * 16).to(tl.uint32)) & 0xFFFF
+    return draw.to(tl.int32) >= threshold
+
+
+@triton.jit
+def dropout_scale(threshold, DTYPE: tl.constexpr):
+    """What the survivors are multiplied by, correctly rounded in DTYPE: as an argument it would come in float32."""
+    n_kept = tl.cast(65536 - threshold, DTYPE)
+    return 65536.0 / n_kept if n_kept.dtype == tl.float64 else tl.div_rn(65536.0, n_kept)

@@ -1,1 +1,0 @@
-"""The Triton kernels, one module an operation; importing one imports triton."""

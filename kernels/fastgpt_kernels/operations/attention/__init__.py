@@ -1,0 +1,1 @@
+"""Causal attention with padding and dropout, forward and backward."""

@@ -1,0 +1,292 @@
+"""The kernels of one decode step: everything that GPT-2 does for the newest token of each of a few rows.
+
+Each matrix is read once, by as many programs as stream it well, and every program repeats the little work on the rows
+that its slice of the matrix needs: the norm, or merging the splits of attention. The residual stream stays in float32.
+A product into the stream leaves partial sums, which whoever reads the stream next adds up in a fixed order.
+
+With OVERLAP a kernel starts while the one before it still runs, loads its slice of the weights, and then waits.
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ...common.activation_kernels import activation_and_derivative
+from ...common.arithmetic import rounded_product
+from ..layer_norm.kernels import _normalise
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _await_previous_launch(OVERLAP: tl.constexpr):
+    """What was written before this launch may be read from here on; the next launch may begin."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _rows_times(x, weight):
+    """x (rows, in) in float32 @ weight (in, out) -> (rows, out) in float32, without rounding x to weight's dtype."""
+    n_rows: tl.constexpr = x.shape[0]
+    row_index = tl.arange(0, n_rows)[:, None]
+    values = weight.to(tl.float32)
+    y = tl.zeros((n_rows, weight.shape[1]), dtype=tl.float32)
+    for row in tl.static_range(n_rows):
+        one_row = tl.sum(tl.where(row_index == row, x, 0.0), axis=0)
+        y = tl.where(row_index == row, tl.sum(values * one_row[:, None], axis=0)[None, :], y)
+    return y
+
+
+@triton.jit
+def _load_residual(
+    stream_ptr, partial_ptr, bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS: tl.constexpr
+):  # fmt: skip
+    """The stream (n_rows, n_cols) with the product added whose sums lie in partial (N_PARTIALS, n_rows, n_cols)."""
+    offsets = rows[:, None] * n_cols + cols[None, :]
+    x = tl.load(stream_ptr + offsets, mask=inside, other=0.0)
+    if N_PARTIALS > 0:
+        x += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+        for part in tl.static_range(N_PARTIALS):
+            x += tl.load(partial_ptr + part * n_rows * n_cols + offsets, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _attend_block(query, keys, values, is_seen, peak, total, mixed):
+    """What attention knows (largest score, sum of weights, values mixed) with a block of keys (n, D) taken in.
+
+    query: (D,), with the scale of the scores and log2(e) in it. is_seen: (n,), of which one is true.
+    """
+    scores = tl.where(is_seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+    weights = tl.exp2(scores - new_peak)
+    rescale = tl.exp2(peak - new_peak)
+    mixed = mixed * rescale + tl.sum(values.to(tl.float32) * weights[:, None], axis=0)
+    return new_peak, total * rescale + tl.sum(weights, axis=0), mixed
+
+
+@triton.jit
+def _merge_splits(
+    mixed_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS: tl.constexpr
+):  # fmt: skip
+    """What attention gives, from what its splits left. Every peak is finite, and split 0 has seen a key."""
+    offsets = rows[:, None] * n_cols + cols[None, :]
+    heads = rows[:, None] * n_heads + (cols // head_dim)[None, :]
+    mixed = tl.load(mixed_ptr + offsets, mask=inside, other=0.0)
+    peak = tl.load(peak_ptr + heads, mask=inside, other=0.0)
+    total = tl.load(total_ptr + heads, mask=inside, other=1.0)
+    for split in tl.static_range(1, N_SPLITS):
+        split_mixed = tl.load(mixed_ptr + split * n_rows * n_cols + offsets, mask=inside, other=0.0)
+        split_peak = tl.load(peak_ptr + split * n_rows * n_heads + heads, mask=inside, other=0.0)
+        split_total = tl.load(total_ptr + split * n_rows * n_heads + heads, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, split_peak)
+        scale, split_scale = tl.exp2(peak - new_peak), tl.exp2(split_peak - new_peak)
+        mixed = mixed * scale + split_mixed * split_scale
+        total = total * scale + split_total * split_scale
+        peak = new_peak
+    return mixed / total
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode_embed_kernel(
+    tokens_ptr, positions_ptr, wte_ptr, wpe_ptr, stream_ptr, n_tokens, n_positions, n_cols,
+    BLOCK_COLS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program starts the stream (B, n_cols) of one row. Ids outside their table take its nearest row."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_COLS)
+    in_row = cols < n_cols
+    _await_previous_launch(OVERLAP)
+
+    token = tl.minimum(tl.maximum(tl.load(tokens_ptr + row), 0), n_tokens - 1)
+    position = tl.minimum(tl.maximum(tl.load(positions_ptr + row), 0), n_positions - 1)
+    x = tl.load(wte_ptr + token * n_cols + cols, mask=in_row, other=0.0).to(tl.float32)
+    x += tl.load(wpe_ptr + position * n_cols + cols, mask=in_row, other=0.0).to(tl.float32)
+
+    tl.store(stream_ptr + row * n_cols + cols, x, mask=in_row)
+
+
+@triton.jit
+def _decode_norm_product_kernel(
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,
+    new_stream_ptr, y_ptr, n_rows, n_cols, n_out, eps,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
+
+    weight: (n_cols, n_out). The first program also writes the stream with its partial sums added.
+    """
+    program = tl.program_id(0)
+    rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    outs = program * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    in_out = outs < n_out
+
+    in_weight = (cols < n_cols)[:, None] & in_out[None, :]
+    weight_offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+    weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
+    norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    _await_previous_launch(OVERLAP)
+
+    x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
+    if N_PARTIALS > 0 and program == 0:
+        tl.store(new_stream_ptr + rows[:, None] * n_cols + cols[None, :], x, mask=inside)
+    normalised, _ = _normalise(x, inside, n_cols, eps)
+    normalised = normalised * norm_weight[None, :] + norm_bias[None, :]
+    y = _rows_times(normalised, weight) + bias[None, :]
+    if ACTIVATION != "none":
+        y, _ = activation_and_derivative(y, ACTIVATION)
+
+    in_y = (rows < n_rows)[:, None] & in_out[None, :]
+    tl.store(y_ptr + rows[:, None] * n_out + outs[None, :], y.to(y_ptr.dtype.element_ty), mask=in_y)
+
+
+@triton.jit
+def _decode_head_kernel(
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, logits_ptr,
+    n_rows, n_cols, n_out, eps,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows. head: (n_out, n_cols)."""
+    rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    _await_previous_launch(OVERLAP)
+
+    x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
+    normalised, _ = _normalise(x, inside, n_cols, eps)
+    normalised = normalised * norm_weight[None, :] + norm_bias[None, :]
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_out, BLOCK_OUT), tl.num_programs(0), num_stages=STAGES):
+        outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        in_out = outs < n_out
+        head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
+        in_head = in_out[:, None] & (cols < n_cols)[None, :]
+        head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
+        logits = _rows_times(normalised, tl.trans(head))
+        in_logits = (rows < n_rows)[:, None] & in_out[None, :]
+        tl.store(logits_ptr + rows[:, None] * n_out + outs[None, :], logits, mask=in_logits)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    qkv_ptr, slots_ptr, starts_ptr, keys_ptr, values_ptr, mixed_ptr, peak_ptr, total_ptr,
+    n_heads, n_slots, head_dim, scale,
+    BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_NEW: tl.constexpr, N_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program attends to one split of the keys of one head of one row.
+
+    qkv: (B, 3, H, D) of the newest tokens, which go to their slots of keys and values (B, H, n_slots, D) if there are
+    such; split 0 does that and takes new keys from qkv. Splits are whole blocks: short contexts fill few.
+    BLOCK_NEW: 0 where every row has a sequence of its own. Else the rows, at most so many, are the newest tokens of one
+    sequence in their order, with one cache (H, n_slots, D), and each also sees those before it.
+    Leaves with one split the result in mixed (B, H, D), else unnormalised ones (N_SPLITS, B, H, D) with their peak
+    and total (N_SPLITS, B, H).
+    """
+    split, row_head = tl.program_id(0) % N_SPLITS, tl.program_id(0) // N_SPLITS
+    row, head = (row_head // n_heads).to(tl.int64), row_head % n_heads
+    n_row_heads = tl.num_programs(0) // N_SPLITS
+    dims = tl.arange(0, BLOCK_DIM)
+    in_dim = dims < head_dim
+    cache_base = (row_head if BLOCK_NEW == 0 else head).to(tl.int64) * n_slots * head_dim
+    qkv_offsets = (row * 3 * n_heads + head) * head_dim + dims
+    _await_previous_launch(OVERLAP)
+
+    slot = tl.load(slots_ptr + row)
+    start = tl.load(starts_ptr + row).to(tl.int32)
+    query = tl.load(qkv_ptr + qkv_offsets, mask=in_dim, other=0.0).to(tl.float32) * (scale * _LOG2_E)
+    new_key = tl.load(qkv_ptr + qkv_offsets + n_heads * head_dim, mask=in_dim, other=0.0)
+    new_value = tl.load(qkv_ptr + qkv_offsets + 2 * n_heads * head_dim, mask=in_dim, other=0.0)
+    if split == 0:
+        in_cache = dims < tl.where(slot < n_slots, head_dim, 0)
+        tl.store(keys_ptr + cache_base + slot * head_dim + dims, new_key, mask=in_cache)
+        tl.store(values_ptr + cache_base + slot * head_dim + dims, new_value, mask=in_cache)
+
+    if BLOCK_NEW == 0:
+        cached_end = slot
+        peak = tl.sum(rounded_product(query, new_key.to(tl.float32)), axis=0)
+        total, mixed = 1.0, new_value.to(tl.float32)
+    else:
+        cached_end = tl.load(slots_ptr)
+        siblings = tl.arange(0, BLOCK_NEW)
+        is_seen = siblings <= row
+        sibling_offsets = (siblings[:, None] * 3 * n_heads + n_heads + head) * head_dim + dims[None, :]
+        in_block = is_seen[:, None] & in_dim[None, :]
+        new_keys = tl.load(qkv_ptr + sibling_offsets, mask=in_block, other=0.0)
+        new_values = tl.load(qkv_ptr + sibling_offsets + n_heads * head_dim, mask=in_block, other=0.0)
+        peak, total, mixed = tl.full((), float("-inf"), tl.float32), 0.0, tl.zeros((BLOCK_DIM,), dtype=tl.float32)
+        peak, total, mixed = _attend_block(query, new_keys, new_values, is_seen, peak, total, mixed)
+    # New keys count in split 0 alone. Their largest score may stand for the peak of another: it cancels.
+    total = tl.where(split == 0, total, 0.0)
+    mixed = tl.where(split == 0, mixed, 0.0)
+    end = tl.minimum(cached_end, n_slots).to(tl.int32)
+    per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_KEYS), N_SPLITS) * BLOCK_KEYS
+    first = start + split * per_split
+    last = tl.minimum(first + per_split, end)
+    for key_start in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
+        key_slots = key_start + tl.arange(0, BLOCK_KEYS)
+        in_split = key_slots < last
+        in_tile = in_split[:, None] & in_dim[None, :]
+        offsets = cache_base + key_slots[:, None] * head_dim + dims[None, :]
+        keys = tl.load(keys_ptr + offsets, mask=in_tile, other=0.0)
+        values = tl.load(values_ptr + offsets, mask=in_tile, other=0.0)
+        peak, total, mixed = _attend_block(query, keys, values, in_split, peak, total, mixed)
+
+    out_offsets = row_head.to(tl.int64) * head_dim + dims
+    if N_SPLITS == 1:
+        tl.store(mixed_ptr + out_offsets, (mixed / total).to(mixed_ptr.dtype.element_ty), mask=in_dim)
+    else:
+        tl.store(mixed_ptr + split * n_row_heads * head_dim + out_offsets, mixed, mask=in_dim)
+        tl.store(peak_ptr + split * n_row_heads + row_head, peak)
+        tl.store(total_ptr + split * n_row_heads + row_head, total)
+
+
+@triton.jit
+def _decode_project_kernel(
+    x_ptr, peak_ptr, total_ptr, weight_ptr, partial_ptr, n_rows, n_cols, n_out, n_heads, head_dim, cols_per_part,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
+
+    x is what attention left in N_SPLITS splits, or a plain matrix where that is 1. The sums of part p go to
+    partial[p] (n_rows, n_out).
+    """
+    n_tiles = tl.cdiv(n_out, BLOCK_OUT)
+    tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    rows, within = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    cols = part * cols_per_part + within
+    outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_part, in_out = (within < cols_per_part) & (cols < n_cols), outs < n_out
+    inside = (rows < n_rows)[:, None] & in_part[None, :]
+
+    weight_offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+    in_weight = in_part[:, None] & in_out[None, :]
+    weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    _await_previous_launch(OVERLAP)
+
+    if N_SPLITS > 1:
+        x = _merge_splits(x_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS)
+    else:
+        x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    sums = _rows_times(x, weight)
+
+    in_sums = (rows < n_rows)[:, None] & in_out[None, :]
+    sum_offsets = (part.to(tl.int64) * n_rows + rows[:, None]) * n_out + outs[None, :]
+    tl.store(partial_ptr + sum_offsets, sums, mask=in_sums)

@@ -1,0 +1,206 @@
+"""One decode step of GPT-2: logits of the newest token of every row, over a static cache that it is appended to.
+
+A few rows go through five fused kernels a layer, many through torch's products around the same attention. Nothing
+waits for the device, so that a CUDA graph can hold the step.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ...common import activations, chip
+from ...common.decode_weights import DecodeLayer, DecodeWeights
+from ...common.launch import cdiv, launch
+from ..layer_norm import op as layer_norm
+from . import tiles
+from .kernels import (
+    _decode_attention_kernel,
+    _decode_embed_kernel,
+    _decode_head_kernel,
+    _decode_norm_product_kernel,
+    _decode_project_kernel,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 128
+
+
+class DecodeStep:
+    """The step for batches of one size, with the memory that it works in. It keeps no weights, only their sizes.
+
+    weights: a model's own tensors, dense, of one dtype on one device. n_rows: B. n_slots: T of the caches.
+    one_sequence: the rows are the newest tokens of one sequence, in their order, and the cache is that of one row.
+    """
+
+    @staticmethod
+    def obstacle(weights: DecodeWeights) -> str | None:
+        """Why the kernels cannot decode with these weights; None when they can."""
+        n_channels = weights.wte.shape[1]
+        if weights.wte.dtype not in DTYPES:
+            return f"there is no decode kernel for {weights.wte.dtype}"
+        if n_channels // weights.n_heads > MAX_HEAD_DIM:
+            return f"heads of {n_channels // weights.n_heads} are larger than {MAX_HEAD_DIM}"
+        if not layer_norm.supports(weights.wte):
+            return f"rows of {n_channels} channels are too wide for the layer norm kernel"
+        return None
+
+    def __init__(self, weights: DecodeWeights, n_rows: int, n_slots: int, *, one_sequence: bool = False):
+        self.n_rows, self.n_heads, self.eps = n_rows, weights.n_heads, weights.eps
+        self.block_new = triton.next_power_of_2(n_rows) if one_sequence else 0
+        self.n_channels, self.n_hidden = weights.wte.shape[1], weights.layers[0].fc_weight.shape[1]
+        self.device, self.element_size = weights.wte.device, weights.wte.element_size()
+        self.architecture = chip.architecture(self.device)
+        self.overlap = chip.overlaps_launches(self.device)
+        self.is_fused = n_rows <= tiles.DECODE_MAX_ROWS and self.n_channels <= tiles.DECODE_MAX_CHANNELS
+        n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
+        self.n_splits = n_splits if self.is_fused else 1
+
+        new = weights.wte.new_empty
+        self.qkv, self.hidden = new(n_rows, 3 * self.n_channels), new(n_rows, self.n_hidden)
+        # What attention leaves: the result itself, or what its splits have summed.
+        whole = (n_rows, self.n_channels) if self.n_splits == 1 else (self.n_splits, n_rows, self.n_channels)
+        self.mixed = new(whole) if self.n_splits == 1 else new(whole, dtype=torch.float32)
+        self.peak, self.total = new(2, self.n_splits, n_rows * weights.n_heads, dtype=torch.float32)
+        # The stream in two places: one is read while the other is written.
+        self.streams = new(2, n_rows, self.n_channels, dtype=torch.float32)
+        n_parts = max(tiles.decode_parts(n, self.n_channels)[0] for n in (self.n_channels, self.n_hidden))
+        self.partial = new(n_parts, n_rows, self.n_channels, dtype=torch.float32)
+
+    def decode(
+        self, weights: DecodeWeights, cache: Tensor,
+        tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill logits (B, V), float32, and append to the cache (L, 2, B, H, T, D), keys before values.
+
+        tokens, positions, slots: (B,) int64. A token attends to what lies in the slots from its row's start on, up to
+        its own, where its keys and values go, unless that is past the cache. starts: (B,) int64. The slots of one
+        sequence follow each other.
+        Ids and positions outside their tables are clamped, for an engine that runs ahead of what it has looked at.
+        """
+        steps = self._decode_fused if self.is_fused else self._decode_with_products
+        steps(weights, cache, tokens, positions, slots, starts, logits)
+
+    # --- a few rows ---
+
+    def _decode_fused(
+        self, weights: DecodeWeights, cache: Tensor,
+        tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,
+    ) -> None:  # fmt: skip
+        launch(
+            _decode_embed_kernel, self.n_rows,
+            tokens, positions, weights.wte, weights.wpe, self.streams[0],
+            n_tokens=weights.wte.shape[0], n_positions=weights.wpe.shape[0], n_cols=self.n_channels,
+            BLOCK_COLS=triton.next_power_of_2(self.n_channels), **self._launch_options(4),
+        )  # fmt: skip
+        stream, spare = self.streams
+        n_parts, part_bias = 0, None
+        for layer, memory in zip(weights.layers, cache, strict=True):
+            norm = layer.ln_1_weight, layer.ln_1_bias
+            self._norm_product(
+                stream, n_parts, part_bias, spare, *norm, layer.qkv_weight, layer.qkv_bias, "none", self.qkv
+            )
+            stream, spare = (spare, stream) if n_parts else (stream, spare)
+            self._attend(layer, memory, slots, starts)
+            n_parts = self._project(self.mixed, self.n_splits, layer.proj_weight)
+
+            norm = layer.ln_2_weight, layer.ln_2_bias
+            self._norm_product(
+                stream, n_parts, layer.proj_bias, spare, *norm,
+                layer.fc_weight, layer.fc_bias, weights.activation, self.hidden,
+            )  # fmt: skip
+            stream, spare = spare, stream
+            n_parts, part_bias = self._project(self.hidden, 1, layer.mlp_proj_weight), layer.mlp_proj_bias
+        self._head(weights, stream, n_parts, part_bias, logits)
+
+    def _launch_options(self, num_warps: int) -> dict[str, int | bool]:
+        options = {"num_warps": num_warps, "OVERLAP": self.overlap}
+        return options | ({"launch_pdl": True} if self.overlap else {})
+
+    def _tile(self, kernel: str, n_cols: int) -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
+        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, self.element_size, self.architecture)
+        blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
+        return tile, blocks | self._launch_options(tile.num_warps)
+
+    def _norm_product(
+        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, activation: str, y: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream where partial sums were added."""
+        tile, options = self._tile("norm_product", self.n_channels)
+        launch(
+            _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
+            stream, self.partial, part_bias, norm_weight, norm_bias, weight, bias, new_stream, y,
+            n_rows=self.n_rows, n_cols=self.n_channels, n_out=y.shape[1], eps=self.eps,
+            N_PARTIALS=n_parts, ACTIVATION=activation, **options,
+        )  # fmt: skip
+
+    def _attend(self, layer: DecodeLayer, memory: Tensor, slots: Tensor, starts: Tensor) -> None:
+        n_heads, (n_slots, head_dim) = self.n_heads, memory.shape[-2:]
+        launch(
+            _decode_attention_kernel, self.n_rows * n_heads * self.n_splits,
+            self.qkv, slots, starts, memory[0], memory[1], self.mixed, self.peak, self.total,
+            n_heads=n_heads, n_slots=n_slots, head_dim=head_dim, scale=layer.scale,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_KEYS=tiles.DECODE_BLOCK_KEYS,
+            BLOCK_NEW=self.block_new, N_SPLITS=self.n_splits,
+            STAGES=tiles.DECODE_ATTENTION_STAGES, **self._launch_options(tiles.DECODE_ATTENTION_WARPS),
+        )  # fmt: skip
+
+    def _project(self, x: Tensor, n_splits: int, weight: Tensor) -> int:
+        """Leave x @ weight in `partial`. Returns in how many parts."""
+        n_parts, cols_per_part = tiles.decode_parts(weight.shape[0], weight.shape[1])
+        tile, options = self._tile("project", cols_per_part)
+        launch(
+            _decode_project_kernel, cdiv(weight.shape[1], tile.block_out) * n_parts,
+            x, self.peak, self.total, weight, self.partial,
+            n_rows=self.n_rows, n_cols=weight.shape[0], n_out=weight.shape[1], n_heads=self.n_heads,
+            head_dim=self.n_channels // self.n_heads, cols_per_part=cols_per_part, N_SPLITS=n_splits, **options,
+        )  # fmt: skip
+        return n_parts
+
+    def _head(
+        self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
+    ) -> None:
+        tile, options = self._tile("head", self.n_channels)
+        n_tiles = cdiv(logits.shape[1], tile.block_out)
+        launch(
+            _decode_head_kernel, min(n_tiles, tiles.decode_head_programs(stream.device)),
+            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, weights.head, logits,
+            n_rows=self.n_rows, n_cols=self.n_channels, n_out=logits.shape[1], eps=weights.eps,
+            N_PARTIALS=n_parts, STAGES=tile.num_stages, **options,
+        )  # fmt: skip
+
+    # --- many rows ---
+
+    def _decode_with_products(
+        self, weights: DecodeWeights, cache: Tensor,
+        tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,
+    ) -> None:  # fmt: skip
+        stream = F.embedding(tokens.clamp(0, weights.wte.shape[0] - 1), weights.wte)
+        stream += F.embedding(positions.clamp(0, weights.wpe.shape[0] - 1), weights.wpe)
+        branch = torch.zeros_like(stream)
+        activation = activations.ACTIVATIONS[weights.activation]
+        for layer, memory in zip(weights.layers, cache, strict=True):
+            x, stream = self._add_norm(branch, stream, layer.ln_1_weight, layer.ln_1_bias)
+            torch.addmm(layer.qkv_bias, x, layer.qkv_weight, out=self.qkv)
+            self._attend(layer, memory, slots, starts)
+            branch = torch.addmm(layer.proj_bias, self.mixed, layer.proj_weight)
+            x, stream = self._add_norm(branch, stream, layer.ln_2_weight, layer.ln_2_bias)
+            x = activation(torch.addmm(layer.fc_bias, x, layer.fc_weight))
+            branch = torch.addmm(layer.mlp_proj_bias, x, layer.mlp_proj_weight)
+        x, _ = self._add_norm(branch, stream, weights.ln_f_weight, weights.ln_f_bias)
+        _head_product(x, weights.head, logits)
+
+    def _add_norm(self, branch: Tensor, stream: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
+
+
+def _head_product(x: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """Fill logits (B, V), float32, with x @ weight^T, which is nowhere rounded to x's dtype: as with a few rows."""
+    if x.is_cuda and torch.version.hip is None and x.dtype != torch.float32:
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=logits)
+    else:
+        torch.mm(x.float(), weight.t().float(), out=logits)
+
+
+__all__ = ["DecodeLayer", "DecodeStep", "DecodeWeights"]

@@ -1,0 +1,254 @@
+"""The kernels behind `gelu_mlp.gelu_mlp`: three products with what follows them in the epilogue, and one row pass.
+
+Arguments named `_ref` are matrices with dense rows: pointers, or with DESCRIPTORS tensor descriptors made by the
+launcher, through which Hopper copies whole tiles. A grid may have any size, for each program takes every n-th tile:
+one tile each with pointers, many with descriptors, where the loads of the next tile overlap the epilogue of the last.
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
+
+import triton
+import triton.language as tl
+
+from ...common.activation_kernels import activation_and_derivative
+from ...common.arithmetic import rounded_product
+from ...common.dropout_kernels import dropout_keep, dropout_scale
+
+# Row tiles that are walked before the next column of tiles: neighbours share their operands in the cache.
+_GROUP_ROWS = tl.constexpr(8)
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """First row and first column of a tile, in groups of _GROUP_ROWS row tiles, down before right."""
+    tiles_per_group = _GROUP_ROWS * n_col_tiles
+    first_row_tile = tile // tiles_per_group * _GROUP_ROWS
+    group_rows = tl.minimum(n_row_tiles - first_row_tile, _GROUP_ROWS)
+    within = tile % tiles_per_group
+    return (first_row_tile + within % group_rows) * BLOCK_ROWS, within // group_rows * BLOCK_COLS
+
+
+@triton.jit
+def _tile_pointers(
+    ptr, row, col, n_rows, n_cols, row_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):  # fmt: skip
+    """Pointers to the tile at (row, col), and which of them lie in the matrix (n_rows, n_cols)."""
+    rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    # The tile's place is one scalar sum: what a loop along either axis has to add.
+    start_ptr = ptr + (tl.cast(row, tl.int64) * row_stride + col)
+    inside = (rows < n_rows - row)[:, None] & (cols < n_cols - col)[None, :]
+    return start_ptr + (rows.to(tl.int64)[:, None] * row_stride + cols[None, :]), inside
+
+
+@triton.jit
+def _load_tile(
+    ref, row, col, n_rows, n_cols, row_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a matrix, zero past its end."""
+    if DESCRIPTORS:
+        return ref.load([row, col])
+    else:
+        ptrs, inside = _tile_pointers(ref, row, col, n_rows, n_cols, row_stride, BLOCK_ROWS, BLOCK_COLS)
+        return tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    ref, tile, row, col, n_rows, n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Into a dense matrix, in its dtype."""
+    if DESCRIPTORS:
+        ref.store([row, col], tile.to(ref.dtype))
+    else:
+        ptrs, inside = _tile_pointers(ref, row, col, n_rows, n_cols, n_cols, BLOCK_ROWS, BLOCK_COLS)
+        tl.store(ptrs, tile.to(ref.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(
+    x_ref, weight_ref, row, col, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, col) of x (n_rows, n_inner) @ weight (n_inner, n_cols).
+
+    With WEIGHT_TRANSPOSED the rows in memory are columns of weight.
+    """
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)
+    for start in tl.range(0, n_inner, BLOCK_INNER):
+        x = _load_tile(x_ref, row, start, n_rows, n_inner, x_row_stride, BLOCK_ROWS, BLOCK_INNER, DESCRIPTORS)
+        if WEIGHT_TRANSPOSED:
+            rows_of_weight = _load_tile(
+                weight_ref, col, start, n_cols, n_inner, weight_row_stride, BLOCK_COLS, BLOCK_INNER, DESCRIPTORS
+            )
+            weight = tl.trans(rows_of_weight)
+        else:
+            weight = _load_tile(
+                weight_ref, start, col, n_inner, n_cols, weight_row_stride, BLOCK_INNER, BLOCK_COLS, DESCRIPTORS
+            )
+        acc = tl.dot(x, weight, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
+    return acc
+
+
+@triton.jit
+def _column_halves(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_ROWS, 2, BLOCK_COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _column_quarters(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """What an epilogue takes at a time: a whole tile of intermediate values spills, or fills the shared memory."""
+    left, right = _column_halves(tile, BLOCK_ROWS, BLOCK_COLS)
+    return _column_halves(left, BLOCK_ROWS, BLOCK_COLS // 2) + _column_halves(right, BLOCK_ROWS, BLOCK_COLS // 2)
+
+
+@triton.jit
+def _load_bias(bias_ptr, col, n_cols, BLOCK_COLS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    cols = tl.arange(0, BLOCK_COLS)
+    return tl.load(bias_ptr + col + cols, mask=cols < n_cols - col, other=0.0).to(ACCUMULATOR)[None, :]
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _gelu_mlp_fwd_hidden_kernel(
+    x_ref, weight_ref, bias_ptr, pre_ref, hidden_ref, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORE_PRE: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """hidden (n_rows, n_cols) = activation(pre), pre = x (n_rows, n_inner) @ weight + bias."""
+    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
+        acc = _product(
+            x_ref, weight_ref, row, col, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+        )  # fmt: skip
+        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
+        QUARTER: tl.constexpr = BLOCK_COLS // 4
+        for i in tl.static_range(4):
+            quarter_col = col + i * QUARTER
+            # Activated as it is stored, for backward activates what it reads.
+            pre = (quarters[i] + _load_bias(bias_ptr, quarter_col, n_cols, QUARTER, ACCUMULATOR)).to(
+                bias_ptr.dtype.element_ty
+            )
+            hidden, _ = activation_and_derivative(pre.to(ACCUMULATOR), ACTIVATION)
+            if STORE_PRE:
+                _store_tile(pre_ref, pre, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+            _store_tile(hidden_ref, hidden, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _gelu_mlp_fwd_out_kernel(
+    hidden_ref, weight_ref, bias_ptr, residual_ref, seed_ptr, out_ref,
+    hidden_row_stride, weight_row_stride, residual_row_stride, n_rows, n_cols, n_inner, threshold,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """out (n_rows, n_cols) = residual + dropout(hidden (n_rows, n_inner) @ weight + bias)."""
+    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
+        acc = _product(
+            hidden_ref, weight_ref, row, col, hidden_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+        )  # fmt: skip
+        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
+        QUARTER: tl.constexpr = BLOCK_COLS // 4
+        for i in tl.static_range(4):
+            quarter_col = col + i * QUARTER
+            out = quarters[i] + _load_bias(bias_ptr, quarter_col, n_cols, QUARTER, ACCUMULATOR)
+            if HAS_DROPOUT:
+                rows, cols = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, QUARTER)[None, :]
+                keep = dropout_keep(tl.load(seed_ptr), 0, row, quarter_col, rows, cols, threshold)
+                out = tl.where(keep, out * dropout_scale(threshold, ACCUMULATOR), 0.0)
+            if HAS_RESIDUAL:
+                out += _load_tile(
+                    residual_ref,
+                    row,
+                    quarter_col,
+                    n_rows,
+                    n_cols,
+                    residual_row_stride,
+                    BLOCK_ROWS,
+                    QUARTER,
+                    DESCRIPTORS,
+                ).to(ACCUMULATOR)
+            _store_tile(out_ref, out, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _gelu_mlp_bwd_pre_kernel(
+    dproduct_ref, weight_ref, pre_ref, dpre_ref, hidden_ref, dbias_partial_ptr,
+    dproduct_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORE_HIDDEN: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """dpre (n_rows, n_cols) = (dproduct (n_rows, n_inner) @ weight) * activation'(pre), and its sum over each row tile.
+
+    weight is that of the second layer, transposed. hidden = activation(pre) once more, for the gradient of that weight.
+    """
+    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
+        acc = _product(
+            dproduct_ref, weight_ref, row, col, dproduct_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+        )  # fmt: skip
+        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
+        QUARTER: tl.constexpr = BLOCK_COLS // 4
+        for i in tl.static_range(4):
+            quarter_col = col + i * QUARTER
+            pre = _load_tile(pre_ref, row, quarter_col, n_rows, n_cols, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+            hidden, derivative = activation_and_derivative(pre.to(ACCUMULATOR), ACTIVATION)
+            # Rows past the end have no part in the sum: their product is zero.
+            dpre = rounded_product(quarters[i], derivative)
+            _store_tile(dpre_ref, dpre, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+            if STORE_HIDDEN:
+                _store_tile(hidden_ref, hidden, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
+            cols = tl.arange(0, QUARTER)
+            partial_ptrs = dbias_partial_ptr + (row // BLOCK_ROWS).to(tl.int64) * n_cols + quarter_col + cols
+            tl.store(partial_ptrs, tl.sum(dpre, axis=0), mask=cols < n_cols - quarter_col)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _gelu_mlp_bwd_product_kernel(
+    dout_ptr, seed_ptr, dproduct_ptr, dbias_partial_ptr, dout_row_stride, n_rows, n_cols, threshold,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, STORE_DPRODUCT: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """dproduct = dropout's gradient of dout (n_rows, n_cols), and its sum over the rows that one program takes.
+
+    A program takes BLOCK_COLS columns of every n-th tile of rows.
+    """
+    n_col_tiles = tl.cdiv(n_cols, BLOCK_COLS)
+    first_tile, n_programs = tl.program_id(0) // n_col_tiles, tl.num_programs(0) // n_col_tiles
+    col = tl.program_id(0) % n_col_tiles * BLOCK_COLS
+    rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+
+    dbias = tl.zeros((BLOCK_COLS,), dtype=ACCUMULATOR)
+    for tile in range(first_tile, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
+        row = tile * BLOCK_ROWS
+        dout = _load_tile(dout_ptr, row, col, n_rows, n_cols, dout_row_stride, BLOCK_ROWS, BLOCK_COLS, False)
+        dproduct = dout.to(ACCUMULATOR)
+        if HAS_DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), 0, row, col, rows[:, None], cols[None, :], threshold)
+            dproduct = tl.where(keep, dproduct * dropout_scale(threshold, ACCUMULATOR), 0.0)
+        dbias += tl.sum(dproduct, axis=0)
+        if STORE_DPRODUCT:
+            _store_tile(dproduct_ptr, dproduct, row, col, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS, False)
+
+    partial_ptrs = dbias_partial_ptr + first_tile.to(tl.int64) * n_cols + col + cols
+    tl.store(partial_ptrs, dbias, mask=cols < n_cols - col)

@@ -1,0 +1,71 @@
+"""Launch configurations of the MLP's products, by dtype and chip."""
+
+from typing import NamedTuple
+
+import torch
+
+from ...common.chip import resident_programs
+
+
+class ProductTile(NamedTuple):
+    """A program's tile of a product, and how far it goes along the inner axis at a time.
+
+    block_cols: at least 64, for an epilogue takes quarters of 16 columns or more. n_resident: programs that share a
+    multiprocessor and walk the tiles through tensor descriptors; 0 for one program a tile, with pointers.
+    """
+
+    block_rows: int
+    block_cols: int
+    block_inner: int
+    num_warps: int
+    num_stages: int
+    n_resident: int = 0
+
+
+# Two programs of up to 128 registers and 112 KiB fill a multiprocessor: one multiplies while the other is in its
+# epilogue. Compiled, unmeasured.
+_PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
+# By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
+# keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here; with more
+# stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
+_PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
+# For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
+_PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
+# Of these chips one of the compilers (triton 3.6 to 3.9) spills a few bytes of the float32 tile above.
+_PRODUCT_OF_ODD_ROWS_SMALLER = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
+_SMALLER_ODD_ROWS = "sm_80", "sm_90", "sm_100", "sm_120"
+# In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
+_PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
+
+
+class RowsTile(NamedTuple):
+    """A program's tile of a matrix it reads once."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+
+
+# Eight elements a thread, in one row: compiled, unmeasured.
+GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 8)
+_ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def product_tile(element_size: int, architecture: str, describable: bool) -> ProductTile:
+    """The tile of a fused product.
+
+    element_size: bytes of the operands' dtype. describable: tensor descriptors can hold all of its matrices.
+    """
+    if architecture == "cpu":
+        return _PRODUCT_OF_CPU
+    if architecture == "sm_90" and element_size == 2 and describable:
+        return _PRODUCT_DESCRIPTORS_HOPPER
+    if describable:
+        return _PRODUCT[element_size]
+    is_smaller = architecture in _SMALLER_ODD_ROWS
+    return (_PRODUCT_OF_ODD_ROWS_SMALLER if is_smaller else _PRODUCT_OF_ODD_ROWS)[element_size]
+
+
+def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
+    """How many programs share the rows of a column tile: the number of partial sums of the bias gradient."""
+    return min(n_row_tiles, -(-resident_programs(device, _ROW_PROGRAMS_PER_MULTIPROCESSOR) // n_col_tiles))

@@ -1,0 +1,1 @@
+"""LayerNorm, and the residual sum before it, forward and backward."""

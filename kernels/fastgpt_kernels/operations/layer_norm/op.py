@@ -1,0 +1,283 @@
+"""LayerNorm, alone or behind a residual sum: public functions, launchers, autograd and registration with torch."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor
+
+from ...common import chip
+from ...common.launch import as_rows, cdiv, eager_or_registered, launch
+from ...common.second_order import formula_gradients, twice_differentiable
+from . import tiles
+from .kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_reduce_kernel, _layer_norm_fwd_kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Wider rows do not fit into the registers of one program of the backward kernel.
+MAX_CHANNELS, MAX_CHANNELS_FLOAT64 = 4096, 2048
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
+
+    x: (..., C) in float32, bfloat16, float16 or float64, of any strides; C at most 4096, in float64 2048.
+    weight, bias: (C,), of any of these dtypes. eps: added to the variance.
+    Returns (..., C), dense, in x's dtype; under CUDA's autocast in float32, as torch does.
+    Raises ValueError when the shapes do not fit, for wider rows and other dtypes.
+    Source: Layer Normalization, arXiv 1607.06450.
+    """
+    _check_arguments("layer_norm", x, weight, bias)
+    implementation = eager_or_registered(layer_norm_fwd, _LayerNorm, _layer_norm_op)
+    return implementation(x, weight, bias, eps, _normalised_dtype(x.dtype, x.device.type))
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual stream and normalise the sum.
+
+    x, residual: (..., C). The rest as in `layer_norm`; where x and residual differ in dtype, their sum is promoted as
+    torch promotes it.
+    Returns (layer_norm(x + residual), x + residual), both (..., C) and dense.
+    Raises ValueError as `layer_norm` does, and when x and residual differ in shape.
+    """
+    if x.shape != residual.shape:
+        raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
+    _check_arguments("add_layer_norm", x, weight, bias, residual)
+    dtype = _normalised_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+    implementation = eager_or_registered(add_layer_norm_fwd, _AddLayerNorm, _add_layer_norm_op)
+    return implementation(x, residual, weight, bias, eps, dtype)
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the kernels take x: floating, and a row of it fits into registers."""
+    return x.dtype in DTYPES and x.shape[-1] <= _max_channels(x.dtype)
+
+
+def _max_channels(dtype: torch.dtype) -> int:
+    return MAX_CHANNELS_FLOAT64 if dtype == torch.float64 else MAX_CHANNELS
+
+
+def _check_arguments(operation: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    n_channels = x.shape[-1]
+    if weight.shape != (n_channels,) or bias.shape != (n_channels,):
+        raise ValueError(
+            f"{operation}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({n_channels},), "
+            f"the last axis of x {tuple(x.shape)}"
+        )
+    for tensor in (x, weight, bias, residual):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{operation}: no kernel for {tensor.dtype}: it takes {', '.join(map(str, DTYPES))}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{operation}: all tensors must be on {x.device}, not on {tensor.device}")
+        if tensor is not None and n_channels > _max_channels(tensor.dtype):
+            raise ValueError(
+                f"{operation}: {n_channels} channels exceed the {_max_channels(tensor.dtype)} that the kernel takes in "
+                f"{tensor.dtype}: use fastgpt_kernels.reference"
+            )
+
+
+def _normalised_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Layer norm is on the float32 list of CUDA's autocast, which leaves float64 alone."""
+    if device_type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor, summed: Tensor | None
+) -> None:
+    """Fill y, and with a residual summed, which are dense and of x's shape."""
+    if x.numel() == 0:
+        return
+    x, residual = as_rows(x), None if residual is None else as_rows(residual)
+    n_rows, n_cols = x.shape
+    tile = tiles.layer_norm_tile("fwd", n_cols, chip.architecture(x.device))
+    launch(
+        _layer_norm_fwd_kernel, cdiv(n_rows, tile.block_rows),
+        x, residual, weight.contiguous(), bias.contiguous(), y, summed,
+        x_row_stride=x.stride(0), residual_row_stride=0 if residual is None else residual.stride(0),
+        n_rows=n_rows, n_cols=n_cols,
+        EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_RESIDUAL=residual is not None,
+        ACCUMULATOR=_triton_accumulator((x if summed is None else summed).dtype), num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """y in `dtype`."""
+    y = _dense_like(x, dtype)
+    _forward(x, None, weight, bias, eps, y, None)
+    return y
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y in `dtype`, and x + residual."""
+    y, summed = _dense_like(x, dtype), _dense_like(x, torch.promote_types(x.dtype, residual.dtype))
+    _forward(x, residual, weight, bias, eps, y, summed)
+    return y, summed
+
+
+def layer_norm_bwd(
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx with dsum added to it, dweight and dbias."""
+    dx, dweight, dbias = _dense_like(x, x.dtype), _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
+    if x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    x, dy, dsum = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
+    n_rows, n_cols = x.shape
+    architecture = chip.architecture(x.device)
+    tile = tiles.layer_norm_tile("bwd", n_cols, architecture)
+    n_programs = min(cdiv(n_rows, tile.block_rows), tiles.layer_norm_bwd_programs(x))
+    partials = x.new_empty((2, n_programs, n_cols), dtype=_accumulator(x.dtype))
+    accumulator = _triton_accumulator(x.dtype)
+    launch(
+        _layer_norm_bwd_kernel, n_programs,
+        x, weight.contiguous(), dy, dsum, dx, partials[0], partials[1],
+        x_row_stride=x.stride(0), dy_row_stride=dy.stride(0), dsum_row_stride=0 if dsum is None else dsum.stride(0),
+        n_rows=n_rows, n_cols=n_cols,
+        EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
+        ACCUMULATOR=accumulator, num_warps=tile.num_warps,
+    )  # fmt: skip
+    launch(
+        _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tiles.LAYER_NORM_REDUCE_COLS),
+        partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
+        BLOCK_PARTIALS=tiles.layer_norm_reduce_partials(architecture), BLOCK_COLS=tiles.LAYER_NORM_REDUCE_COLS,
+        ACCUMULATOR=accumulator,
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+# --- autograd and registration --------------------------------------------------------------------------------------
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _layer_norm_with_graph(
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
+) -> list[Tensor | None]:
+    """`layer_norm_bwd` with a graph. No gradient depends on the value of the bias."""
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = _accumulator(x.dtype)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+
+    bias = torch.zeros_like(weight, dtype=bias_dtype, requires_grad=True)
+    dx, dweight, dbias = formula_gradients(formula, (x, weight, bias), dy)
+    if dsum is not None:
+        dx = dsum if dx is None else dx + dsum
+    return [dx, dweight, dbias]
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        _save_layer_norm(ctx, (x, weight, bias, eps, dtype), None)
+        return layer_norm_fwd(x, weight, bias, eps, dtype)
+
+    @staticmethod
+    @twice_differentiable(lambda ctx, dy: _layer_norm_gradients(ctx, dy, _layer_norm_with_graph))
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        return _layer_norm_gradients(ctx, grads[0], layer_norm_bwd)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        output = add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        _save_add_layer_norm(ctx, (x, residual, weight, bias, eps, dtype), output)
+        return output
+
+    @staticmethod
+    @twice_differentiable(lambda ctx, *grads: _add_layer_norm_gradients(ctx, grads, _layer_norm_with_graph))
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return _add_layer_norm_gradients(ctx, grads, layer_norm_bwd)
+
+
+def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    x, weight, bias, eps, _ = inputs
+    ctx.options = eps, bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, bias, ctx.eps, _ = inputs
+    ctx.dtypes = x.dtype, residual.dtype, bias.dtype
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_gradients(ctx: Any, dy: Tensor, backward: Any) -> Gradients:
+    x, weight = ctx.saved_tensors
+    return *backward(x, weight, dy, None, *ctx.options), None, None
+
+
+def _add_layer_norm_gradients(ctx: Any, grads: tuple[Tensor | None, ...], backward: Any) -> Gradients:
+    (dy, dsum), (summed, weight) = grads, ctx.saved_tensors
+    x_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    dweight = dbias = None
+    if dy is not None:
+        dsum, dweight, dbias = backward(summed, weight, dy, dsum, ctx.eps, bias_dtype)
+    if dsum is None:
+        return (None,) * 6
+    return dsum.to(x_dtype), dsum.to(residual_dtype), dweight, dbias, None, None
+
+
+_layer_norm_op = torch.library.custom_op("fastgpt_kernels::layer_norm", layer_norm_fwd, mutates_args=())
+_add_layer_norm_op = torch.library.custom_op("fastgpt_kernels::add_layer_norm", add_layer_norm_fwd, mutates_args=())
+_layer_norm_backward_op = torch.library.custom_op(
+    "fastgpt_kernels::layer_norm_backward", layer_norm_bwd, mutates_args=()
+)
+
+
+@_layer_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return _dense_like(x, dtype)
+
+
+@_add_layer_norm_op.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _dense_like(x, dtype), _dense_like(x, torch.promote_types(x.dtype, residual.dtype))
+
+
+@_layer_norm_backward_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(x, x.dtype), _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
+
+
+def _layer_norm_backward(ctx: Any, dy: Tensor) -> Gradients:
+    return _layer_norm_gradients(ctx, dy, _layer_norm_backward_op)
+
+
+def _add_layer_norm_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+    return _add_layer_norm_gradients(ctx, grads, _layer_norm_backward_op)
+
+
+_layer_norm_op.register_autograd(_layer_norm_backward, setup_context=_save_layer_norm)
+_add_layer_norm_op.register_autograd(_add_layer_norm_backward, setup_context=_save_add_layer_norm)
+
+__all__ = ["add_layer_norm", "layer_norm", "supports"]

@@ -1,0 +1,39 @@
+"""LayerNorm, and the residual sum before it, in plain torch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
+
+    x: (..., C). weight, bias: (C,). eps: added to the variance.
+    Returns (..., C) in x's dtype. Raises ValueError when weight or bias is not (C,).
+    Source: Layer Normalization, arXiv 1607.06450.
+    """
+    n_channels = x.shape[-1]
+    if weight.shape != (n_channels,) or bias.shape != (n_channels,):
+        raise ValueError(
+            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({n_channels},), "
+            f"the last axis of x {tuple(x.shape)}"
+        )
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and torch.is_grad_enabled():
+        # torch sums the gradients of weight and bias in x's dtype here: of 8192 rows, bfloat16 loses most.
+        return F.layer_norm(x.float(), (n_channels,), weight.float(), bias.float(), eps).to(x.dtype)
+    return F.layer_norm(x, (n_channels,), weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual stream and normalise the sum.
+
+    x, residual: (..., C). weight, bias: (C,). eps: added to the variance.
+    Returns (layer_norm(x + residual), x + residual), both (..., C).
+    Raises ValueError when the shapes differ. Source: `layer_norm`.
+    """
+    if x.shape != residual.shape:
+        raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
+    summed = x + residual
+    return layer_norm(summed, weight, bias, eps), summed

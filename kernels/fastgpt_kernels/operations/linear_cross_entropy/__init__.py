@@ -1,0 +1,1 @@
+"""The head and its cross-entropy in chunks of rows, forward and backward."""

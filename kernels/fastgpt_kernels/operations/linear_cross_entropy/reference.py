@@ -1,0 +1,131 @@
+"""The head and its cross-entropy in plain torch, without the logits of all rows at once."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...common.second_order import formula_gradients, twice_differentiable
+
+# Logits of one chunk of rows: large enough for a good matrix product, small beside the weights.
+_CHUNK_LOGITS = 2**25
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
+
+    hidden: (N, C). weight: (V, C). labels: (N,) int64 in [0, V) or ignore_index. reduction: mean (over the labels that
+    count; NaN, with gradients of zero, when none does), sum, or none. Logits are rounded to hidden's dtype, as a
+    separate head would leave them, and the loss is computed in float32 (float64 for float64 inputs).
+    Returns a scalar, or (N,) with zeros at ignored labels for none.
+    Raises ValueError when shapes do not fit or a label is out of range (off the CPU, its loss is NaN instead).
+    Source: Cut Your Losses, arXiv 2411.09009.
+    """
+    check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
+    n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
+    if reduction == "none":
+        wide_weight = _accumulator(weight)  # in which autograd sums the gradients of the chunks
+        chunks = [
+            checkpoint(row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
+            for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
+        ]
+        return torch.cat(chunks)
+    total = _SummedLinearCrossEntropy.apply(hidden, weight, labels, ignore_index, n_chunk_rows)
+    if reduction == "sum":
+        return total
+    n_counted = (labels != ignore_index).sum()
+    # As in torch, a batch in which no label counts has gradients of zero, so that it does not spoil the weights.
+    return torch.where(n_counted > 0, total / n_counted.clamp(min=1), float("nan"))
+
+
+def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, ignore_index: int) -> None:
+    """Raise ValueError when the arguments of `linear_cross_entropy` do not fit together."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            "linear_cross_entropy: hidden must be (N, C), weight (V, C) and labels (N,), "
+            f"not {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: labels must be int64, not {labels.dtype}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_cross_entropy: unknown reduction {reduction!r}: choose one of mean, sum, none")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if wrong.numel():
+            raise ValueError(f"label {int(wrong[0])} is outside the vocabulary: it must be in [0, {weight.shape[0]})")
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """(N,) losses of one chunk, differentiable by autograd."""
+    logits = _accumulator(hidden @ weight.to(hidden.dtype).t())
+    counts, in_range = labels != ignore_index, (labels >= 0) & (labels < weight.shape[0])
+    picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
+    losses = torch.where(in_range, logits.logsumexp(1) - picked, float("nan"))
+    return torch.where(counts, losses, 0.0)
+
+
+class _SummedLinearCrossEntropy(torch.autograd.Function):
+    """The summed loss, its gradients computed in the same pass: a scalar's backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, n_chunk_rows: int) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        total = _accumulator(hidden.new_zeros(()))
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros_like(weight, dtype=total.dtype) if wants_weight else None
+        for start in range(0, hidden.shape[0], n_chunk_rows):
+            rows = slice(start, start + n_chunk_rows)
+            logits = hidden[rows] @ weight.t()
+            dlogits, losses = _softmax_minus_one_hot(_accumulator(logits), labels[rows], ignore_index)
+            total = total + losses.sum()
+            dlogits = dlogits.to(logits.dtype)
+            if dhidden is not None:
+                dhidden[rows] = (dlogits @ weight).to(dhidden.dtype)
+            if dweight is not None and dweight.dtype == dlogits.dtype == hidden.dtype:
+                dweight.addmm_(dlogits.t(), hidden[rows])
+            elif dweight is not None:
+                dweight += dlogits.t() @ hidden[rows]
+        ctx.save_for_backward(hidden, weight, labels, dhidden, dweight)
+        ctx.ignore_index = ignore_index
+        return total
+
+    @staticmethod
+    @twice_differentiable(lambda ctx, dtotal: _summed_with_graph(ctx, dtotal))
+    def backward(ctx, *grads: Tensor):
+        (dtotal,) = grads
+        _, weight, _, dhidden, dweight = ctx.saved_tensors
+        return (
+            # dtotal in half precision would overflow under loss scaling and shift every gradient alike.
+            None if dhidden is None else (_accumulator(dhidden) * dtotal).to(dhidden.dtype),
+            None if dweight is None else (dweight * dtotal).to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _summed_with_graph(ctx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients with their graph, from logits that are computed again, all at once."""
+    hidden, weight, labels = ctx.saved_tensors[:3]
+    formula = partial(row_losses, labels=labels, ignore_index=ctx.ignore_index)
+    return *formula_gradients(formula, (hidden, weight), dtotal.expand(len(labels))), None, None, None
+
+
+def _softmax_minus_one_hot(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """dloss/dlogits (N, V) and the losses (N,); rows that do not count are zero, rows with a wrong label NaN."""
+    counts, in_range = labels != ignore_index, (labels >= 0) & (labels < logits.shape[1])
+    safe_labels = torch.where(in_range, labels, 0)[:, None]
+    log_sum_exp = logits.logsumexp(1, keepdim=True)
+    losses = (log_sum_exp - logits.gather(1, safe_labels)).squeeze(1)
+    losses = torch.where(counts, torch.where(in_range, losses, float("nan")), 0.0)
+    dlogits = (logits - log_sum_exp).exp_()
+    dlogits.scatter_add_(1, safe_labels, torch.full_like(dlogits[:, :1], -1.0))
+    dlogits.masked_fill_(~counts[:, None], 0.0).masked_fill_((counts & ~in_range)[:, None], float("nan"))
+    return dlogits, losses

@@ -1,0 +1,366 @@
+"""The benchmark: a gate that can go red, figures that follow from their samples, files that can be read."""
+
+import io
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastgpt_kernels import reference
+from models import lively, tiny_config
+from rich.console import Console
+from transformers import GPT2LMHeadModel
+
+from fastgpt import accounting
+from fastgpt import bench as benchmark
+from fastgpt import generate as engine
+from fastgpt.bench import BenchmarkOptions, ParityError, machine, parity, profiling, run_benchmark, workloads
+
+SMALL: dict[str, Any] = {"prompt_tokens": 12, "new_tokens": 8, "batch": 2, "runs": 5, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    lively(GPT2LMHeadModel(tiny_config(resid_pdrop=0.1))).save_pretrained(path)  # type: ignore[attr-defined]
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def result(directory: str) -> dict[str, Any]:
+    return run_benchmark(BenchmarkOptions(model=directory, workloads=workloads.WORKLOADS, dtype="float32", **SMALL))
+
+
+def rows(result: dict[str, Any], workload: str) -> dict[str, dict[str, Any]]:
+    return {row["contender"]: row for row in result["results"] if row["workload"] == workload}
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_result_survives_json_and_says_what_it_was_measured_on(result: dict[str, Any]) -> None:
+    read = json.loads(json.dumps(result, allow_nan=False))
+    assert read["schema"] == 1
+    assert read["path"] == "torch"
+    assert read["model"]["weights"] == "loaded"
+    assert read["model"]["dropout"] == {"embd": 0.0, "attn": 0.0, "resid": 0.1}
+    assert read["machine"]["cpu"]
+    assert read["machine"]["threads"] == torch.get_num_threads()
+    assert read["versions"]["torch"] == torch.__version__
+    assert {"fastgpt", "transformers", "triton", "python"} <= read["versions"].keys()
+    assert read["options"]["prompt_tokens"] == 12
+    assert read["rates"]["bandwidth"] > 1e8
+    assert read["rates"]["matrix_rate"] > 1e8
+
+
+@pytest.mark.parametrize(("workload", "n_tokens"), [("prefill", 2 * 12), ("decode", 2 * 7), ("train", 2 * 12)])
+def test_speed_follows_from_samples(result: dict[str, Any], workload: str, n_tokens: int) -> None:
+    shape = accounting.Shape(n_layer=2, n_embd=64, n_head=4, n_positions=48, vocab_size=131)
+    ceiling = {
+        "prefill": accounting.prefill_ceiling(shape, result["rates"]["matrix_rate"], 12),
+        "decode": accounting.decode_ceiling(shape, result["rates"]["bandwidth"], 2, 16, element_bytes=4),
+        "train": accounting.training_ceiling(shape, result["rates"]["matrix_rate"], 12),
+    }[workload]
+    timed = rows(result, workload)
+    assert list(timed) == ["fastgpt", "hf-eager", "hf-sdpa"]
+    for row in timed.values():
+        assert len(row["samples_s"]) == 5
+        fastest, slowest = n_tokens / min(row["samples_s"]), n_tokens / max(row["samples_s"])
+        middle = n_tokens / sorted(row["samples_s"])[2]
+        assert row["tokens_per_s"]["max"] == pytest.approx(fastest)
+        assert row["tokens_per_s"]["min"] == pytest.approx(slowest)
+        assert row["tokens_per_s"]["median"] == pytest.approx(middle)
+        assert row["percent_of_ceiling"] == pytest.approx(100 * middle / ceiling)
+        assert row["first_run_s"] > 0
+
+
+def test_ratio_of_medians_and_of_rounds() -> None:
+    comparison = benchmark.compare(ours_s=[1.0, 2.0, 10.0], theirs_s=[3.0, 3.0, 5.0])
+    assert comparison["ratio"] == 1.5
+    assert comparison["paired"] == {"median": 1.5, "quartile_1": 1.0, "quartile_3": 2.25, "min": 0.5, "max": 3.0}
+
+
+def test_every_baseline_of_every_workload_has_a_ratio(result: dict[str, Any]) -> None:
+    pairs = [(ratio["workload"], ratio["baseline"]) for ratio in result["ratios"]]
+    assert pairs == [(workload, name) for workload in workloads.WORKLOADS for name in ("hf-eager", "hf-sdpa")]
+    for ratio in result["ratios"]:
+        timed = rows(result, ratio["workload"])
+        ours, theirs = (sorted(timed[name]["samples_s"])[2] for name in ("fastgpt", ratio["baseline"]))
+        assert ratio["ratio"] == pytest.approx(theirs / ours)
+
+
+def test_contenders_take_turns_at_going_first() -> None:
+    names = ["a", "b", "c"]
+    orders = [benchmark.rotated(names, turn) for turn in range(6)]
+    assert all(sorted(order) == names for order in orders)
+    for place in range(3):
+        assert Counter(order[place] for order in orders) == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of the resident set is read from /proc")
+def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
+    def touch(n_mib: int) -> None:
+        torch.ones(n_mib * 2**18).mul_(2)
+
+    touch(1)
+    small, measure = machine.peak_growth(lambda: touch(1), torch.device("cpu"))
+    large, _ = machine.peak_growth(lambda: touch(300), torch.device("cpu"))
+    assert measure == "resident set growth"
+    assert small is not None
+    assert large is not None
+    assert small < 50 * 2**20
+    assert 290 * 2**20 < large < 400 * 2**20
+
+
+# --- contenders -----------------------------------------------------------------------------------------------------
+
+
+def test_contenders_share_weights_by_value_only(directory: str) -> None:
+    base, _ = workloads.load_base(directory)
+    models = [workloads.contender(name, base, torch.device("cpu"), torch.float32) for name in ("fastgpt", "hf-eager")]
+    ours, theirs = models
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
+    assert type(ours).__module__.startswith("fastgpt")
+    assert type(theirs) is type(base) is GPT2LMHeadModel
+    implementations = [model.config._attn_implementation for model in (base, ours, theirs)]
+    assert implementations == ["sdpa", "fastgpt", "eager"]
+    assert theirs.get_submodule("transformer.h.0.attn").config is theirs.config
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "distilgpt2", "gpt3-small"])
+def test_preset_has_the_size_of_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: torch.device("meta"))
+    base, weights = workloads.load_base(name)
+    assert weights == "random"
+    assert accounting.shape_of(base) == accounting.PRESETS[name]
+
+
+def test_random_weights_depend_on_the_seed_and_leave_the_generator_alone(directory: str) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    a, b, c = (workloads.load_base(directory, random_weights=True, seed=seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [model.get_parameter("transformer.h.0.mlp.c_fc.weight") for model in (a, b, c)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_compile_that_fails_is_left_out_with_its_reason(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no C++ compiler\nlong explanation")
+
+    def work(workload: str, name: str, *args: Any) -> workloads.Work:
+        made = make_work(workload, name, *args)
+        return workloads.Work(no_compiler, made.seconds, 1, made.held_bytes) if name == "hf-compile" else made
+
+    make_work = workloads.make_work
+    monkeypatch.setattr(workloads, "make_work", work)
+    options = BenchmarkOptions(model=directory, workloads="prefill", baselines="hf-compile,hf-sdpa", **SMALL)
+    result = run_benchmark(options)
+    reason = "RuntimeError: no C++ compiler"
+    assert result["skipped"] == [{"workload": "prefill", "baseline": "hf-compile", "reason": reason}]
+    assert list(rows(result, "prefill")) == ["fastgpt", "hf-sdpa"]
+    assert reason in rendered(result)
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+def test_gate_reports_its_figures(result: dict[str, Any]) -> None:
+    inference, training = result["gate"]["inference"], result["gate"]["training"]
+    assert 0 <= inference["logit_error"] <= inference["allowed"] < 1e-4 * inference["largest_logit"]
+    assert inference["transformers_logit_error"] > 0
+    assert inference["greedy_tokens"] == inference["greedy_tokens_equal"] == 2 * 8
+    assert 0 <= training["loss_difference"] <= 1e-5
+    assert 0 <= training["gradient_difference"] <= 1e-4
+
+
+def slightly_wrong(operation: str, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    right = getattr(reference, operation)
+    monkeypatch.setattr(reference, operation, lambda *args, **kwargs: change(args, right(*args, **kwargs)))
+
+
+def scaled(args: tuple, out: torch.Tensor) -> torch.Tensor:
+    return out * 1.001
+
+
+def with_a_nan(args: tuple, out: torch.Tensor) -> torch.Tensor:
+    return out + torch.tensor(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "change", "workload", "message"),
+    [
+        ("gelu_mlp", scaled, "prefill", r"logits' error against float64 is [\d.e-]+, allowed"),
+        ("gelu_mlp", with_a_nan, "prefill", "logits' error against float64 is nan"),
+        ("linear_cross_entropy", scaled, "train", "loss of a training step differs"),
+        ("gelu_mlp", scaled, "train", "gradient of a training step differs|loss of a training step differs"),
+    ],
+)
+def test_red_gate_stops_before_anything_is_timed(
+    directory: str, monkeypatch: pytest.MonkeyPatch, operation: str, change: Any, workload: str, message: str
+) -> None:
+    timed = []
+    monkeypatch.setattr(workloads, "make_work", lambda *args: timed.append(args))
+    monkeypatch.setattr(machine, "measure_rates", lambda *args: timed.append(args))
+    slightly_wrong(operation, monkeypatch, change)
+    with pytest.raises(ParityError, match=message):
+        run_benchmark(BenchmarkOptions(model=directory, workloads=workload, dtype="float32", **SMALL))
+    assert not timed
+
+
+def test_red_gate_of_the_decode_step(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = engine.decode_one_token
+    monkeypatch.setattr(engine.host_loop, "decode_one_token", lambda *args: -decode(*args))
+    with pytest.raises(ParityError, match=r"greedy token \d+ of sequence \d is \d+"):
+        run_benchmark(BenchmarkOptions(model=directory, workloads="decode", dtype="float32", **SMALL))
+
+
+def test_gate_without_truth_compares_with_transformers(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "_CHEAP_FLOPS", 0)
+    base, _ = workloads.load_base(directory)
+    ids = torch.arange(24).view(2, 12)
+    report = parity.check_inference(base, ids, 4, torch.float32)
+    assert "logit_error" not in report
+    assert report["logit_difference"] <= report["allowed"]
+    slightly_wrong("gelu_mlp", monkeypatch, scaled)
+    with pytest.raises(ParityError, match="difference from transformers"):
+        parity.check_inference(base, ids, 4, torch.float32)
+
+
+@pytest.mark.parametrize("workload", workloads.WORKLOADS)
+def test_bfloat16_passes_the_gate_and_a_wrong_model_does_not(
+    directory: str, monkeypatch: pytest.MonkeyPatch, workload: str
+) -> None:
+    base, _ = workloads.load_base(directory)
+    ids = torch.arange(24).view(2, 12)
+
+    def check() -> None:
+        if workload == "train":
+            parity.check_training(base, ids, torch.bfloat16)
+        else:
+            parity.check_inference(base, ids, 8, torch.bfloat16)
+
+    check()
+    slightly_wrong("gelu_mlp", monkeypatch, lambda args, out: out * 1.3)
+    with pytest.raises(ParityError):
+        check()
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def test_options_take_lists_or_commas() -> None:
+    options = BenchmarkOptions(workloads="decode, prefill,decode", baselines=["hf-sdpa"], device="cpu")
+    assert options.workloads == ("decode", "prefill")
+    assert options.baselines == ("hf-sdpa",)
+    assert options.dtype == "float32"
+    assert BenchmarkOptions(baselines="").baselines == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workloads": "prefil"}, "unknown workload 'prefil': choose from prefill, decode, train"),
+        ({"workloads": ""}, "no workload given"),
+        ({"baselines": "hf-eager,vllm"}, "unknown baseline 'vllm'"),
+        ({"batch": 0}, "batch must be 1 or more, not 0"),
+        ({"prompt_tokens": 1}, "prompt_tokens must be 2 or more, not 1"),
+        ({"new_tokens": 1}, "new_tokens must be 2 or more, not 1"),
+        ({"runs": 4}, "runs must be 5 or more, not 4"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtype": "float16", "workloads": "train"}, "float16 needs loss scaling"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"device": "meta"}, "not on meta"),
+    ],
+)
+def test_options_that_cannot_be_run(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchmarkOptions(**changes)
+
+
+def test_tokens_past_the_context_are_refused_before_any_work(directory: str) -> None:
+    options = BenchmarkOptions(model=directory, workloads="decode", device="cpu", prompt_tokens=40, new_tokens=9)
+    with pytest.raises(ValueError, match=r"49 tokens do not fit in the context of .*, which is 48"):
+        run_benchmark(options)
+
+
+def test_model_that_is_not_gpt2_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 1}')
+    with pytest.raises(ValueError, match="is not a GPT-2"):
+        run_benchmark(BenchmarkOptions(model=str(tmp_path), random_weights=True, device="cpu"))
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def rendered(result: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    benchmark.render(result, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_table_shows_path_ratio_parity_and_method(result: dict[str, Any]) -> None:
+    text = rendered(result)
+    assert text.count("fastgpt (torch path)") == 3
+    ratio = result["ratios"][0]["ratio"]
+    assert f"{ratio:.2f}x (" in text
+    median = rows(result, "prefill")["fastgpt"]["tokens_per_s"]["median"]
+    assert f"{median:,.1f}" in text
+    assert "16 of 16 greedy tokens equal" in text
+    assert "resid 0.1" in text
+
+
+def test_progress_starts_at_nothing_and_ends_at_everything(directory: str) -> None:
+    heard: list[tuple[str, int, int]] = []
+    options = BenchmarkOptions(model=directory, workloads="prefill", baselines="", **SMALL)
+    run_benchmark(options, lambda *step: heard.append(step))
+    assert heard[0] == (f"loading {directory}", 0, 3 + 2 + 5)
+    assert heard[-1] == ("prefill: peak memory", 10, 10)
+    done = [n_done for _, n_done, _ in heard]
+    assert done == sorted(done)
+
+
+def test_plot_is_a_png_with_something_on_it(result: dict[str, Any], tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "speed.png"
+    benchmark.plot([json.loads(json.dumps(result))] * 2, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = imread(path)[..., :3]
+    assert min(pixels.shape[:2]) > 200
+    assert (pixels.min(-1) < 0.7).mean() > 0.02
+
+
+def test_plot_without_matplotlib_names_the_extra(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install .*fastgpt\[bench\]"):
+        benchmark.plot([result], tmp_path / "speed.png")
+
+
+# --- profile --------------------------------------------------------------------------------------------------------
+
+
+def test_profile_traces_every_workload(directory: str, tmp_path: Path) -> None:
+    options = BenchmarkOptions(model=directory, workloads=workloads.WORKLOADS, dtype="float32", **SMALL)
+    expenses = profiling.profile(options, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert {f"fastgpt {workload}": 1 for workload in workloads.WORKLOADS}.items() <= names.items()
+    assert [e.seconds for e in expenses] == sorted((e.seconds for e in expenses), reverse=True)
+    assert sum(e.share for e in expenses) == pytest.approx(1)
+    assert "aten::addmm" in {e.operation for e in expenses}
+
+    console = Console(file=io.StringIO(), width=120)
+    profiling.render(expenses, console, n=3)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [e.operation in text for e in expenses[:3]] == [True] * 3
+    assert text.count(" ms ") == 3

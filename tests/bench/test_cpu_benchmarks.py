@@ -1,0 +1,73 @@
+"""The CPU's benchmarks beside `fastgpt bench`: curves, and what prompt lookup gains."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cpu import lookup
+from benchmarks.report import records, tables
+from fastgpt import generate as engine
+from fastgpt.bench.parity import ParityError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module: str, file: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What a command wrote to its file and printed."""
+    command = [sys.executable, "-m", "benchmarks", module, "--out", str(file), "--model", "demo", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(file.read_text()), finished.stdout
+
+
+def test_curves_of_memory_and_latency(tmp_path: Path) -> None:
+    arguments = "--batches", "1,2", "--contexts", "8,16", "--prompt-tokens", "8"
+    result, output = run("curves", tmp_path / "curves.json", *arguments)
+    memory, latency = (records.curve(result, kind)["demo"] for kind in ("memory", "latency"))
+    assert {(row["workload"], row["batch"]) for row in memory} == {(w, n) for w in ("prefill", "train") for n in (1, 2)}
+    assert {(row["contender"], row["context"]) for row in latency} == {
+        (name, context) for name in ("fastgpt", "hf-sdpa") for context in (8, 16)
+    }
+    assert "**Peak memory of demo**" in output
+    assert "**Time of a token of demo**" in output
+
+
+@pytest.fixture
+def one_short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "TEXTS", {"short": ("ROMEO: I, I, I, I", 12, {"do_sample": False})})
+    monkeypatch.setattr(lookup, "N_PROPOSED", (0, 3))
+
+
+def no_progress(what: str, n_done: int, n_steps: int) -> None:
+    pass
+
+
+def test_lookup_is_timed_with_and_without(one_short_text: None) -> None:
+    plain, looked_up = lookup.measure_texts(torch.float32, 5, no_progress)
+    assert (plain["proposed"], looked_up["proposed"]) == (0, 3)
+    assert plain["tokens_per_forward"] == 1 <= looked_up["tokens_per_forward"]
+    assert plain["equal_tokens"] == looked_up["equal_tokens"] == 12
+    assert len(looked_up["samples_s"]) == 5
+    gain = looked_up["tokens_per_s"]["median"] / plain["tokens_per_s"]["median"]
+    assert f"| short | float32 | 3 | {plain['tokens_per_s']['median']:,.0f} |" in tables._lookup_table(
+        [plain, looked_up]
+    )
+    assert f"| {gain:.2f}x |" in tables._lookup_table([plain, looked_up])
+
+
+def test_lookup_that_changes_tokens_has_no_figure(one_short_text: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = engine.decode_tokens
+    monkeypatch.setattr(engine, "decode_tokens", lambda *call: -decode(*call))
+    with pytest.raises(ParityError, match="is another one with 3 proposed tokens"):
+        lookup.measure_texts(torch.float32, 5, no_progress)
+
+
+def test_forwards_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "TOKENS_OF_A_FORWARD", (1, 3))
+    rows = lookup.measure_forwards("demo", torch.bfloat16, 16, 5)
+    assert [(row["tokens"], row["context"], len(row["samples_s"])) for row in rows] == [(1, 16, 5), (3, 16, 5)]

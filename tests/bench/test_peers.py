@@ -1,0 +1,220 @@
+"""Peers run the same weights and are timed only where they agree; what is missing is left out with its reason."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from models import lively, token_ids
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from benchmarks.cpu import command as cpu
+from benchmarks.operations import timing as operations
+from benchmarks.peers import contenders as peers
+from benchmarks.peers import cpu_engines as engines
+from fastgpt import bench as benchmark
+from fastgpt.accounting import Shape
+from fastgpt.bench import BenchmarkOptions, workloads
+from fastgpt.bench.parity import ParityError
+
+ROOT = Path(__file__).parents[2]
+SHAPE = Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)
+OPTIONS = BenchmarkOptions(
+    model="demo", prompt_tokens=12, new_tokens=4, runs=5, device="cpu", dtype="float32", baselines=["hf-sdpa"]
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> GPT2LMHeadModel:
+    return lively(workloads.load_base("demo")[0])
+
+
+class Transformers:
+    """The model itself as an engine, with an error to add to its logits."""
+
+    n_bytes = 0
+
+    def __init__(self, base: GPT2LMHeadModel, error: float = 0.0, wrong_token: bool = False):
+        self.base, self.error, self.wrong_token = base, error, wrong_token
+
+    def logits(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.base(ids, use_cache=False).logits + self.error
+
+    def generate(self, ids: Tensor, n_tokens: int) -> tuple[Tensor, list[float]]:
+        tokens = self.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens)  # type: ignore[operator]
+        return tokens[:, ids.shape[1] :] + self.wrong_token, [0.0, 1.0]
+
+    def seconds(self, workload: str, ids: Tensor, n_tokens: int) -> float:
+        return 1.0
+
+    def peak_growth(self, workload: str, ids: Tensor, n_tokens: int) -> tuple[int, str]:
+        return 12_345, "counted elsewhere"
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [("ctranslate2", engines.CTranslate2), ("onnxruntime", engines.OnnxRuntime)]
+)
+@pytest.mark.parametrize("n_batch", [1, 3])
+def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: str, build: Any, n_batch: int) -> None:
+    pytest.importorskip(name)
+    if name == "onnxruntime":
+        pytest.importorskip("onnxscript")
+    ids = token_ids(n_batch, 9, base.config.vocab_size)
+    engine = build(base, n_batch, 2)
+    peers.check_engine(engine, base, ids, 12)
+    times = engine.generate(ids, 12)[1]
+    assert len(times) == 12
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert engine.n_bytes >= sum(p.nbytes for p in base.parameters())
+
+
+def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
+    pytest.importorskip("ctranslate2")
+    ids = token_ids(2, 9, base.config.vocab_size)
+    engine = engines.Remote(engines.CTranslate2, base, 2)
+    try:
+        peers.check_engine(engine, base, ids, 4)
+        assert engine.n_bytes >= sum(p.nbytes for p in base.parameters())
+        for workload in ("prefill", "decode"):
+            assert engine.seconds(workload, ids, 4) > 0
+            assert engine.peak_growth(workload, ids, 4)[1] in ("resident set growth", "n/a")
+    finally:
+        engine.close()
+
+
+def test_no_engine_is_loaded_beside_torch() -> None:
+    """ctranslate2 in this process would slow torch down, and so every contender."""
+    script = (
+        "import sys, torch\n"
+        "from benchmarks import peers\n"
+        "from fastgpt.bench import workloads\n"
+        "if __name__ == '__main__':\n"
+        "    base = workloads.load_base('demo')[0]\n"
+        "    ids = torch.arange(9)[None]\n"
+        "    for name, make in peers.CPU_PEERS.items():\n"
+        "        assert make('prefill', base, ids, 4, torch.float32).seconds() > 0\n"
+        "    print({'ctranslate2', 'onnxruntime'} & set(sys.modules))\n"
+    )
+    pytest.importorskip("ctranslate2")
+    pytest.importorskip("onnxscript")
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.stdout == "set()\n", finished.stderr
+
+
+def test_gate_is_red_on_wrong_logits_and_on_wrong_tokens(base: GPT2LMHeadModel) -> None:
+    ids = token_ids(2, 9, base.config.vocab_size)
+    peers.check_engine(Transformers(base), base, ids, 4)
+    with pytest.raises(ParityError, match="logits differ"):
+        peers.check_engine(Transformers(base, error=0.1), base, ids, 4)
+    with pytest.raises(ParityError, match="greedy tokens"):
+        peers.check_engine(Transformers(base, wrong_token=True), base, ids, 4)
+
+
+def test_peers_are_timed_or_left_out_with_a_reason() -> None:
+    contenders = {
+        "sound": peers._contender(lambda base, n_batch: Transformers(base)),  # type: ignore[arg-type]
+        "wrong": peers._contender(lambda base, n_batch: Transformers(base, error=0.1)),  # type: ignore[arg-type]
+        "missing": peers._contender(lambda base, n_batch: __import__("no_such_engine")),  # type: ignore[arg-type]
+    }
+    result = benchmark.run_benchmark(OPTIONS, peers=contenders)
+    timed = {(row["workload"], row["contender"]) for row in result["results"]}
+    assert timed == {(w, name) for w in ("prefill", "decode") for name in ("fastgpt", "hf-sdpa", "sound")}
+    assert {(row["workload"], row["baseline"]) for row in result["ratios"]} == timed - {
+        (workload, "fastgpt") for workload in ("prefill", "decode")
+    }
+    reasons = {row["baseline"]: row["reason"] for row in result["skipped"]}
+    sound = [row for row in result["results"] if row["contender"] == "sound"]
+    assert {(row["peak_memory_bytes"], row["memory_measure"]) for row in sound} == {(12_345, "counted elsewhere")}
+    assert reasons["wrong"].startswith("ParityError: its logits differ")
+    assert reasons["missing"] == "ModuleNotFoundError: No module named 'no_such_engine'"
+
+
+def test_engines_are_left_out_of_what_they_do_not_do(base: GPT2LMHeadModel) -> None:
+    ids = token_ids(1, 9, base.config.vocab_size)
+    make = peers.CPU_PEERS["ctranslate2"]
+    for workload, dtype in (("train", torch.float32), ("prefill", torch.bfloat16)):
+        with pytest.raises(ValueError, match="only on a CPU, in float32"):
+            make(workload, base, ids, 4, dtype)
+
+
+def test_command_writes_a_result(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+    command = [sys.executable, "-m", "benchmarks", "cpu", "--model", "demo", "--out", str(file), "--runs", "5"]
+    command += ["--workload", "prefill", "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--peers", "ctranslate2"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(file.read_text())
+    contenders = {row["contender"] for row in result["results"]} | {row["baseline"] for row in result["skipped"]}
+    assert contenders == {"fastgpt", "hf-sdpa", "ctranslate2"}
+    assert "fastgpt" in finished.stdout
+
+
+def test_unknown_peer_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="unknown peer 'llama'"):
+        cpu.main(out=tmp_path / "peers.json", peers="llama")
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def loss_case() -> operations.Case:
+    found = operations.cases(SHAPE, 2, 9, torch.device("cpu"), torch.float32)
+    return next(case for case in found if case.operation == "linear_cross_entropy")
+
+
+def attention_case() -> operations.Case:
+    found = operations.cases(SHAPE, 2, 9, torch.device("cpu"), torch.float32)
+    return next(case for case in found if case.operation == "causal_attention")
+
+
+def test_operation_peers_that_are_not_installed_are_named() -> None:
+    case, left_out = peers.with_peers(loss_case(), SHAPE)
+    missing = {row["contender"] for row in left_out}
+    assert missing | set(case.contenders) >= set(peers.OPERATION_PEERS["linear_cross_entropy"])
+    for row in left_out:
+        assert row["operation"] == "linear_cross_entropy"
+        assert row["skipped"]
+
+
+def test_operation_peer_runs_where_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    package: Any = ModuleType("cut_cross_entropy")
+    package.linear_cross_entropy = lambda x, weight, labels: F.cross_entropy(x @ weight.t(), labels)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", package)
+    case, _ = peers.with_peers(loss_case(), SHAPE)
+    assert "cut-cross-entropy" in case.contenders
+    rows = operations.measure(case, {"bandwidth": 1e9, "matrix_rate": 1e9}, 0.0)
+    assert {row["direction"] for row in rows if row["contender"] == "cut-cross-entropy" and "median_s" in row} == {
+        "forward",
+        "forward+backward",
+    }
+
+    package.linear_cross_entropy = lambda x, weight, labels: 1.01 * F.cross_entropy(x @ weight.t(), labels)
+    case, left_out = peers.with_peers(loss_case(), SHAPE)
+    assert "cut-cross-entropy" not in case.contenders
+    assert "errs by" in next(row["skipped"] for row in left_out if row["contender"] == "cut-cross-entropy")
+
+
+@pytest.mark.parametrize("returns_more", [False, True])
+def test_attention_peer_reads_packed_qkv(monkeypatch: pytest.MonkeyPatch, returns_more: bool) -> None:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+        return (out, None) if returns_more else out
+
+    package: Any = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    case, _ = peers.with_peers(attention_case(), SHAPE)
+    assert "flash-attn 2" in case.contenders

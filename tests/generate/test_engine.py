@@ -1,0 +1,542 @@
+"""The engine gives transformers' tokens, a seed always the same ones, and what the engine cannot take is routed."""
+
+import copy
+import gc
+import logging
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastgpt_kernels.common import dropout
+from fastgpt_kernels.operations.sampling.reference import gumbel_noise
+from models import assert_same_within_rounding, look_trained, pair, tiny_config, token_ids
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import fastgpt
+from fastgpt import generate as engine
+from fastgpt.generate import routing
+from fastgpt.model.compat import CACHE
+
+GREEDY = {"do_sample": False, "eos_token_id": None}
+THE_ENGINE = "generate: the engine"
+
+
+@pytest.fixture
+def route(caplog) -> Any:
+    """A function that says where the calls since its last use went."""
+    caplog.set_level(logging.DEBUG, logger="fastgpt")
+
+    def messages() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if record.name == "fastgpt"]
+        caplog.clear()
+        return found
+
+    return messages
+
+
+def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
+    """Prompts (1, T) of different lengths as one batch."""
+    n_tokens = max(prompt.shape[1] for prompt in prompts)
+    ids, mask = (torch.zeros(len(prompts), n_tokens, dtype=torch.long) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, -prompt.shape[1] :], mask[row, -prompt.shape[1] :] = prompt[0], 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def ragged(n_rows: int, vocab_size: int, longest: int = 16) -> list[Tensor]:
+    return [token_ids(1, 1 + (5 * row) % longest, vocab_size, seed=row) for row in range(n_rows)]
+
+
+# --- greedy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_embd": 256, "n_head": 2},
+        {"n_embd": 66, "n_head": 2},
+        {"n_inner": 100, "activation_function": "relu"},
+        {"activation_function": "gelu", "tie_word_embeddings": False},
+        {"activation_function": "silu", "layer_norm_epsilon": 1e-3},
+        {"activation_function": "gelu_fast", "scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_equal_transformers(changes: dict, route) -> None:
+    theirs, ours = pair(tiny_config(n_positions=96, **changes))
+    prompts = ragged(4, 131)
+    for inputs in (left_padded(prompts), left_padded(prompts[:1]), left_padded(prompts[2:3])):
+        options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+        assert ours.generate(**inputs, **options).tolist() == theirs.generate(**inputs, **options).tolist()
+        assert route() == [THE_ENGINE]
+
+
+@pytest.mark.parametrize("weights", ["trained-like", "demo"])
+def test_sixteen_ragged_prompts_equal_transformers_and_singles(weights: str, route) -> None:
+    if weights == "demo":
+        ours = fastgpt.load_demo()[0]
+    else:
+        torch.manual_seed(0)
+        config = tiny_config(n_embd=192, n_layer=4, vocab_size=1001, n_positions=256)
+        ours = look_trained(fastgpt.GPT2LMHeadModel(config)).eval()
+    theirs = fastgpt.unpatch(copy.deepcopy(ours))
+    prompts = ragged(16, ours.config.vocab_size)
+    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    inputs = left_padded(prompts)
+    batch = ours.generate(**inputs, **options)
+    assert batch.tolist() == theirs.generate(**inputs, **options).tolist()
+    for row in (0, 6, 15):
+        assert ours.generate(prompts[row], **options)[0, -200:].tolist() == batch[row, -200:].tolist()
+    assert ours.generate(prompts, **options).tolist() == batch.tolist()
+    assert set(route()) == {THE_ENGINE}
+
+
+def test_list_of_prompts() -> None:
+    _, ours = pair(tiny_config(pad_token_id=None))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    ids, mask = torch.tensor([[9, 9, 5], [1, 2, 3]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    expected = ours.generate(ids, attention_mask=mask, pad_token_id=9, **options)
+    assert ours.generate([[5], torch.tensor([1, 2, 3])], pad_token_id=9, **options).tolist() == expected.tolist()
+    assert ours.generate(input_ids=([5], [1, 2, 3]), **options)[:, 3:].tolist() == expected[:, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "the list of prompts is empty"),
+        ([[1], []], "prompt 1 is empty"),
+        ([torch.ones(2, 2, dtype=torch.long)], r"prompt 0 has shape \(2, 2\)"),
+    ],
+)
+def test_lists_that_are_no_prompts(prompts: list[Any], message: str) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=message):
+        ours.generate(prompts, max_new_tokens=2)
+    with pytest.raises(ValueError, match="needs no attention_mask"):
+        ours.generate([[1, 2]], attention_mask=torch.ones(1, 2), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"min_new_tokens": 9, "eos_token_id": [3, 17]},
+        {"min_length": 24},
+        {"max_length": 20},
+        {"num_return_sequences": 3, "do_sample": True, "top_k": 0, "min_p": 0.02},
+        {"do_sample": True, "top_p": 0.8, "temperature": 1.5, "repetition_penalty": 1.2},
+        {"do_sample": True, "top_k": 5},
+        {"generation_config": transformers.GenerationConfig(max_new_tokens=7, pad_token_id=4, eos_token_id=5)},
+    ],
+    ids=str,
+)
+def test_options_equal_transformers(options: dict, route) -> None:
+    """From the same torch.manual_seed where they sample."""
+    theirs, ours = pair(tiny_config(n_positions=96))
+    inputs = left_padded(ragged(3, 131))
+    limits = {} if options.keys() & {"max_length", "generation_config"} else {"max_new_tokens": 30}
+    sequences = []
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        sequences.append(model.generate(**inputs, **options, **limits).tolist())
+    assert sequences[1] == sequences[0]
+    assert route() == [THE_ENGINE]
+
+
+def test_rows_stop_at_end_of_text_and_are_padded() -> None:
+    theirs, ours = pair(tiny_config(n_positions=96))
+    inputs = left_padded(ragged(6, 131))
+    free = ours.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    ends = [int(free[row, 16 + 5 * row]) for row in range(3)]
+    for eos in (ends[0], ends):
+        options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": eos, "pad_token_id": 99}
+        sequences = ours.generate(**inputs, **options)
+        assert sequences.tolist() == theirs.generate(**inputs, **options).tolist()
+        assert (sequences == 99).any()
+        assert sequences.is_contiguous()
+
+
+def test_return_dict_holds_a_cache_to_continue_from() -> None:
+    theirs, ours = pair(tiny_config(n_positions=96))
+    ids = token_ids(2, 9, 131)
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    outputs: list[Any] = [model.generate(ids, max_new_tokens=11, **options) for model in (theirs, ours)]
+    expected, output = outputs
+    assert type(output) is type(expected)
+    assert output.keys() == expected.keys()
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for layer, expected_layer in zip(output[CACHE].layers, expected[CACHE].layers, strict=True):
+        assert_same_within_rounding(layer.keys, expected_layer.keys)
+        assert_same_within_rounding(layer.values, expected_layer.values)
+    continued = ours.generate(output.sequences, max_new_tokens=7, **{CACHE: output[CACHE]}, **options)
+    whole = ours.generate(ids, max_new_tokens=18, **options)
+    assert continued.sequences.tolist() == whole.sequences.tolist()
+
+
+def test_generated_tokens_can_be_trained_on() -> None:
+    _, ours = pair(tiny_config())
+    ids = ours.generate(token_ids(1, 4, 131), max_new_tokens=5, do_sample=False)
+    ours.train()(ids, labels=ids).loss.backward()
+    assert ours.transformer.wte.weight.grad.abs().sum() > 0
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 20, "top_p": 0.9, "temperature": 1.3}], ids=str)
+def test_a_seed_gives_the_same_tokens_for_every_batch_size(options: dict) -> None:
+    _, ours = pair(tiny_config(n_positions=96))
+    prompts = ragged(8, 131)
+    options = {"do_sample": True, "max_new_tokens": 40, "eos_token_id": None} | options
+
+    def run(rows: list[int], seed: int = 5, **more) -> list[list[int]]:
+        inputs = left_padded([prompts[row] for row in rows])
+        return ours.generate(**inputs, **options, **more, seed=seed)[:, -40:].tolist()
+
+    batch = run(list(range(8)))
+    assert run(list(range(8))) == batch
+    assert [run([row])[0] for row in range(8)] == batch
+    assert run([6, 1]) == [batch[6], batch[1]]
+    assert run([0], seed=6)[0] != batch[0]
+    several = run([2], num_return_sequences=3)
+    assert several[0] == batch[2]
+    assert len({tuple(row) for row in several}) == 3
+    assert run([2], stopping_criteria=StoppingCriteriaList([lambda ids, scores: torch.zeros(len(ids)).bool()])) == [
+        batch[2]
+    ], "transformers' loop draws other tokens"
+
+
+def test_a_seed_continues_where_it_stopped() -> None:
+    _, ours = pair(tiny_config(n_positions=96))
+    options = {"do_sample": True, "eos_token_id": None, "seed": 2**63 + 1}
+    ids = token_ids(1, 5, 131)
+    whole = ours.generate(ids, max_new_tokens=30, **options)
+    assert ours.generate(whole[:, :20], max_new_tokens=15, **options).tolist() == whole.tolist()
+
+
+def test_seeded_draws_follow_the_distribution() -> None:
+    """Chi-square over 20,000 draws against the exact probabilities, and draws at two positions are independent."""
+    n_draws, n_tokens = 20_000, 13
+    scores = torch.linspace(-2, 2, n_tokens).expand(n_draws, -1)
+    seeds_apart = torch.arange(n_draws)
+
+    def draw(seed: int) -> Tensor:
+        words = dropout.seed_tensor(seed, seeds_apart.device)
+        noise = gumbel_noise(words, seeds_apart, torch.zeros_like(seeds_apart), n_tokens)
+        return (scores + noise).argmax(1)
+
+    expected = n_draws * scores[0].double().softmax(0)
+    draws = draw(1)
+    for sample in (draws, draw(-(2**63))):
+        chi_square = ((sample.bincount(minlength=n_tokens) - expected).square() / expected).sum()
+        assert chi_square < 32.9  # 0.1% of fair samples are above, at 12 degrees of freedom
+    joint = expected.outer(expected) / n_draws
+    pairs = (draws[:-1] * n_tokens + draws[1:]).bincount(minlength=n_tokens**2).view(n_tokens, n_tokens)
+    assert ((pairs - joint).square() / joint).sum() < 228  # the same at 168 degrees
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", True, 2**64, -(2**63) - 1])
+def test_seed_that_is_not_64_bits(seed: Any) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
+        ours.generate(token_ids(1, 3, 131), seed=seed, do_sample=True, max_new_tokens=2)
+
+
+def test_seed_with_beams_is_refused() -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match="seed= needs plain sampling"):
+        ours.generate(token_ids(1, 3, 131), seed=1, num_beams=2, max_new_tokens=2)
+
+
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+class _Custom(transformers.LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"do_sample": True, "top_k": 3, "min_p": 0.1}, None),
+        ({"logits_processor": LogitsProcessorList([_Custom()])}, "logits processor _Custom"),
+        ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
+        ({"stopping_criteria": StoppingCriteriaList([lambda ids, _: ids[:, -1] == 3])}, "stopping criterion function"),
+        ({"max_time": 60.0}, "stopping criterion MaxTimeCriteria"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores was asked for"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states was given"),
+        ({"use_cache": False}, "cache is off"),
+        ({"cache_implementation": "static"}, "cache is StaticCache"),
+        ({CACHE: DynamicCache()}, "a cache was given"),
+        ({"token_type_ids": torch.ones(2, 8, dtype=torch.long)}, "token_type_ids was given"),
+        ({"attention_mask": torch.tensor([[1] * 7 + [0], [1] * 8])}, "hides more than padding on the left"),
+        ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),
+        ({"pad_token_id": 131, "eos_token_id": 130}, "pad_token_id 131 is outside"),
+        ({"num_beams": 2}, "beam search was asked for"),
+        ({"prompt_lookup_num_tokens": 3}, None),
+        ({"synced_gpus": True}, "synced_gpus was given"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_calls_go_where_they_can_be_served(options: dict, reason: str | None, route, monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    if "synced_gpus" in options:
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+    torch.manual_seed(0)
+    n_rows = 1 if "prompt_lookup_num_tokens" in options else 2
+    ours.generate(token_ids(n_rows, 8, 131), max_new_tokens=4, **{"do_sample": False} | options)
+    (message,) = route()
+    assert (message == THE_ENGINE) if reason is None else (reason in message), message
+
+
+def _with_lora(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(lora, model)
+
+
+def _with_hook(model: Any) -> None:
+    model.transformer.h[1].mlp.register_forward_hook(lambda module, inputs, output: output.flip(-1))
+
+
+def _with_linear(model: Any) -> None:
+    product = model.transformer.h[0].mlp.c_proj
+    linear = nn.Linear(*product.weight.shape)
+    linear.weight.data, linear.bias.data = -product.weight.data.t().contiguous(), product.bias.data
+    model.transformer.h[0].mlp.c_proj = linear
+
+
+def _with_own_forward(model: Any) -> None:
+    forward = model.transformer.forward
+
+    def louder(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.flip(-1)
+        return output
+
+    model.transformer.forward = louder
+
+
+@pytest.mark.parametrize("change", [_with_lora, _with_hook, _with_linear, _with_own_forward])
+def test_changed_models_go_to_transformers_and_the_change_acts(change, route) -> None:
+    theirs, ours = pair(tiny_config())
+    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    before = ours.generate(ids, **options)
+    assert route() == [THE_ENGINE]
+    change(theirs)
+    change(ours)
+    after = ours.generate(ids, **options)
+    (message,) = route()
+    assert "is not a plain module" in message
+    assert after.tolist() == theirs.generate(ids, **options).tolist() != before.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.train(), "in training mode"),
+        (lambda model: model.set_attn_implementation("eager"), "the attention is 'eager'"),
+        (lambda model: model.lm_head.bfloat16(), "differ in device or dtype"),
+    ],
+)
+@torch.no_grad()
+def test_states_of_a_model_that_the_engine_leaves_alone(change, reason: str) -> None:
+    _, ours = pair(tiny_config(tie_word_embeddings=False))
+    assert routing.why_not_model(ours) is None
+    change(ours)
+    assert reason in str(routing.why_not_model(ours))
+
+
+@torch.no_grad()
+def test_surroundings_that_the_engine_leaves_alone() -> None:
+    _, ours = pair(tiny_config())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in str(routing.why_not_model(ours))
+    with torch.enable_grad():
+        assert "gradients" in str(routing.why_not_model(ours))
+    assert routing.describe(ours) == "the engine: static cache, torch operations"
+
+
+def test_patched_model_takes_the_engine_and_an_unpatched_one_does_not(route) -> None:
+    model, _ = pair(tiny_config())
+    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options).tolist()
+    assert route() == []
+    assert fastgpt.patch(model).generate(ids, **options).tolist() == expected
+    assert route() == [THE_ENGINE]
+
+
+def test_changed_weights_are_seen() -> None:
+    theirs, ours = pair(tiny_config())
+    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 12, "do_sample": False}
+    before = ours.generate(ids, **options).tolist()
+    for model in (theirs, ours):
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.weight.neg_()
+        model.transformer.h[1].attn.c_proj.weight = nn.Parameter(-model.transformer.h[1].attn.c_proj.weight)
+    assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist() != before
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_context_ends_where_the_longest_row_ends(route) -> None:
+    _, ours = pair(tiny_config(n_positions=20))
+    options = {"do_sample": False, "eos_token_id": None}
+    inputs = left_padded([token_ids(1, 4, 131), token_ids(1, 12, 131)])
+    assert ours.generate(**inputs, max_new_tokens=9, **options).shape == (2, 21)
+    with pytest.raises(ValueError, match="position 20 is outside the context: n_positions is 20"):
+        ours.generate(**inputs, max_new_tokens=10, **options)
+    with pytest.raises(ValueError, match="token id 131 "):
+        ours.generate(torch.tensor([[131]]), max_new_tokens=2, **options)
+    assert set(route()) == {THE_ENGINE}
+
+
+class _Collect(BaseStreamer):
+    def __init__(self) -> None:
+        self.received: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.received.append(value)
+
+    def end(self) -> None:
+        self.received.append("end")
+
+
+def test_streamer_gets_the_prompt_and_then_every_token() -> None:
+    _, ours = pair(tiny_config())
+    streamer, ids = _Collect(), token_ids(3, 8, 131)
+    sequences = ours.generate(ids, max_new_tokens=7, do_sample=False, eos_token_id=None, streamer=streamer)
+    prompt, *tokens, end = streamer.received
+    assert torch.equal(prompt, ids)
+    assert end == "end"
+    assert torch.equal(torch.stack(tokens, 1), sequences[:, 8:])
+
+
+def test_stream_gives_the_tokens_as_they_come(monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    forwards, decode = [], engine.decode_one_token
+    monkeypatch.setattr(engine.host_loop, "decode_one_token", lambda *call: forwards.append(1) or decode(*call))
+    ids, options = token_ids(3, 8, 131), {"max_new_tokens": 7, "do_sample": True, "seed": 3, "eos_token_id": None}
+    expected = ours.generate(ids, **options)[:, 8:]
+    forwards.clear()
+    received = []
+    for tokens in ours.stream(ids, **options):
+        assert torch.is_grad_enabled()
+        assert len(forwards) == len(received)  # the first token is the prompt's
+        received.append(tokens.clone())
+    assert torch.equal(torch.stack(received, 1), expected)
+    assert [len(tokens) for tokens in ours.stream([[1, 2], [3]], max_new_tokens=2, **GREEDY)] == [2, 2]
+    some = ours.stream(ids, prompt_lookup_num_tokens=None, **options)
+    next(some)
+    some.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores was asked for"),
+        ({"num_beams": 2}, "streamer"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must be"),
+        ({"use_cache": False}, "the cache is off"),
+    ],
+    ids=str,
+)
+def test_stream_refuses_at_once_what_it_cannot_give(options: dict, reason: str) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=reason):
+        ours.stream(token_ids(1, 8, 131), max_new_tokens=3, **options)
+
+
+# --- the decode step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_decode_step_equals_the_blocks(dtype: torch.dtype, padded: bool) -> None:
+    """One token over the cache, and three at once, beside the whole sequence through the model's own blocks."""
+    _, ours = pair(tiny_config(n_layer=3))
+    ours.to(dtype)
+    ids, mask = token_ids(3, 12, 131), None
+    positions = torch.arange(12)[None]
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    weights = engine.view_weights(ours)
+    cache, other_cache = (engine.KVCache.allocate(ours, 3, 12) for _ in range(2))
+    assert weights.layers[1].qkv.weight is ours.transformer.h[1].attn.c_attn.weight
+    first = engine.prefill(ours, cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])
+    steps = [engine.decode_one_token(weights, cache, ids[:, t], positions[:, t]) for t in range(9, 12)]
+    engine.prefill(ours, other_cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])
+    together = engine.decode_tokens(weights, other_cache, ids[:, 9:], positions[:, 9:])
+    expected = ours(ids, attention_mask=mask, position_ids=positions).logits[:, 8:]
+    n_ulps = 64 if dtype.itemsize > 2 else 4
+    assert_same_within_rounding(torch.stack([first, *steps], 1), expected, n_ulps)
+    assert_same_within_rounding(together, expected[:, 1:], n_ulps)
+    if dtype == torch.float32:
+        wrong = engine.decode_one_token(weights, engine.KVCache.allocate(ours, 3, 1), ids[:, 11], positions[:, 11])
+        assert (wrong - expected[:, -1]).abs().max() > 0.1, "this test does not see the cache"
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_every_form_of_the_products_gives_the_same(dtype: torch.dtype, n_rows: int) -> None:
+    _, ours = pair(tiny_config())
+    ours.to(dtype)
+    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
+    expected = ours(ids).logits[:, -1]
+    for copies in (False, True) if n_rows == 1 else (False,):
+        weights = engine.view_weights(ours, copy_for_one_row=copies)
+        cache = engine.KVCache.allocate(ours, n_rows, 9)
+        engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
+        logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8])
+        assert_same_within_rounding(logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
+
+
+def test_bfloat16_on_a_cpu_copies_weights_where_that_pays(monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    ours.bfloat16()
+    asked, view = [], engine.view_weights
+    monkeypatch.setattr(engine.host_loop, "view_weights", lambda model, **how: asked.append(how) or view(model, **how))
+    for n_rows, n_new in ((1, 40), (1, 10), (2, 40)):
+        ours.generate(token_ids(n_rows, 3, 131), max_new_tokens=n_new, do_sample=False, eos_token_id=None)
+    ours.float().generate(token_ids(1, 3, 131), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert [how["copy_for_one_row"] for how in asked] == [True, False, False, False]
+
+
+def test_two_thousand_steps_without_growth() -> None:
+    """Over mixed lengths and batch sizes: Python's memory does not grow, and no tensor outlives its call."""
+    _, ours = pair(tiny_config(n_layer=1, n_positions=128))
+
+    def steps(n_calls: int) -> None:
+        for call in range(n_calls):
+            inputs = left_padded(ragged(1 + call % 3, 131, longest=7 + call % 5))
+            n_new = 60 + 20 * (call % 3)
+            ours.generate(**inputs, max_new_tokens=n_new, do_sample=call % 2 == 0, eos_token_id=None, seed=call)
+
+    def n_tensors() -> int:
+        return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
+
+    steps(3)
+    gc.collect()
+    tensors = n_tensors()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    steps(25)
+    gc.collect()
+    growth = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert n_tensors() == tensors
+    assert growth < 64 * 1024, f"{growth} bytes"

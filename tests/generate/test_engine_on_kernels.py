@@ -1,0 +1,335 @@
+"""Generation on the kernels gives transformers' tokens, a seed the same ones as on a CPU, and no step waits in vain."""
+
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
+from interpreter import DEVICE, INTERPRETING
+from models import pair, tiny_config, token_ids
+from test_engine import left_padded, ragged
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+import fastgpt
+from fastgpt.generate import options as sampling
+from fastgpt.generate import routing, workspace
+from fastgpt.model.compat import CACHE
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_kernels() -> Iterator[None]:
+    with fastgpt.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def route(caplog) -> Any:
+    caplog.set_level(logging.DEBUG, logger="fastgpt")
+    return lambda: {record.getMessage() for record in caplog.records if record.name == "fastgpt"}
+
+
+def small_pair(**changes: Any) -> tuple[Any, Any]:
+    """(transformers' model, ours) on the device of the kernels."""
+    theirs, ours = pair(tiny_config(**{"n_embd": 64, "n_head": 2, "n_layer": 1, "n_positions": 64} | changes))
+    return theirs.to(DEVICE), ours.to(DEVICE)
+
+
+def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 6])
+def test_greedy_tokens_equal_transformers(n_rows: int, route) -> None:
+    theirs, ours = small_pair(n_layer=2)
+    inputs = on_device(left_padded(ragged(n_rows + 2, 131)[2:]))
+    expected = theirs.generate(**inputs, **GREEDY, max_new_tokens=10)
+    assert ours.generate(**inputs, **GREEDY, max_new_tokens=10).tolist() == expected.tolist()
+    assert route() == {"generate: the engine, on kernels"}
+
+
+def test_rows_stop_at_end_of_text_and_are_padded() -> None:
+    theirs, ours = small_pair()
+    inputs = on_device(left_padded(ragged(3, 131)))
+    free = theirs.generate(**inputs, **GREEDY, max_new_tokens=9)
+    n_prompt = inputs["input_ids"].shape[1]
+    for ends in ([int(free[0, n_prompt + 2])], [int(free[row, n_prompt + 2 + row]) for row in range(3)]):
+        options = GREEDY | {"eos_token_id": ends, "pad_token_id": 99, "max_new_tokens": 9}
+        assert ours.generate(**inputs, **options).tolist() == theirs.generate(**inputs, **options).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"min_new_tokens": 5, "eos_token_id": [3, 17, 29]},
+        {"max_length": 20},
+        {"do_sample": True, "seed": 5, "top_k": 20, "top_p": 0.9, "temperature": 1.3},
+        {"do_sample": True, "seed": 5, "top_k": 0, "min_p": 0.02, "num_return_sequences": 2, "max_new_tokens": 5},
+        {"do_sample": True, "seed": 2**63 + 1, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_options_equal_the_torch_path(options: dict[str, Any], route) -> None:
+    _, ours = small_pair()
+    inputs = on_device(left_padded(ragged(2, 131)))
+    options = GREEDY | ({} if "max_length" in options else {"max_new_tokens": 6}) | options
+    with fastgpt.backend("torch"):
+        expected = ours.generate(**inputs, **options)
+    assert ours.generate(**inputs, **options).tolist() == expected.tolist()
+    assert "generate: the engine, on kernels" in route()
+
+
+def test_unseeded_draws_follow_torch_manual_seed_and_differ_between_equal_rows() -> None:
+    _, ours = small_pair()
+    ids = token_ids(1, 5, 131).expand(3, -1).to(DEVICE)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(ours.generate(ids, do_sample=True, top_k=0, max_new_tokens=8, eos_token_id=None).tolist())
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(map(tuple, runs[0]))) == 3
+
+
+def test_nan_logits_are_refused() -> None:
+    _, ours = small_pair()
+    ours.transformer.ln_f.bias.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN"):
+        ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
+
+
+def test_nan_logits_of_a_later_step_are_refused() -> None:
+    """The host looks one step behind: the poisoned token goes into a step, and must not stop it."""
+    theirs, ours = small_pair()
+    ids = token_ids(1, 5, 131).to(DEVICE)
+    ours.transformer.wpe.weight.data[7] = float("nan")
+    streamed: list[int] = []
+
+    class Collect(transformers.generation.streamers.BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            streamed.extend(value.flatten().tolist())
+
+        def end(self) -> None: ...
+
+    with pytest.raises(ValueError, match="logits are NaN"):
+        ours.generate(ids, **GREEDY, max_new_tokens=9, streamer=Collect())
+    assert streamed == theirs.generate(ids, **GREEDY, max_new_tokens=3)[0].tolist()
+
+
+def test_context_ends_where_the_longest_row_ends() -> None:
+    _, ours = small_pair(n_positions=14)
+    inputs = on_device(left_padded([token_ids(1, 4, 131), token_ids(1, 8, 131)]))
+    assert ours.generate(**inputs, **GREEDY, max_new_tokens=7).shape == (2, 15)
+    with pytest.raises(ValueError, match="position 14 is outside the context: n_positions is 14"):
+        ours.generate(**inputs, **GREEDY, max_new_tokens=8)
+
+
+def test_return_dict_holds_the_cache() -> None:
+    theirs, ours = small_pair(n_layer=2)
+    ids = token_ids(2, 6, 131).to(DEVICE)
+    options = GREEDY | {"return_dict_in_generate": True, "max_new_tokens": 5}
+    expected, found = theirs.generate(ids, **options), ours.generate(ids, **options)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for layer, expected_layer in zip(found[CACHE].layers, expected[CACHE].layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-5, atol=1e-5)
+    kept = found[CACHE].layers[0].keys.clone()
+    ours.generate(token_ids(2, 6, 131, seed=9).to(DEVICE), **GREEDY, max_new_tokens=5)
+    assert torch.equal(found[CACHE].layers[0].keys, kept), "the next call wrote into a returned cache"
+
+
+# --- prompt lookup --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_new_tokens": 7},
+        {"eos_token_id": list(range(0, 131, 9))},
+        {"min_new_tokens": 12, "eos_token_id": list(range(0, 131, 3))},
+        {"do_sample": True, "seed": 5, "temperature": 0.3},
+        {"do_sample": True, "top_k": 3},
+        {"attention_mask": torch.tensor([[0] * 3 + [1] * 9])},
+        {"return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n_proposed", [2, 6])
+def test_lookup_gives_the_tokens_that_come_without(options: dict[str, Any], n_proposed: int, route) -> None:
+    """From the same torch.manual_seed where they sample, in few rows and in many."""
+    _, ours = small_pair()
+    ids = token_ids(1, 4, 131).repeat(1, 3).to(DEVICE)
+    options = GREEDY | {"max_new_tokens": 20} | options
+    if "attention_mask" in options:
+        options["attention_mask"] = options["attention_mask"].to(DEVICE)
+    torch.manual_seed(1)
+    expected = ours.generate(ids, **options)
+    torch.manual_seed(1)
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=n_proposed, **options)
+    if "return_dict_in_generate" in options:
+        pairs = zip(looked_up[CACHE].layers, expected[CACHE].layers, strict=True)
+        for layer, expected_layer in pairs:
+            torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-4, atol=1e-5)
+        expected, looked_up = expected.sequences, looked_up.sequences
+    assert looked_up.tolist() == expected.tolist()
+    assert route() == {"generate: the engine, on kernels"}
+
+
+def test_lookup_takes_fewer_steps_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = small_pair()
+    with torch.no_grad():  # what follows a token is then decided by the token alone
+        ours.transformer.h[0].attn.c_proj.weight.zero_()
+        ours.transformer.wpe.weight.zero_()
+    sizes, decode = [], workspace.Workspace.decode
+    monkeypatch.setattr(
+        workspace.Workspace, "decode", lambda self, model, n_new=1: sizes.append(n_new) or decode(self, model, n_new)
+    )
+    ids = token_ids(1, 3, 131).to(DEVICE)
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=5, max_new_tokens=40, **GREEDY)
+    assert set(sizes) == {1, 6}
+    assert len(sizes) < 25
+    assert looked_up.tolist() == ours.generate(ids, max_new_tokens=40, **GREEDY).tolist()
+
+
+def test_lookup_fills_the_context_and_no_more() -> None:
+    _, ours = small_pair()
+    options = GREEDY | {"prompt_lookup_num_tokens": 4}
+    ids = token_ids(1, 5, 131).repeat(1, 10).to(DEVICE)
+    assert ours.generate(ids, max_new_tokens=15, **options).shape == (1, 65)
+    with pytest.raises(ValueError, match="position 64 is outside the context"):
+        ours.generate(ids, max_new_tokens=16, **options)
+
+
+def test_lookup_refuses_nan_logits() -> None:
+    _, ours = small_pair()
+    ours.transformer.wpe.weight.data[14] = float("nan")
+    ids = token_ids(1, 4, 131).repeat(1, 3).to(DEVICE)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        ours.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=9, **GREEDY)
+
+
+def test_lookup_with_a_repetition_penalty_is_left_to_torch(route) -> None:
+    _, ours = small_pair()
+    ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"repetition_penalty": 1.3, "max_new_tokens": 4}
+    looked_up = ours.generate(ids, prompt_lookup_num_tokens=4, **options)
+    assert looked_up.tolist() == ours.generate(ids, **options).tolist()
+    assert "prompt lookup with a repetition penalty has no kernel" in " ".join(route())
+
+
+# --- what is kept between calls -------------------------------------------------------------------------------------
+
+
+def test_a_workspace_serves_again_until_something_changes() -> None:
+    theirs, ours = small_pair()
+    ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 4}
+
+    def run() -> workspace.Workspace:
+        assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
+        return workspace._kept[ours]
+
+    first = run()
+    assert run() is first
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model.transformer.h[0].mlp.c_fc.weight.neg_()
+    assert run() is first, "weights are read where they lie"
+    for model in (theirs, ours):
+        model.transformer.h[0].attn.c_proj.bias = nn.Parameter(-model.transformer.h[0].attn.c_proj.bias)
+    assert run() is not first
+    two_rows = token_ids(2, 5, 131).to(DEVICE)
+    assert ours.generate(two_rows, **options).tolist() == theirs.generate(two_rows, **options).tolist()
+    assert workspace._kept[ours].n_rows == 2
+
+
+def test_nothing_of_a_model_outlives_it() -> None:
+    _, ours = small_pair()
+    ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
+    n_kept = len(workspace._kept)
+    parameters = [weakref.ref(parameter) for parameter in ours.parameters()]
+    kept = workspace._kept[ours]
+    del ours
+    gc.collect()
+    assert len(workspace._kept) == n_kept - 1
+    assert [p for p in parameters if p() is not None] == [], "the workspace holds weights"
+    assert kept.cache.memory.isfinite().any()
+
+
+def test_large_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = small_pair()
+    monkeypatch.setattr(workspace, "_KEPT_BYTES", 64)
+    ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
+    assert ours not in workspace._kept
+
+
+def test_two_calls_at_once_do_not_share_memory() -> None:
+    _, ours = small_pair()
+    with workspace.workspace(ours, 1, 8) as first, workspace.workspace(ours, 1, 8) as second:
+        assert first.cache.memory.data_ptr() != second.cache.memory.data_ptr()
+
+
+# --- tiers ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_tier() -> None:
+    with pytest.raises(ValueError, match="unknown tier 'fast'"), workspace.tier("fast"):
+        pass
+
+
+def test_persistent_tier_equals_transformers(route, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETING:  # where programs run one after the other, and would wait for each other
+        monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
+    theirs, ours = small_pair(n_embd=128, n_head=2, n_layer=2)
+    ids, options = token_ids(1, 7, 131).to(DEVICE), GREEDY | {"max_new_tokens": 5}
+    with workspace.tier("persistent"):
+        assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
+        assert "generate: the engine, on kernels" in route()
+        assert "one row, not 2" in str(workspace.obstacle(ours, 2))
+
+
+@pytest.mark.skipif(INTERPRETING, reason="needs a GPU")
+def test_graph_replays_what_eager_launches() -> None:
+    _, ours = small_pair(n_layer=2)
+    inputs = on_device(left_padded(ragged(3, 131)))
+    runs = []
+    for name in ("eager", "graph"):
+        with workspace.tier(name):
+            runs.append([ours.generate(**inputs, **GREEDY, max_new_tokens=30).tolist() for _ in range(2)])
+    assert workspace._kept[ours]._graphs[1] is not None
+    assert runs[0] == runs[1]
+
+
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+def test_describe_names_the_kernels() -> None:
+    _, ours = small_pair()
+    with torch.no_grad():
+        assert routing.describe(ours).startswith("the engine: static cache, kernels")
+        assert "float64" in routing.describe(ours.double())
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        [logits_process.TopPLogitsWarper(0.9), logits_process.TopKLogitsWarper(5)],
+        [logits_process.TopKLogitsWarper(5), logits_process.TopKLogitsWarper(3)],
+        [logits_process.TopPLogitsWarper(0.9, min_tokens_to_keep=2)],
+        [logits_process.TopKLogitsWarper(5, filter_value=-1.0)],
+    ],
+    ids=["order", "twice", "least", "filter"],
+)
+def test_processors_that_the_sampling_kernel_does_not_stand_in_for(processors: list[Any], route) -> None:
+    assert sampling.device_options(LogitsProcessorList(processors), True, 1, torch.device(DEVICE)) is None
+    _, ours = small_pair()
+    ids = token_ids(1, 5, 131).to(DEVICE)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "logits_processor": LogitsProcessorList(processors)}
+    ours.generate(ids, **options)
+    assert "its logits processors have no kernel" in " ".join(route())

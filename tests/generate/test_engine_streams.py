@@ -1,0 +1,144 @@
+"""Every workspace has a stream of its own on its GPU: by stand-ins for torch's, and on GPUs where there are some."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import pair, tiny_config, token_ids
+
+import fastgpt
+from fastgpt.generate import streams, workspace
+from fastgpt.generate.streams import OwnStream
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
+N_GPUS = torch.cuda.device_count()
+
+
+class Stream:
+    """Stands in for torch's, of which there are 32 on a device."""
+
+    n_made = 0
+
+    def __init__(self, device: torch.device):
+        self.device, self.cuda_stream, self.waited_for = device, Stream.n_made % 32, []
+        Stream.n_made += 1
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited_for.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What was asked of torch.cuda, in order; the current stream is `cuda.current`."""
+    asked = SimpleNamespace(calls=[], current=Stream(torch.device("cuda:1")))
+
+    def note(name: str) -> Any:
+        return lambda *args, **options: asked.calls.append((name, *args, *options.values())) or nullcontext()
+
+    monkeypatch.setattr(streams, "_owned", type(streams._owned)())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: asked.current)
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, note(name))
+    return asked
+
+
+def test_streams_lie_on_the_device_and_are_shared_by_nobody(cuda) -> None:
+    device = torch.device("cuda:1")
+    owners = [OwnStream(device) for _ in range(32)]
+    taken = {owner._stream.cuda_stream for owner in owners if owner._stream.device == device}
+    assert len(taken) == 32
+    with pytest.raises(RuntimeError, match=r"32 models keep memory on cuda:1: free some by fastgpt.release\(model\)"):
+        OwnStream(device)
+    freed = owners.pop(3)._stream.cuda_stream
+    assert OwnStream(device)._stream.cuda_stream == freed
+
+
+def test_callers_and_the_stream_wait_for_each_other(cuda) -> None:
+    own = OwnStream(torch.device("cuda:1"))
+    own.come_first()
+    assert cuda.current.waited_for == [own._stream]
+    own.come_after()
+    assert own._stream.waited_for == [cuda.current]
+
+
+def test_capture_is_on_the_stream_and_its_device_and_alone(cuda) -> None:
+    own, graph = OwnStream(torch.device("cuda:1")), object()
+    with own.capture(graph):
+        assert streams._capturing.locked()
+        assert cuda.calls == [("graph", graph, own._stream, "thread_local"), ("device", own.device)]
+    assert not streams._capturing.locked()
+
+
+def test_a_workspace_warms_up_on_its_stream_and_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocated and warmed up inside; the caller's stream waits at a call's start, and is waited for at its end."""
+    log: list[str] = []
+
+    class Noted(OwnStream):
+        def inside(self) -> Any:
+            log.append("inside")
+            return super().inside()
+
+        def come_first(self) -> None:
+            log.append("first")
+
+        def come_after(self) -> None:
+            log.append("after")
+
+    monkeypatch.setattr(workspace, "OwnStream", Noted)
+    monkeypatch.setattr(
+        workspace.Workspace, "_launch", lambda self, model, n_new: self._steps.update({n_new: object()})
+    )
+    _, ours = pair(tiny_config())
+    with workspace.workspace(ours, 1, 8) as work:
+        work.decode(ours)
+        work.decode(ours)
+    assert log == ["inside", "first", "after", "inside", "first", "after"]
+    log.clear()
+    with pytest.raises(KeyboardInterrupt), workspace.workspace(ours, 1, 8):
+        raise KeyboardInterrupt
+    assert log == ["first", "after"]
+
+
+@pytest.mark.skipif(N_GPUS == 0, reason="needs a GPU")
+def test_two_models_at_batch_6_outlive_each_others_graphs() -> None:
+    prompts = token_ids(6, 5, 131).cuda()
+    (theirs, first), (_, second) = (pair(tiny_config()) for _ in range(2))
+    expected = theirs.cuda().generate(prompts, **GREEDY).tolist()
+    for _ in range(2):
+        for model in (first, second):
+            assert model.cuda().generate(prompts, **GREEDY).tolist() == expected
+    for _ in range(2):
+        assert first.generate(prompts, **GREEDY).tolist() == expected
+        fastgpt.release(second)
+        torch.cuda.empty_cache()
+        assert first.generate(prompts, **GREEDY).tolist() == expected
+        assert second.generate(prompts, **GREEDY).tolist() == expected
+
+
+@pytest.mark.skipif(N_GPUS == 0, reason="needs a GPU")
+def test_a_call_on_another_stream_follows_the_one_before() -> None:
+    prompts = token_ids(2, 5, 131).cuda()
+    theirs, ours = pair(tiny_config())
+    expected = theirs.cuda().generate(prompts, **GREEDY).tolist()
+    ours.cuda()
+    torch.cuda.synchronize()
+    for _ in range(6):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert ours.generate(prompts, **GREEDY).tolist() == expected
+
+
+@pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_one_model_on_each_gpu(n_rows: int) -> None:
+    theirs, ours = pair(tiny_config())
+    expected = theirs.generate(token_ids(n_rows, 5, 131), **GREEDY).tolist()
+    for device in ("cuda:0", "cuda:1"):
+        model = fastgpt.GPT2LMHeadModel(ours.config).eval()
+        model.load_state_dict(ours.state_dict())
+        model.to(device)  # type: ignore[arg-type]
+        for _ in range(2):
+            found: Any = model.generate(token_ids(n_rows, 5, 131).to(device), **GREEDY)  # type: ignore[misc]
+            assert found.tolist() == expected

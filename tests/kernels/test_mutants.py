@@ -1,0 +1,96 @@
+"""The tests notice mistakes in the kernels: `pytest tests/kernels/test_mutants.py -n 2 --mutants` tries all."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path("kernels", "fastgpt_kernels")
+# The tests that watch over a file of the package.
+TESTS = {
+    "operations/layer_norm/kernels.py": ["kernels/layer_norm/test_layer_norm_kernel.py"],
+    "operations/attention/kernels.py": [
+        "kernels/attention/test_causal_attention_kernel.py",
+        "kernels/test_saved_tensors.py",
+    ],
+    "operations/gelu_mlp/kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
+    "operations/gelu_mlp/op.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py", "kernels/test_saved_tensors.py"],
+    "common/activation_kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
+    "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy/test_linear_cross_entropy_kernel.py"],
+    "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy/test_linear_cross_entropy_kernel.py"],
+    "common/dropout_kernels.py": ["kernels/attention/test_causal_attention_kernel.py"],
+    "operations/decode_step/kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
+    "operations/decode_step/op.py": ["kernels/decode_step/test_decode_step_kernel.py"],
+    "operations/sampling/kernels.py": ["kernels/sampling/test_sampling_kernel.py"],
+    "operations/sampling/filter_kernels.py": ["kernels/sampling/test_sampling_kernel.py"],
+    "operations/sampling/op.py": ["kernels/sampling/test_sampling_kernel.py"],
+    "operations/persistent_decode/kernels.py": ["kernels/persistent_decode/test_persistent_decode_kernel.py"],
+    "operations/persistent_decode/op.py": ["kernels/persistent_decode/test_persistent_decode_kernel.py"],
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace `before` by `after` in a file. survives: why no test can notice it, empty where one must."""
+
+    file: str
+    before: str
+    after: str
+    survives: str
+
+
+def read_mutants(text: str) -> list[Mutant]:
+    mutants, file = [], ""
+    for record in text.split("\n\n"):
+        lines = [line for line in record.splitlines() if not line.startswith("#")]
+        if lines and lines[0].startswith("["):
+            file = lines[0].strip("[]")
+        elif lines:
+            parts = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in "-+!")
+            mutants.append(Mutant(file, *parts))
+    return mutants
+
+
+MUTANTS = read_mutants(Path(__file__).with_name("mutants.txt").read_text())
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_every_mutant_changes_one_place(file: str) -> None:
+    code = (ROOT / PACKAGE / file).read_text()
+    mutants = [mutant for mutant in MUTANTS if mutant.file == file]
+    assert mutants
+    for mutant in mutants:
+        assert code.count(mutant.before) == 1, mutant.before
+        assert mutant.after != mutant.before
+
+
+def test_there_are_sixty_mutants_or_more() -> None:
+    assert len({(mutant.file, mutant.before, mutant.after) for mutant in MUTANTS}) == len(MUTANTS) >= 60
+    assert {mutant.file for mutant in MUTANTS} == TESTS.keys()
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{i}-{m.file.removesuffix('.py')}" for i, m in enumerate(MUTANTS)])
+def test_the_mutant_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    for directory in ("kernels", "tests", "fastgpt"):
+        shutil.copytree(
+            ROOT / directory, tmp_path / directory, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__")
+        )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file = tmp_path / PACKAGE / mutant.file
+    file.write_text(file.read_text().replace(mutant.before, mutant.after))
+
+    tests = [f"tests/{name}" for name in TESTS[mutant.file]]
+    options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+
+    assert str(tmp_path) in finished.stdout, "the tests did not run on the copy"
+    expected = pytest.ExitCode.OK if mutant.survives else pytest.ExitCode.TESTS_FAILED
+    assert finished.returncode == expected, finished.stdout[-2000:] + finished.stderr[-2000:]

@@ -1,0 +1,101 @@
+"""Training under torch's DDP, FSDP1 and FSDP2 in processes on gloo: transformers' losses, and no logits computed."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import pair, tiny_config, token_ids
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from fastgpt.model import outputs
+
+
+def fsdp1(model: nn.Module, **options) -> nn.Module:
+    blocks = ModuleWrapPolicy({GPT2Block, type(model.get_submodule("transformer.h.0"))})
+    return FullyShardedDataParallel(model, auto_wrap_policy=blocks, device_id=torch.device("cpu"), **options)
+
+
+def fsdp2(model: nn.Module, dtype: torch.dtype | None = None, **options) -> nn.Module:
+    for block in model.get_submodule("transformer.h").children():
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    root = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=None if dtype is None else torch.float32)
+    fully_shard(model, mp_policy=root, **options)
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "DDP, unused parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "DDP, static graph": partial(DistributedDataParallel, static_graph=True),
+    "FSDP1": fsdp1,
+    "FSDP1, original parameters": partial(fsdp1, use_orig_params=True),
+    "FSDP1, gradients alone": partial(fsdp1, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP),
+    "FSDP2": fsdp2,
+    "FSDP2, resharded": partial(fsdp2, reshard_after_forward=True),
+    "FSDP2, half precision": partial(fsdp2, dtype=torch.bfloat16),
+}
+
+
+READS = ("nothing", "in the loss", "after the step")
+
+
+def losses_of(model: nn.Module, rank: int, reads: str) -> list[float]:
+    """Of three steps; `reads` says where the logits are read, if they are."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(3):
+        ids = token_ids(2, 9, 131, seed=10 * step + rank)
+        output = model(ids, labels=ids)
+        loss = output.loss
+        if reads == "in the loss":
+            with torch.no_grad():
+                losses.append(output.logits.float().logsumexp(-1).mean().item())
+            loss = loss + 1e-2 * output.logits.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if reads == "after the step":
+            losses.append(output.logits.float().logsumexp(-1).mean().item())
+        losses.append(loss.item())
+    return losses
+
+
+def train(rank: int, n_processes: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n_processes)
+    n_computed = 0
+    compute = outputs._Product.compute
+
+    def count(product: Any) -> Any:
+        nonlocal n_computed
+        n_computed += 1
+        return compute(product)
+
+    outputs._Product.compute = count  # type: ignore[method-assign]
+    results = {}
+    for name, reads in itertools.product(WRAPPERS, READS):
+        theirs, ours = (losses_of(WRAPPERS[name](model.train()), rank, reads) for model in pair(tiny_config(n_layer=1)))
+        results[name, reads] = theirs, ours, n_computed
+        n_computed = 0
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_losses_equal_transformers_under_the_same_wrapper(n_processes: int, tmp_path: Path) -> None:
+    mp.spawn(train, (n_processes, tmp_path), n_processes)  # type: ignore[attr-defined]
+    for rank in range(n_processes):
+        for (name, reads), (theirs, ours, n_computed) in torch.load(tmp_path / f"{rank}.pt").items():
+            tolerance = 2e-2 if "half" in name else 1e-5
+            assert ours == pytest.approx(theirs, rel=tolerance), (name, reads)
+            assert n_computed == (0 if reads == "nothing" else 3), (name, reads)

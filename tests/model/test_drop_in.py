@@ -1,0 +1,473 @@
+"""Adapters, hooks, checkpointing, Trainer, compile and copies of a model work as with transformers."""
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import assert_same_within_rounding, lively, pair, tiny_config, token_ids
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+import fastgpt
+from fastgpt import modeling, ops
+from fastgpt.model import patching
+
+# --- patch and unpatch ----------------------------------------------------------------------------------------------
+
+
+def classes(model: Any) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def test_patch_and_unpatch_change_classes_and_nothing_else() -> None:
+    model, _ = pair(tiny_config())
+    before, parameters = classes(model), dict(model.named_parameters())
+    hook = model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    patched: Any = fastgpt.patch(model)
+    assert patched is model
+    assert type(model) is fastgpt.GPT2LMHeadModel
+    assert type(patched.transformer.h[1].ln_2) is modeling.LayerNorm
+    assert model.config._attn_implementation == "fastgpt"
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert len(patched.transformer.h[0].mlp.c_fc._forward_hooks) == 1
+    fastgpt.unpatch(model)
+    assert classes(model) == before
+    assert model.config._attn_implementation == "sdpa"
+    hook.remove()
+
+
+def test_patch_of_a_model_that_contains_gpt2() -> None:
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=32,
+            patch_size=16,
+        ),
+        tiny_config(add_cross_attention=True, is_decoder=True),
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.VisionEncoderDecoderModel(config).eval()
+    lively(model.decoder)
+    pixels, ids = torch.randn(2, 3, 32, 32), token_ids(2, 6, 131)
+    expected = model(pixel_values=pixels, decoder_input_ids=ids).logits
+    encoder_classes = classes(model.encoder)
+    fastgpt.patch(model)
+    assert type(model.decoder.transformer.h[0]) is modeling.GPT2Block
+    assert classes(model.encoder) == encoder_classes
+    assert_same_within_rounding(model(pixel_values=pixels, decoder_input_ids=ids).logits, expected)
+
+
+def test_patch_refuses_what_it_cannot_patch() -> None:
+    theirs, _ = pair(tiny_config())
+    with pytest.raises(ValueError, match=r"Linear.*nothing to patch"):
+        fastgpt.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing to unpatch"):
+        fastgpt.unpatch(theirs)
+
+
+def test_patching_twice_is_patching_once() -> None:
+    theirs, ours = pair(tiny_config())
+    for model in (fastgpt.patch(theirs), ours):
+        before = classes(model)
+        assert fastgpt.patch(model) is model
+        assert classes(model) == before
+        model.set_attn_implementation("sdpa")
+        assert fastgpt.patch(model).config._attn_implementation == "sdpa"
+        model.set_attn_implementation("fastgpt")
+    theirs.transformer.h.append(transformers.models.gpt2.modeling_gpt2.GPT2Block(theirs.config, layer_idx=2))
+    assert type(fastgpt.patch(theirs).transformer.h[2]) is modeling.GPT2Block
+
+
+def test_a_failure_at_any_module_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(tiny_config(n_layer=1))
+    change = patching._set
+    for model, function in ((theirs, fastgpt.patch), (ours, fastgpt.unpatch)):
+        before, attention, n_calls = classes(model), model.config._attn_implementation, 0
+        for n_allowed in range(1000):
+            n_calls = 0
+
+            def fail_later(target, name, value, undo, n_allowed=n_allowed) -> None:
+                nonlocal n_calls
+                n_calls += 1
+                change(target, name, value, undo)
+                if n_calls > n_allowed:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(patching, "_set", fail_later)
+            try:
+                function(model)
+            except KeyboardInterrupt:
+                assert (classes(model), model.config._attn_implementation) == (before, attention)
+            else:
+                break
+        assert n_calls > 8  # every module and the attention
+        assert classes(model) != before
+
+
+def test_bug_exception_inside_patch_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair(tiny_config())
+    before = classes(model)
+    # A class of another memory layout cannot be assigned: the swap fails half way through.
+    monkeypatch.setitem(patching._PARTS, "ln_f", (nn.LayerNorm, int))
+    with pytest.raises(TypeError):
+        fastgpt.patch(model)
+    assert classes(model) == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_chosen_attention_is_kept() -> None:
+    eager, _ = pair(tiny_config(), attn_implementation="eager")
+    assert fastgpt.patch(eager).config._attn_implementation == "eager"
+    explicit = fastgpt.GPT2LMHeadModel._from_config(tiny_config(), attn_implementation="sdpa")
+    assert explicit.config._attn_implementation == "sdpa"
+    assert fastgpt.GPT2LMHeadModel(tiny_config()).config._attn_implementation == "fastgpt"
+
+
+@torch.no_grad()
+def test_copies_and_saved_models(tmp_path) -> None:
+    theirs, _ = pair(tiny_config())
+    model = fastgpt.patch(theirs)
+    ids = token_ids(2, 9, 131)
+    expected = model(ids).logits
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path)
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+        fastgpt.GPT2LMHeadModel.from_pretrained(tmp_path),
+    ]
+    for other in others:
+        assert type(other.transformer.h[0].mlp) is modeling.GPT2MLP
+        assert torch.equal(other(ids).logits, expected)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+    assert_same_within_rounding(again(ids).logits, expected)
+
+
+# --- what must not be bypassed --------------------------------------------------------------------------------------
+
+
+def add_lora(model: Any):
+    """LoRA on every product of every block, with adapters that change the result."""
+    config = LoraConfig(r=3, lora_alpha=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return adapted
+
+
+def lora_results(model: Any) -> list[Tensor]:
+    """Logits of the base model, with the adapter, with it disabled, merged and unmerged; then its gradients."""
+    ids = token_ids(2, 9, 131)
+    results = [model(ids).logits.detach()]
+    adapted = add_lora(model)
+    results.append(adapted(ids).logits.detach())
+    with adapted.disable_adapter():
+        results.append(adapted(ids).logits.detach())
+    adapted.train()(ids, labels=ids).loss.backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora" in name]
+    adapted.eval().merge_adapter()
+    results.append(adapted(ids).logits.detach())
+    adapted.unmerge_adapter()
+    results.append(adapted(ids).logits.detach())
+    return results + [gradient for gradient in gradients if gradient is not None]
+
+
+def test_lora_on_every_product() -> None:
+    theirs, ours = pair(tiny_config())
+    expected, results = lora_results(theirs), lora_results(ours)
+    assert (expected[1] - expected[0]).abs().max() > 0.1, "the adapter changes nothing"
+    assert len(results) == len(expected) > 5
+    for result, value in zip(results, expected, strict=True):
+        assert_same_within_rounding(result, value, n_ulps=512)
+
+
+def recorded_modules(model: Any, ids: Tensor) -> tuple[list[str], Tensor]:
+    """Which modules called their forward hooks, and the logits when every hook adds to its module's output."""
+    seen: list[str] = []
+
+    def hook_for(name: str):
+        def hook(module: Any, args: tuple, output):
+            seen.append(name)
+            return output + 0.01 if isinstance(output, Tensor) else None
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
+    with torch.no_grad():
+        logits = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return sorted(seen), logits
+
+
+# nn.Dropout that acts inside attention is read, not called, by transformers' fused attention as well.
+NOT_CALLED = ("attn_dropout",)
+
+
+def test_forward_hooks_on_every_submodule() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    expected_names, expected = recorded_modules(theirs, ids)
+    names, logits = recorded_modules(ours, ids)
+    assert names == expected_names
+    every = [name for name, _ in ours.named_modules() if name and not name.endswith(NOT_CALLED)]
+    assert set(every) - set(names) == {"transformer.h"}, "a ModuleList is not called"
+    assert_same_within_rounding(logits, expected, n_ulps=512)
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_other_hooks_on_every_submodule(kind: str) -> None:
+    names = []
+    for model in pair(tiny_config()):
+        seen: list[str] = []
+        for name, module in model.named_modules():
+            if name:
+                getattr(module, f"register_{kind}_hook")(lambda *_, name=name, seen=seen: seen.append(name) and None)
+        ids = token_ids(1, 5, 131)
+        model.train()(ids, labels=ids).loss.backward()
+        names.append(sorted(seen))
+    assert names[0] == names[1]
+    assert len(names[0]) > 20
+
+
+@torch.no_grad()
+def test_replaced_and_wrapped_submodules() -> None:
+    """A product of another class, one whose forward was replaced, and one that is parametrised all take part."""
+
+    class Doubled(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Negated(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return -weight
+
+    def change(model: Any) -> None:
+        blocks = model.transformer.h
+        blocks[0].mlp.c_fc.__class__ = Doubled
+        original = blocks[1].mlp.c_proj.forward
+        blocks[1].mlp.c_proj.forward = lambda x: original(x) * 1.5
+        nn.utils.parametrize.register_parametrization(blocks[1].ln_2, "weight", Negated(), unsafe=True)
+        blocks[2].mlp.act = nn.Tanh()
+
+    theirs, ours = pair(tiny_config(n_layer=3))
+    ids = token_ids(2, 9, 131)
+    plain = ours(ids).logits
+    change(theirs)
+    change(ours)
+    logits = ours(ids).logits
+    assert (logits - plain).abs().max() > 0.1
+    assert_same_within_rounding(logits, theirs(ids).logits, n_ulps=512)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [test_lora_on_every_product, test_forward_hooks_on_every_submodule, test_replaced_and_wrapped_submodules],
+)
+def test_the_guard_is_what_keeps_them_in(test, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `is_plain` always true, as in a fused module that does not look, each of these tests fails."""
+    monkeypatch.setattr(modeling, "is_plain", lambda module, kind: True)
+    with pytest.raises((AssertionError, AttributeError, KeyError, TypeError)):
+        test()
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_every_block(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(tiny_config(n_layer=3))
+    n_calls = []
+    gelu_mlp = ops.gelu_mlp
+    monkeypatch.setattr(ops, "gelu_mlp", lambda *args, **kw: n_calls.append(1) or gelu_mlp(*args, **kw))
+    ids = token_ids(2, 9, 131)
+    gradients = []
+    for model in (theirs, ours):
+        model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert len(n_calls) == 6, "3 blocks forward, the same 3 again in backward"
+    for ours_gradient, theirs_gradient in zip(gradients[1], gradients[0], strict=True):
+        assert_same_within_rounding(ours_gradient, theirs_gradient, n_ulps=512)
+    ours.gradient_checkpointing_disable()
+    n_calls.clear()
+    ours(ids, labels=ids).loss.backward()
+    assert len(n_calls) == 3
+
+
+def test_gradient_checkpointing_set_before_patch_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair(tiny_config())
+    model.train().gradient_checkpointing_enable()
+    fastgpt.patch(model)
+    n_calls = []
+    gelu_mlp = ops.gelu_mlp
+    monkeypatch.setattr(ops, "gelu_mlp", lambda *args, **kw: n_calls.append(1) or gelu_mlp(*args, **kw))
+    ids = token_ids(1, 5, 131)
+    model(ids, labels=ids).loss.backward()
+    assert len(n_calls) == 4
+
+
+def training_losses(model: Any, n_steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    losses = []
+    for step in range(n_steps):
+        ids = token_ids(4, 24, 131, seed=step % 5)
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_120_steps_gives_the_same_losses() -> None:
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(tiny_config())
+    ours = fastgpt.GPT2LMHeadModel(tiny_config())
+    ours.load_state_dict(theirs.state_dict())
+    expected, losses = training_losses(theirs, 120), training_losses(ours, 120)
+    assert expected[-1] < 0.6 * expected[0], "nothing was learnt"
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5
+
+
+def test_trainer(tmp_path) -> None:
+    """Trainer with gradient accumulation, evaluation and a saved checkpoint: the losses of transformers' model."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(24, 16, 131)]
+    histories = []
+    for model in pair(tiny_config()):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / type(model).__module__), max_steps=6, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=3, save_steps=6,
+            report_to=[], use_cpu=True, seed=1, disable_tqdm=True, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4],
+            compute_metrics=lambda prediction: {"n_classes": np.shape(prediction.predictions)[-1]},
+        )  # fmt: skip
+        trainer.train()
+        log = trainer.state.log_history
+        histories.append(
+            [entry.get("loss", entry.get("eval_loss")) for entry in log if "loss" in entry or "eval_loss" in entry]
+        )
+        assert [entry["eval_n_classes"] for entry in log if "eval_n_classes" in entry] == [131, 131]
+    assert histories[1] == pytest.approx(histories[0], abs=2e-4)  # the log is rounded to four digits
+    assert len(histories[0]) == 8
+
+
+def test_custom_loss_in_trainer_with_mixed_precision(tmp_path) -> None:
+    """The usual way to write one reads the logits of a model that was also given the labels."""
+
+    class CustomLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            logits = model(**inputs).get("logits")
+            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten())
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8, 16, 131)]
+    losses = []
+    for model in pair(tiny_config()):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=True,
+            disable_tqdm=True,
+        )
+        trainer = CustomLoss(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_autocast_equals_transformers() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    results = []
+    for model in (theirs, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model.train()(ids, labels=ids)
+        output.loss.backward()
+        results.append((output.loss, output.logits, model.transformer.h[0].mlp.c_fc.weight.grad))
+    for ours_value, theirs_value in zip(results[1], results[0], strict=True):
+        assert ours_value.dtype == theirs_value.dtype
+        ours_value, theirs_value = ours_value.float(), theirs_value.float()
+        assert (ours_value - theirs_value).abs().max() <= 0.05 * theirs_value.abs().max()
+
+
+# --- compile and export ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compile_fullgraph_forward_and_backward(padded: bool) -> None:
+    _, ours = pair(tiny_config())
+    ids, mask = token_ids(2, 11, 131), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :4] = 0 if padded else 1
+    inputs = {"attention_mask": mask} if padded else {}
+    compiled = torch.compile(ours.train(), fullgraph=True, backend="aot_eager")
+    output = compiled(ids, labels=ids, **inputs)  # Before an eager call, which would import the kernels.
+    output.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in ours.parameters()]
+    ours.zero_grad()
+    expected = ours(ids, labels=ids, **inputs)
+    expected.loss.backward()
+    assert_same_within_rounding(output.loss.detach(), expected.loss.detach())
+    assert_same_within_rounding(output.logits[mask.bool()].detach(), expected.logits[mask.bool()].detach())
+    for parameter, gradient in zip(ours.parameters(), gradients, strict=True):
+        assert_same_within_rounding(gradient, parameter.grad, n_ulps=512)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_compiled_attention_is_ours(use_cache: bool, padded: bool) -> None:
+    """Without a cache transformers looks for packed sequences, and under tracing makes a mask that only sdpa takes."""
+    _, ours = pair(tiny_config(n_layer=3))
+    ids, mask = token_ids(2, 11, 131), torch.ones(2, 11, dtype=torch.long)
+    inputs = {"attention_mask": mask} if padded else {}
+    graphs: list[list[str]] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    with fastgpt.backend("triton"):
+        output = torch.compile(ours, fullgraph=True, backend=backend)(ids, use_cache=use_cache, **inputs)
+        output.logits.sum().backward()
+    for names, operation in zip(graphs, ("causal_attention", "causal_attention_backward"), strict=True):
+        assert names.count(f"fastgpt_kernels.{operation}.default") == 3
+        assert not any("scaled_dot_product" in name for name in names)
+
+
+@torch.no_grad()
+def test_compile_with_inductor() -> None:
+    _, ours = pair(tiny_config(n_layer=1))
+    ids = token_ids(2, 11, 131)
+    compiled = torch.compile(ours, fullgraph=True)
+    assert_same_within_rounding(compiled(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_export(strict: bool) -> None:
+    _, ours = pair(tiny_config(n_layer=1, use_cache=False))
+    ids = token_ids(2, 11, 131)
+    program = torch.export.export(ours, (ids,), strict=strict)
+    assert_same_within_rounding(program.module()(ids).logits, ours(ids).logits)

@@ -1,0 +1,555 @@
+"""The drop-in models give transformers' numbers: logits, hidden states, losses and gradients."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import (
+    HEADS,
+    NO_DROPOUT,
+    assert_same_within_rounding,
+    family,
+    lively,
+    look_trained,
+    pair,
+    tiny_config,
+    token_ids,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GPT2Config, StaticCache
+
+import fastgpt
+from fastgpt import modeling, ops
+from fastgpt.model.compat import CACHE
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    for name in ours:
+        # Some gradients are zero in exact arithmetic (a bias before a softmax): what is left of them is rounding.
+        scale = max(theirs[name].abs().max().item(), 1e-2 * largest)
+        error = (ours[name] - theirs[name]).abs().max().item()
+        assert error <= 256 * torch.finfo(torch.float32).eps * scale, f"{name} differs by {error:.3g} of {scale:.3g}"
+
+
+# --- the family -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", family())
+def test_family_equals_transformers(name: str) -> None:
+    """Full width and vocabulary, two layers: the same model runs once as transformers' and once patched."""
+    fields: dict[str, Any] = family()[name] | NO_DROPOUT | {"n_layer": 2}
+    if fields["n_embd"] > 2000:
+        fields["vocab_size"] = 1001  # the width is what is tested here; memory on small machines is not
+    torch.manual_seed(0)
+    model = lively(transformers.GPT2LMHeadModel(GPT2Config(**fields))).train()
+    ids = token_ids(2, 13, fields.get("vocab_size", 50257))
+    inputs = {"input_ids": ids, "labels": ids, "output_hidden_states": True}
+    if fields.get("add_cross_attention"):
+        inputs["encoder_hidden_states"] = torch.randn(2, 7, fields["n_embd"])
+        inputs["encoder_attention_mask"] = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+
+    results = []
+    for side in ("transformers", "fastgpt"):
+        if side == "fastgpt":
+            fastgpt.patch(model)
+        model.zero_grad()
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        results.append((outputs.loss.detach(), outputs.logits.detach(), outputs.hidden_states, gradients(model)))
+
+    theirs, ours = results
+    assert_same_within_rounding(ours[0], theirs[0])
+    assert_same_within_rounding(ours[1], theirs[1])
+    assert len(ours[2]) == len(theirs[2]) == 3
+    for our_state, their_state in zip(ours[2], theirs[2], strict=True):
+        assert_same_within_rounding(our_state, their_state)
+    assert_same_gradients(ours[3], theirs[3])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_embd": 128, "n_head": 2},
+        {"n_embd": 160, "n_head": 2},
+        {"n_embd": 192, "n_head": 2},
+        {"n_embd": 256, "n_head": 2},
+        {"n_embd": 66, "n_head": 2},
+        {"n_inner": 100},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"activation_function": "gelu"},
+        {"activation_function": "gelu_fast"},
+        {"activation_function": "relu"},
+        {"activation_function": "silu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"activation_function": "gelu_python"},
+        {"activation_function": "mish"},
+        {"vocab_size": 1},
+        {"layer_norm_epsilon": 1e-3},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_configuration_equals_transformers(changes: dict) -> None:
+    theirs, ours = pair(tiny_config(**changes, n_layer=3))
+    ids = token_ids(2, 21, max(2, theirs.config.vocab_size)) % theirs.config.vocab_size
+    for model in (theirs, ours):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+    assert_same_within_rounding(ours(ids).logits, theirs(ids).logits)
+    assert_same_gradients(gradients(ours), gradients(theirs))
+
+
+def test_scaling_flags_change_the_result() -> None:
+    config = tiny_config(n_layer=3)
+    _, plain = pair(config)
+    logits = plain(token_ids(1, 9, 131)).logits
+    for flag in ({"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}):
+        _, scaled = pair(tiny_config(n_layer=3, **flag))
+        assert (scaled(token_ids(1, 9, 131)).logits - logits).abs().max() > 1e-3
+
+
+# --- gpt2 itself ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full_size() -> Any:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(GPT2Config()).eval()
+
+
+@torch.no_grad()
+def test_full_size_gpt2(full_size: Any) -> None:
+    ids = torch.tensor([[6109, 3626, 6100, 345], [6109, 1110, 6622, 257]])
+    expected = full_size(ids).logits
+    fastgpt.patch(full_size)
+    logits = full_size(ids).logits
+    fastgpt.unpatch(full_size)
+    assert logits.shape == (2, 4, 50257)
+    assert_same_within_rounding(logits, expected)
+
+
+@torch.no_grad()
+def test_error_on_trained_like_weights_is_not_above_transformers(full_size: Any) -> None:
+    """Against float64: root-mean-square logit error at most transformers' own, in fp32 and bf16."""
+    model = look_trained(copy.deepcopy(full_size))
+    ids = token_ids(2, 48, 50257)
+    truth = copy.deepcopy(model).double()(ids).logits
+    assert truth.abs().max() > 50, "the weights do not look trained"
+
+    def error(model: Any) -> float:
+        return (model(ids).logits.double() - truth).square().mean().sqrt().item()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        theirs = error(model)
+        ours = error(fastgpt.patch(model))
+        fastgpt.unpatch(model)
+        assert theirs > 0
+        assert ours <= 1.05 * theirs, f"{dtype}: {ours:.4g} against transformers' {theirs:.4g}"
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+def labels_for(head: str, ids: Tensor) -> dict[str, Tensor]:
+    n_batch, n_tokens = ids.shape[0], ids.shape[-1]
+    return {
+        "GPT2Model": {},
+        "GPT2LMHeadModel": {"labels": ids},
+        "GPT2DoubleHeadsModel": {"labels": ids, "mc_labels": torch.tensor([0, 1])},
+        "GPT2ForSequenceClassification": {"labels": torch.arange(n_batch) % 2},
+        "GPT2ForTokenClassification": {"labels": ids % 2},
+        "GPT2ForQuestionAnswering": {
+            "start_positions": torch.zeros(n_batch, dtype=torch.long),
+            "end_positions": torch.full((n_batch,), n_tokens - 1),
+        },
+    }[head]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head(head: str) -> None:
+    theirs, ours = pair(tiny_config(classifier_dropout=0.0, summary_first_dropout=0.0), head)
+    ids = token_ids(4, 11, 131).view(2, 2, 11) if head == "GPT2DoubleHeadsModel" else token_ids(2, 11, 131)
+    outputs = []
+    for model in (theirs.train(), ours.train()):
+        output = model(ids, **labels_for(head, ids), output_hidden_states=True)
+        scalar = output.loss if head != "GPT2Model" else output.last_hidden_state.square().sum()
+        (scalar + (output.mc_loss if head == "GPT2DoubleHeadsModel" else 0)).backward()
+        outputs.append(output)
+    for our_value, their_value in zip(outputs[1].to_tuple(), outputs[0].to_tuple(), strict=True):
+        if isinstance(their_value, Tensor):
+            assert_same_within_rounding(our_value, their_value)
+    assert type(ours).__name__ == head
+    assert isinstance(ours, getattr(transformers, head))
+    assert_same_gradients(gradients(ours), gradients(theirs))
+
+
+def test_training_loss_takes_every_option_of_transformers() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    ours.train()
+    for options in (
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": 11},
+        {"labels": labels, "num_items_in_batch": torch.tensor(11)},
+        {"labels": labels, "shift_labels": torch.roll(labels, -1, 1)},
+        {"labels": ids, "ignore_index": int(ids[0, 3])},
+        {"labels": torch.full_like(labels, -100)},
+    ):
+        expected, loss = theirs(ids, **options).loss, ours(ids, **options).loss
+        assert torch.allclose(loss, expected, rtol=2e-6, atol=0, equal_nan=True), options
+
+
+def test_custom_loss_is_used() -> None:
+    _, ours = pair(tiny_config())
+    ours.train().loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
+    ids = token_ids(1, 5, 131)
+    assert ours(ids, labels=ids).loss.item() == 42
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_single_sequences() -> None:
+    _, ours = pair(tiny_config())
+    prompts = [token_ids(1, n_tokens, 131, seed=n_tokens) for n_tokens in (3, 11, 7)]
+    ids, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, -prompt.shape[1] :], mask[row, -prompt.shape[1] :] = prompt[0], 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = ours(ids, attention_mask=mask, position_ids=positions).logits
+    for row, prompt in enumerate(prompts):
+        assert_same_within_rounding(logits[row, -prompt.shape[1] :], ours(prompt).logits[0])
+    generated = ours.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    for row, prompt in enumerate(prompts):
+        single = ours.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert generated[row, -6:].tolist() == single[0, -6:].tolist()
+
+
+def _masks(n_batch: int, n_tokens: int) -> dict[str, Tensor]:
+    left, right = torch.ones(n_batch, n_tokens, dtype=torch.long), torch.ones(n_batch, n_tokens, dtype=torch.long)
+    left[0, :3], right[1, -4:] = 0, 0
+    causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril().expand(n_batch, 1, -1, -1).clone()
+    causal[:, :, 6:, 1] = False
+    additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    return {"none": torch.ones_like(left), "left": left, "right": right, "4d": causal, "4d additive": additive}
+
+
+# transformers' eager attention would add a boolean mask to the scores, so that has no meaning there.
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, "sdpa") for kind in ("none", "left", "right", "4d", "4d additive")]
+    + [(kind, "eager") for kind in ("none", "left", "right", "4d additive")],
+)
+@torch.no_grad()
+def test_masks_with_default_positions(kind: str, attention: str) -> None:
+    """Positions count from 0 whatever the mask hides, as in transformers; only rows that see something are compared."""
+    theirs, ours = pair(tiny_config(), attn_implementation=attention)
+    ids, mask = token_ids(2, 10, 131), _masks(2, 10)[kind]
+    shown = mask.bool() if mask.ndim == 2 else torch.ones(2, 10, dtype=torch.bool)
+    expected, logits = theirs(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    assert_same_within_rounding(logits[shown], expected[shown])
+
+
+@torch.no_grad()
+def test_other_inputs() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 10, 131)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], list(range(10))])
+    for inputs in (
+        {"input_ids": ids, "token_type_ids": ids.flip(1)},
+        {"input_ids": ids, "position_ids": ids % 48},
+        {"input_ids": ids, "position_ids": packed},
+        {"inputs_embeds": torch.randn(2, 10, 64)},
+        {"input_ids": ids, "logits_to_keep": 3},
+        {"input_ids": ids[:, :1]},
+    ):
+        assert_same_within_rounding(ours(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize("n_new", [1, 4])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_continuing_from_a_cache(cache: str, padded: bool, n_new: int) -> None:
+    theirs, ours = pair(tiny_config())
+    ids, mask = token_ids(2, 12, 131), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0 if padded else 1
+    results = []
+    for model in (theirs, ours):
+        config = model.config
+        past = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=20)
+        first = model(ids[:, : 12 - n_new], attention_mask=mask[:, : 12 - n_new], **{CACHE: past})
+        second = model(ids[:, 12 - n_new :], attention_mask=mask, **{CACHE: past})
+        results.append(torch.cat([first.logits, second.logits], 1)[mask.bool()])
+    assert_same_within_rounding(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("name", [None, CACHE, "past_key_values"])
+@torch.no_grad()
+def test_a_cache_by_position_and_by_either_name(name: str | None) -> None:
+    theirs, ours = pair(tiny_config())
+    hidden, ids = torch.randn(1, 5, 64), token_ids(1, 5, 131)
+    for path, inputs in ("transformer.h.0", hidden), ("transformer.h.0.attn", hidden), ("transformer", ids):
+        results = []
+        for model in (theirs, ours):
+            module, past = model.get_submodule(path), DynamicCache(config=model.config)
+            position, names = ([past], {}) if name is None else ([], {name: past})
+            outputs = [module(part, *position, **names) for part in (inputs[:, :4], inputs[:, 4:])]
+            assert past.get_seq_length() == 5
+            results += [outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1][0]]
+        assert_same_within_rounding(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=str,
+)
+def test_generate_equals_transformers(options: dict) -> None:
+    if options.get("do_sample") and ops.selected_backend() == "triton":
+        pytest.skip("the sampling kernel draws other numbers than torch.multinomial")
+    theirs, ours = pair(tiny_config())
+    ids, mask = token_ids(2, 8, 131), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    sequences = []
+    for model in (theirs, ours):
+        torch.manual_seed(7)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
+        sequences.append(output if isinstance(output, Tensor) else output.sequences)
+    assert sequences[1].tolist() == sequences[0].tolist()
+
+
+def test_continuous_batching_equals_transformers_and_gives_the_attention_back() -> None:
+    theirs, ours = pair(tiny_config())
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [row.tolist()[: 4 + 3 * i] for i, row in enumerate(token_ids(2, 7, 131))]
+    memory = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+    expected, found = (
+        [result.generated_tokens for result in model.generate_batch(prompts, options, memory).values()]
+        for model in (theirs, ours)
+    )
+    assert found == expected
+    assert [len(tokens) for tokens in found] == [6, 6]
+    assert ours.config._attn_implementation == "fastgpt"
+
+
+@torch.no_grad()
+def test_output_attentions_with_eager() -> None:
+    theirs, _ = pair(tiny_config(), attn_implementation="eager")
+    ours = fastgpt.patch(copy.deepcopy(theirs))
+    ids = token_ids(1, 7, 131)
+    expected, output = (model(ids, output_attentions=True) for model in (theirs, ours))
+    assert len(output.attentions) == 2
+    for ours_weights, their_weights in zip(output.attentions, expected.attentions, strict=True):
+        assert_same_within_rounding(ours_weights, their_weights)
+
+
+def test_empty_inputs() -> None:
+    _, ours = pair(tiny_config())
+    no_rows, no_tokens = torch.zeros(0, 5, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
+    assert ours(no_rows).logits.shape == (0, 5, 131)
+    with pytest.raises(ValueError, match=r"no tokens.*\(2, 0\)"):
+        ours(no_tokens)
+    for empty in (no_rows, no_tokens):
+        with pytest.raises(ValueError, match="nothing to continue"):
+            ours.generate(empty, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_attention_dropout_is_seeded_and_drops(n_layer: int) -> None:
+    _, ours = pair(tiny_config(attn_pdrop=0.5, n_layer=n_layer))
+    ids = token_ids(1, 16, 131)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(ours.train()(ids).logits)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2])
+    assert not torch.allclose(runs[0], ours.eval()(ids).logits)
+
+
+# --- refused inputs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [-1, 131, 10**12])
+def test_token_id_outside_the_vocabulary(token: int) -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=rf"token id {token} .*131"):
+        ours(torch.tensor([[1, token]]))
+    with pytest.raises(ValueError, match=rf"token id {token} "):
+        ours(torch.tensor([[1, 2]]), token_type_ids=torch.tensor([[1, token]]))
+
+
+def test_position_past_the_context() -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match=r"position 48 .*n_positions is 48"):
+        ours(token_ids(1, 49, 131))
+    with pytest.raises(ValueError, match="position -1 "):
+        ours(token_ids(1, 2, 131), position_ids=torch.tensor([[-1, 0]]))
+    with pytest.raises(ValueError, match="position 48 "):
+        ours.generate(token_ids(1, 40, 131), max_new_tokens=20, do_sample=False, eos_token_id=None)
+
+
+def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
+    _, ours = pair(tiny_config())
+    ours.resize_token_embeddings(140)
+    ours(torch.tensor([[139]]))
+    with pytest.raises(ValueError, match="token id 140 "):
+        ours(torch.tensor([[140]]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("label", [131, -7])
+@pytest.mark.parametrize(
+    ("head", "shape", "name"),
+    [
+        ("GPT2LMHeadModel", (1, 5), "labels"),
+        ("GPT2LMHeadModel", (1, 5), "shift_labels"),
+        ("GPT2DoubleHeadsModel", (1, 2, 5), "labels"),
+        ("GPT2DoubleHeadsModel", (1,), "mc_labels"),
+        ("GPT2ForSequenceClassification", (1,), "labels"),
+        ("GPT2ForTokenClassification", (1, 5), "labels"),
+    ],
+)
+def test_label_out_of_range(head: str, shape: tuple[int, ...], name: str, label: int, training: bool) -> None:
+    """One rule in every class and mode, where torch knows another for each."""
+    _, ours = pair(tiny_config(), head)
+    ids = token_ids(2, 5, 131).view(1, 2, 5) if "Double" in head else token_ids(1, 5, 131)
+    labels = torch.ones(shape, dtype=torch.int64)
+    labels.flatten()[-1] = label
+    with pytest.raises(ValueError, match=rf"label {label} is outside .* it must be in \[0, "):
+        ours.train(training)(ids, **{name: labels, **({"labels": ids} if name == "shift_labels" else {})})
+    ours(ids, **{name: labels.fill_(-100), **({"labels": ids} if name == "shift_labels" else {})})
+
+
+def test_labels_that_are_ignored_under_another_number() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(1, 5, 131)
+    labels = ids.clone()
+    labels[0, 2] = -7
+    for training in (False, True):
+        losses = [model.train(training)(ids, labels=labels, ignore_index=-7).loss for model in (theirs, ours)]
+        torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": -0.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+    ],
+    ids=str,
+)
+def test_sampling_options_that_describe_no_distribution(options: dict) -> None:
+    _, ours = pair(tiny_config())
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=rf"{name} must .*{value}"):
+        ours.generate(token_ids(1, 3, 131), do_sample=True, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_nan_logits_are_not_sampled(do_sample: bool) -> None:
+    _, ours = pair(tiny_config())
+    with torch.no_grad():
+        ours.transformer.ln_f.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN"):
+        ours.generate(token_ids(1, 3, 131), do_sample=do_sample, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 65}, "n_embd 65 .*n_head 4"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon"),
+        ({"activation_function": "swoosh"}, "swoosh"),
+    ],
+)
+def test_configuration_that_describes_no_model(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastgpt.GPT2LMHeadModel(tiny_config(**changes))
+
+
+def test_cross_attention_needs_its_layers() -> None:
+    _, ours = pair(tiny_config())
+    with pytest.raises(ValueError, match="add_cross_attention"):
+        ours(token_ids(1, 3, 131), encoder_hidden_states=torch.randn(1, 2, 64))
+
+
+def test_attention_name_is_registered_with_its_mask() -> None:
+    """transformers' own classes take attn_implementation="fastgpt", padding included."""
+    reference = transformers.GPT2LMHeadModel._from_config(tiny_config(), attn_implementation="sdpa").eval()
+    model = transformers.GPT2LMHeadModel._from_config(tiny_config(), attn_implementation="fastgpt").eval()
+    model.load_state_dict(reference.state_dict())
+    assert type(model.transformer.h[0].attn) is not modeling.GPT2Attention
+    ids, mask = token_ids(2, 10, 131), _masks(2, 10)["left"]
+    logits, expected = model(ids, attention_mask=mask).logits, reference(ids, attention_mask=mask).logits
+    assert_same_within_rounding(logits[mask.bool()], expected[mask.bool()])
+
+
+def test_attention_name_serves_grouped_queries() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=131, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
+    ours = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="fastgpt").eval()
+    ours.load_state_dict(theirs.state_dict())
+    ids, mask = token_ids(2, 10, 131), _masks(2, 10)["left"]
+    expected, logits = theirs(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    assert_same_within_rounding(logits[mask.bool()], expected[mask.bool()])
+
+
+class LargeCopies(TorchDispatchMode):
+    """Counts the operations that copy n_elements or more, by name."""
+
+    def __init__(self, n_elements: int):
+        super().__init__()
+        self.n_elements = n_elements
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("clone", "copy_", "cat", "stack", "_to_copy") and result.numel() >= self.n_elements:
+            self.counts[name] += 1
+        return result
+
+
+def test_gradients_of_packed_queries_keys_and_values_are_joined_by_one_copy() -> None:
+    model = fastgpt.GPT2Model(tiny_config(n_layer=1)).train()
+    hidden_states = torch.randn(2, 24, 64, requires_grad=True)
+    attention: Any = model.h[0].attn
+    attended = attention(hidden_states)[0]
+    with LargeCopies(3 * hidden_states.numel()) as copies:
+        attended.sum().backward()
+    assert sum(copies.counts.values()) == 1

@@ -1,0 +1,168 @@
+"""What is read directly is what its constructor made: every other model gives transformers' answers."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from changes import CHANGES
+from fuzz import cases
+from hypothesis import given
+from hypothesis import strategies as st
+from models import assert_same_within_rounding, lively, tiny_config, token_ids
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+import fastgpt
+from fastgpt.model import plain
+
+# What transformers' own classes give and ours, in every way in which they are used.
+PADDED = torch.ones(2, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 0)
+PADDED[0, 0] = 1
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+def stock() -> Any:
+    torch.manual_seed(0)
+    return lively(GPT2LMHeadModel(tiny_config())).eval()
+
+
+def answers(model: Any) -> dict[str, Any]:
+    """Logits, tokens and the training loss; an error in place of what cannot be had."""
+    ids = token_ids(2, 7, 131)
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        return model.train()(ids, labels=ids).loss.detach()
+
+    def sampled() -> Any:
+        torch.manual_seed(2)
+        return model.generate(ids, **GREEDY | {"do_sample": True}).tolist()
+
+    ways = {
+        "logits": lambda: model(ids).logits.detach(),
+        "padded logits": lambda: model(ids, attention_mask=PADDED).logits.detach()[:, 1:],
+        "greedy": lambda: model.generate(ids, **GREEDY).tolist(),
+        "padded greedy": lambda: model.generate(ids, attention_mask=PADDED, **GREEDY).tolist(),
+        "sampled": sampled,
+        "beams": lambda: model.generate(ids, num_beams=2, **GREEDY).tolist(),
+        "lookup": lambda: model.generate(ids[:1], prompt_lookup_num_tokens=3, **GREEDY).tolist(),
+        "loss": loss,
+    }
+    found: dict[str, Any] = {}
+    for way, answer in ways.items():
+        try:
+            found[way] = answer()
+        except Exception as error:
+            found[way] = error
+        model.eval()
+    return found
+
+
+def assert_same_answers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for way, expected in theirs.items():
+        answer = ours[way]
+        if isinstance(expected, Exception):
+            assert isinstance(answer, type(expected) | ValueError), (way, answer, expected)
+        elif isinstance(expected, Tensor):
+            assert isinstance(answer, Tensor), (way, answer)
+            assert_same_within_rounding(answer, expected, n_ulps=512)
+        else:
+            assert answer == expected, way
+
+
+def compare(before: list[str], after: list[str], used_first: bool = True) -> None:
+    """The same changes to both: some before ours is patched, and some to a model that has generated already."""
+    found = []
+    for is_ours in (False, True):
+        model = stock()
+        with ExitStack() as stack:
+            for name in before:
+                CHANGES[name](model, stack)
+            if is_ours:
+                fastgpt.patch(model)
+            if used_first:
+                answers(model)
+            for name in after:
+                CHANGES[name](model, stack)
+            found.append(answers(model))
+    assert_same_answers(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("when", ["before patch", "after generate"])
+def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str) -> None:
+    compare(*(([name], []) if when == "before patch" else ([], [name])), used_first=when != "before patch")
+
+
+@given(
+    before=st.lists(st.sampled_from(sorted(CHANGES)), max_size=2),
+    after=st.lists(st.sampled_from(sorted(CHANGES)), max_size=3),
+)
+@cases(25)  # each runs two models in eight ways
+def test_random_chains_of_changes(before: list[str], after: list[str]) -> None:
+    compare(before, after, used_first=False)
+
+
+INSTRUMENT = """
+from functools import wraps
+from torch import nn
+
+calls = []
+original = nn.{kind}.forward
+
+@wraps(original)
+def forward(self, *args, **kwargs):
+    calls.append(type(self))
+    return original(self, *args, **kwargs)
+
+nn.{kind}.forward = forward
+"""
+GENERATE = """
+import instrument
+import fastgpt
+from models import tiny_config, token_ids
+
+model = fastgpt.GPT2LMHeadModel(tiny_config()).eval()
+model.generate(token_ids(1, 5, 131), max_new_tokens=4, do_sample=False, eos_token_id=None)
+assert len(instrument.calls) >= 4, instrument.calls
+"""
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Dropout"])
+def test_a_class_that_was_patched_before_the_import(kind: str, tmp_path: Path) -> None:
+    """Instrumentation that another package has put on a class runs for every token, whenever it was put there."""
+    (tmp_path / "instrument.py").write_text(INSTRUMENT.format(kind=kind))
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_bug_the_first_torch_compile_of_a_process_stopped_the_engine() -> None:
+    """Dynamo wraps the functions that make modules; modules do the same as before."""
+    torch.compile(torch.nn.ReLU(), backend="eager")(torch.ones(2))
+    assert torch.nn.Module.__setstate__.__module__ == "torch._dynamo.mutation_guard"
+    assert not list(plain.changes_of_class(type(fastgpt.GPT2LMHeadModel(tiny_config()))))
+
+
+@pytest.mark.parametrize(
+    ("file", "is_at_home"),
+    [
+        ("{torch}/nn/modules/linear.py", True),
+        ("{stdlib}/functools.py", True),
+        ("{torch}_geometric/nn.py", False),
+        ("{stdlib}/site-packages/instrument.py", False),
+        ("{stdlib}/../instrument.py", False),
+    ],
+)
+def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(file: str, is_at_home: bool) -> None:
+    places = {"torch": Path(torch.__file__).parent, "stdlib": sysconfig.get_path("stdlib")}
+    assert plain._is_at_home(str(Path(file.format(**places)).resolve())) is is_at_home

@@ -1,0 +1,192 @@
+"""What may be read directly, clause by clause: of modules, and of the functions of their classes."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+import fastgpt
+from fastgpt import modeling
+from fastgpt.model import plain
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def example(kind: type[nn.Module]) -> nn.Module:
+    made: dict[type[nn.Module], Callable[[], nn.Module]] = {
+        Conv1D: lambda: Conv1D(3, 2),
+        modeling.LayerNorm: lambda: modeling.LayerNorm(4),
+        nn.Linear: lambda: nn.Linear(2, 3, bias=False),
+    }
+    return made.get(kind, kind)()
+
+
+KINDS = [Conv1D, modeling.LayerNorm, nn.Linear, nn.Dropout, NewGELUActivation, nn.ReLU]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_just_made_is_plain(kind: type[nn.Module]) -> None:
+    assert plain.is_plain(example(kind), kind)
+    assert plain._is_plain_to_dynamo(example(kind), kind)
+
+
+def hidden(name: str) -> Change:
+    return lambda module, stack: module.__dict__.update({name: some_hook})
+
+
+NOT_PLAIN: dict[str, Change] = HOOKED | {
+    "a hook everywhere": hook_everywhere,
+    "a subclass": of_subclass,
+    "forward of the instance": hidden("forward"),
+}
+
+
+@pytest.mark.parametrize("change", NOT_PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [plain.is_plain, plain._is_plain_to_dynamo])
+def test_a_changed_module_is_not_plain(kind: type[nn.Module], change: str, rule: Callable[..., bool]) -> None:
+    module = example(kind)
+    with ExitStack() as stack:
+        NOT_PLAIN[change](module, stack)
+        assert not rule(module, kind)
+
+
+@pytest.mark.parametrize("name", plain.CALLED)
+def test_what_a_call_runs_may_not_be_hidden_or_replaced(name: str) -> None:
+    module, original = example(Conv1D), getattr(Conv1D, name)
+    with mock.patch.object(Conv1D, name, lambda *args: original(*args)):
+        assert not plain.is_plain(module, Conv1D)
+        assert not plain.is_as_imported(Conv1D)
+    assert plain.is_plain(module, Conv1D)
+    assert plain.is_as_imported(Conv1D)
+    module.__dict__[name] = some_hook
+    assert not plain.is_plain(module, Conv1D)
+
+
+def set_parameter(name: str, value: Any) -> Change:
+    return lambda module, stack: module._parameters.__setitem__(name, value)
+
+
+def renamed(module: Any, stack: ExitStack) -> None:
+    module._parameters["gain"] = module._parameters.pop("weight")
+
+
+PARAMETERS: dict[str, Change] = {
+    "another type": set_parameter("weight", OtherParameter(torch.ones(2, 3))),
+    "another shape": set_parameter("weight", nn.Parameter(torch.ones(3, 2))),
+    "another shape of the bias": set_parameter("bias", nn.Parameter(torch.ones(1))),
+    "none": set_parameter("bias", None),
+    "one more": set_parameter("scale", nn.Parameter(torch.ones(1))),
+    "another name": renamed,
+}
+
+
+@pytest.mark.parametrize("change", PARAMETERS)
+def test_parameters_are_those_of_the_constructor(change: str) -> None:
+    module = example(Conv1D)
+    with ExitStack() as stack:
+        PARAMETERS[change](module, stack)
+        assert not plain.is_plain(module, Conv1D)
+
+
+def test_a_parameter_of_another_type_is_not_read_by_compiled_code() -> None:
+    module: Any = example(Conv1D)
+    module.weight = OtherParameter(module.weight.data)
+    assert not plain._is_plain_to_dynamo(module, Conv1D)
+
+
+def test_a_bias_where_the_constructor_made_none() -> None:
+    module: Any = example(nn.Linear)
+    module.bias = nn.Parameter(torch.ones(3))
+    assert not plain.is_plain(module, nn.Linear)
+
+
+def test_parameters_that_a_wrapper_has_gathered_are_read_where_they_lie() -> None:
+    module: Any = example(Conv1D)
+    weight, bias = module._parameters.pop("weight"), module._parameters.pop("bias")
+    module.__dict__["weight"], module._parameters["bias"] = weight.detach(), bias
+    assert plain.is_plain(module, Conv1D)
+    module.__dict__["weight"] = weight.detach().t()
+    assert not plain.is_plain(module, Conv1D)
+
+
+def test_attributes_other_than_sizes_are_fixed() -> None:
+    dropout, norm = nn.Dropout(0.3), modeling.LayerNorm(4, eps=0.5)
+    assert plain.is_plain(dropout, nn.Dropout)
+    assert plain.is_plain(norm, modeling.LayerNorm)
+    dropout.inplace, norm.elementwise_affine = True, False
+    assert not plain.is_plain(dropout, nn.Dropout)
+    assert not plain.is_plain(norm, modeling.LayerNorm)
+
+
+def test_an_activation_in_python_is_not_fused() -> None:
+    assert plain.fused_activation(GELUActivation()) == "gelu"
+    assert plain.fused_activation(GELUActivation(use_gelu_python=True)) is None
+    act: Any = GELUActivation()
+    act.act = MethodType(lambda self, x: x, act)
+    assert plain.fused_activation(act) is None
+    assert plain.fused_activation(nn.Tanh()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "other", "is_same"),
+    [
+        (1, 1, True),
+        (1, 1.0, False),
+        (1, True, False),
+        (partial(dict, []), partial(dict, []), True),
+        (partial(dict, []), partial(dict, [(1, 2)]), False),
+        (partial(dict, []), partial(set, []), False),
+        (partial(dict, key=1), partial(dict, key=2), False),
+    ],
+)
+def test_same(value: Any, other: Any, is_same: bool) -> None:
+    assert plain.same(value, other) is is_same
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def replaced(kind: type, name: str, value: Any) -> list[str]:
+    with mock.patch.object(kind, name, value, create=True):
+        return list(plain.changes_of_class(kind))
+
+
+def test_functions_of_a_class_are_those_seen_at_import() -> None:
+    kind = fastgpt.GPT2LMHeadModel
+    assert list(plain.changes_of_class(kind)) == []
+    assert replaced(kind, "forward", some_hook) == ["GPT2LMHeadModel.forward was replaced"]
+    assert replaced(kind, "device", property(some_hook)) == ["GPT2LMHeadModel.device was replaced"]
+    assert replaced(kind, "__eq__", some_hook) == ["GPT2LMHeadModel.__eq__ was replaced"]
+    with mock.patch.object(nn.Module, "parameters", some_hook):
+        assert list(plain.changes_of_class(kind)) == ["Module.parameters was replaced"]
+    with mock.patch.object(nn.Module, "parameters", 3):
+        assert list(plain.changes_of_class(kind)) == ["Module.parameters was replaced"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("note", some_hook), ("model_type", "other"), ("__doc__", "words")])
+def test_what_nothing_reads_may_change_in_a_class(name: str, value: Any) -> None:
+    assert replaced(fastgpt.GPT2LMHeadModel, name, value) == []
+
+
+def test_functions_that_were_foreign_when_a_class_was_first_seen() -> None:
+    class Foreign(nn.ReLU):
+        @property
+        def said(self) -> int:
+            return 1
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    plain.watch(Foreign)
+    assert {*plain.changes_of_class(Foreign)} == {f"Foreign.{name} was replaced" for name in ("said", "forward")}
+    assert not plain.is_as_imported(Foreign)

@@ -1,0 +1,326 @@
+"""The command line: results on standard output, one-line errors on standard error, exit codes 0, 1 and 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastgpt_kernels import KernelUnavailableError
+from models import tiny_config
+
+import fastgpt
+from fastgpt import cli
+from fastgpt import generate as engine
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def run_command(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(list(arguments))
+        captured = capsys.readouterr()
+        assert isinstance(exit_info.value.code, int)
+        return Result(exit_info.value.code, captured.out, captured.err)
+
+    return run_command
+
+
+def assert_one_line_error(result: Result, code: int, *words: str) -> None:
+    assert result.code == code
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err
+    assert result.out == ""
+
+
+def test_generate_streams_the_prompt_and_its_continuation(run) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "30", "--dtype", "float32")
+    assert result.code == 0
+    assert result.out.startswith("ROMEO:")
+    assert len(result.out) > 40
+    assert "tokens/s" in result.err
+    assert "torch path on cpu" in result.err
+    again = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "30")
+    assert again.out == result.out
+    other = run("generate", "ROMEO:", "--seed", "2", "--max-new-tokens", "30")
+    assert other.out != result.out
+
+
+def test_generate_json_holds_the_same_text(run) -> None:
+    streamed = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20")
+    result = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json")
+    fields = json.loads(result.out)
+    assert fields["prompt"] + fields["text"] == streamed.out.removesuffix("\n")
+    assert fields["n_new_tokens"] <= 20
+    assert fields["seed"] == 3
+    assert fields["prefill_tokens_per_s"] > 0
+    assert fields["decode_tokens_per_s"] > 0
+
+
+def test_generate_stops_at_the_end_of_the_context(run) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "1000", "--json")
+    fields = json.loads(result.out)
+    assert fields["n_prompt_tokens"] + fields["n_new_tokens"] <= 256
+
+
+def test_greedy_needs_no_seed(run) -> None:
+    texts = {run("generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "8").out for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_prompt_lookup_gives_the_same_text_in_fewer_forwards(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decode = [], engine.decode_tokens
+    monkeypatch.setattr(engine.lookup, "decode_tokens", lambda *call: sizes.append(call[2].shape[1]) or decode(*call))
+    command = "generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "40", "--dtype", "float32"
+    plain = run(*command)
+    assert sizes == []
+    assert run(*command, "--prompt-lookup", "5").out == plain.out
+    assert max(sizes) == 6
+    assert len(sizes) < 39
+
+
+def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
+    file = tmp_path / "result.json"
+    command = ["bench", "--model", "demo", "--dtype", "float32,bfloat16", "--batch", "1,2", "--workload", "prefill"]
+    result = run(*command, "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--runs", "5", "--json", str(file))
+    assert result.code == 0
+    written = json.loads(file.read_text())
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    measured = {
+        (dtype, part, inner["options"]["dtype"], inner["options"]["batch"])
+        for dtype in ("float32", "bfloat16")
+        for part, inner in written[dtype].items()
+    }
+    assert measured == {(d, f"batch {n}", d, n) for d in ("float32", "bfloat16") for n in (1, 2)}
+    assert result.out.count("demo (demo weights), bfloat16 on cpu") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "word " * 400], ["tokens", "context is 256"]),
+        (["generate", ""], ["prompt is empty"]),
+        (["generate", "hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "directory", "--model demo"]),
+        (["params", "gpt2-xxl"], ["gpt2-xxl", "gpt2-xl"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_work_that_fails_is_one_line_and_exit_1(run, arguments: list[str], words: list[str]) -> None:
+    assert_one_line_error(run(*arguments), 1, *words)
+
+
+def test_directory_without_weights(run, tmp_path) -> None:
+    assert_one_line_error(run("generate", "hi", "--model", str(tmp_path)), 1, str(tmp_path))
+    tiny_config().save_pretrained(tmp_path)
+    assert_one_line_error(run("generate", "hi", "--model", str(tmp_path)), 1, str(tmp_path), "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        *(
+            (["--wrong"], "--wrong"),
+            (["generate", "hi", "--wrong"], "--wrong"),
+            (["generate"], "prompt"),
+            (["wrong"], "wrong"),
+        ),
+        (["generate", "hi", "--max-new-tokens", "no"], "--max-new-tokens"),
+        (["generate", "hi", "--prompt-lookup", "0"], "--prompt-lookup"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
+        (["generate", "hi", "--temperature", "nan"], "not nan"),
+        (["generate", "hi", "--top-p", "1.5"], "--top-p"),
+        (["generate", "hi", "--top-p", "nan"], "top"),
+        (["generate", "hi", "--top-k", "-2"], "--top-k"),
+        (["generate", "hi", "--seed", str(2**64)], "--seed"),
+        (["generate", "hi", "--dtype", "float8"], "float8"),
+        (["generate", "hi", "--device", "meta"], "meta"),
+        (["generate", "hi", "--device", "tpu9"], "tpu9"),
+        (["doctor", "--device", "tpu9"], "tpu9"),
+        (["generate", "h\udcff"], "not UTF-8"),
+        (["bench", "--batch", "two"], "two"),
+        (["bench", "--batch", "1,0"], "batch must be 1 or more, not 0"),
+        (["bench", "--workload", "sleep"], "sleep"),
+        (["bench", "--baselines", "magic"], "magic"),
+        (["bench", "--dtype", ""], "unknown dtype ''"),
+        (["bench", "--model", "demo", "--batch", "1,2", "--profile", "trace.json"], "--profile"),
+        (["params", "gpt2", "--context", "5000"], "5000"),
+        (["params", "gpt2", "--bandwidth", "inf"], "bandwidth"),
+        (["params", "gpt2", "--matrix-rate", "nan"], "matrix_rate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str], word: str) -> None:
+    assert_one_line_error(run(*arguments), 2, "--help", word)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(run) -> None:
+    assert_one_line_error(run("generate", "hi", "--device", "cuda"), 2, "CUDA", "--device cpu")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--profile"])
+def test_bench_checks_where_results_go_before_it_runs(run, option: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fastgpt.bench.run_series", lambda *_: pytest.fail("it ran"))
+    for file in (tmp_path, tmp_path / "none" / "file"):
+        assert_one_line_error(run("bench", "--model", "demo", option, str(file)), 2, option, str(file.parent))
+
+
+def test_what_follows_two_dashes_is_a_prompt(run) -> None:
+    result = run("generate", "--max-new-tokens", "1", "--debug", "--", "--debug")
+    assert result.code == 0
+    assert result.out.startswith("--debug")
+
+
+def test_nothing_is_written_before_a_call_turned_out_to_be_valid(run, monkeypatch) -> None:
+    monkeypatch.setattr(fastgpt.GPT2LMHeadModel, "forward", lambda *_, **__: 1 / 0)
+    assert_one_line_error(run("generate", "hi", "--max-new-tokens", "2"), 1, "division")
+
+
+def test_an_interrupt_ends_in_one_line_and_the_next_call_is_right(run, monkeypatch) -> None:
+    command = "generate", "ROMEO:", "--temperature", "0", "--max-new-tokens", "8"
+    expected, decode, calls = run(*command).out, engine.decode_one_token, []
+
+    def interrupted(*call):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*call)
+
+    model, tokenizer = fastgpt.load_demo()
+    ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
+    monkeypatch.setattr(engine.host_loop, "decode_one_token", interrupted)
+    result = run(*command)
+    assert (result.code, result.err) == (130, "error: interrupted\n")
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0]) == expected.removesuffix("\n")
+
+
+def test_json_has_no_numbers_without_end(run, monkeypatch) -> None:
+    assert json.loads(cli._strict_json({"a": [float("nan"), 1.5, {"b": float("-inf")}]})) == {
+        "a": [None, 1.5, {"b": None}]
+    }
+    result = run("params", "gpt2", "--bandwidth", "1e308", "--batch", "1000000", "--json")
+    json.loads(result.out, parse_constant=pytest.fail)
+
+
+def in_process(arguments: list[str], **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | options.pop("environment", {})
+    command = [sys.executable, "-m", "fastgpt", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        full_disk = in_process(["params", "gpt2", "--json"], stdout=full)
+    closed_pipe = in_process(["params", "gpt2", "--json"], stdout=subprocess.PIPE)
+    assert closed_pipe.stdout is not None
+    closed_pipe.stdout.close()
+    assert closed_pipe.wait(120) == 1
+    assert closed_pipe.stderr.read() == ""  # type: ignore[union-attr]
+    assert full_disk.wait(120) == 1
+    assert full_disk.stderr.read() == "error: [Errno 28] No space left on device\n"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", ["nonsense", ""])
+def test_wrong_backend_in_the_environment(value: str) -> None:
+    environment = {"FASTGPT_BACKEND": value}
+    wrong = in_process(["generate", "hi"], stdout=subprocess.PIPE, environment=environment)
+    doctor = in_process(["doctor", "--json"], stdout=subprocess.PIPE, environment=environment)
+    out, err = wrong.communicate(timeout=120)
+    assert (wrong.returncode, out, err.count("\n")) == (2, "", 1)
+    assert f"unknown backend '{value}'" in err
+    out, err = doctor.communicate(timeout=120)
+    assert (doctor.returncode, err) == (1, "")
+    diagnosis = json.loads(out)
+    assert diagnosis["backend_setting"] == value
+    told = [operation["reason"] for operation in diagnosis["operations"].values()]
+    for text in (*told, diagnosis["generate"], diagnosis["parity"]["obstacle"]):
+        assert f"unknown backend '{value}'" in text
+
+
+def test_doctor_explains_kernels_that_cannot_run(run, monkeypatch) -> None:
+    def kernel(operation: str):
+        raise KernelUnavailableError("no kernel on this machine")
+
+    monkeypatch.setattr("fastgpt_kernels.kernel", kernel)
+    with fastgpt.backend("triton"):
+        result = run("doctor", "--device", "cpu", "--json")
+    diagnosis = json.loads(result.out)
+    assert result.code == 1
+    assert diagnosis["parity"]["obstacle"] == "no kernel on this machine"
+    assert diagnosis["operations"]["layer_norm"] == {"backend": "none", "reason": "no kernel on this machine"}
+
+
+def test_a_missing_head_is_told(run, tmp_path, caplog) -> None:
+    _, tokenizer = fastgpt.load_demo()
+    tokenizer.save_pretrained(tmp_path)
+    fastgpt.GPT2Model(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=False)).save_pretrained(tmp_path)
+    assert run("generate", "ROMEO:", "--model", str(tmp_path), "--max-new-tokens", "2").code == 0
+    assert "lm_head.weight" in caplog.text
+    caplog.clear()
+    fastgpt.GPT2Model(tiny_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    assert run("generate", "ROMEO:", "--model", str(tmp_path), "--max-new-tokens", "2").code == 0
+    assert "lm_head.weight" not in caplog.text
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="gpt2-xxl"):
+        cli.main(["params", "gpt2-xxl", "--debug"])
+
+
+def test_params(run) -> None:
+    assert json.loads(run("params", "gpt2-xl", "--json").out)["total"] == 1_557_611_200
+    table = run("params", "gpt2")
+    assert table.code == 0
+    assert "124,439,808" in table.out
+
+
+def test_verify(run, tmp_path) -> None:
+    fastgpt.GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path), "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["problems"] == []
+    assert run("verify", str(tmp_path)).code == 0
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run("verify", str(tmp_path))
+    assert result.code == 1
+    assert "model.safetensors" in result.out + result.err
+
+
+def test_doctor(run) -> None:
+    result = run("doctor", "--device", "cpu", "--json")
+    diagnosis = json.loads(result.out)
+    assert result.code == 0
+    assert diagnosis["parity"]["passed"]
+    assert diagnosis["operations"]["causal_attention"]["backend"] == "torch"
+    assert "torch" in run("doctor", "--device", "cpu").out
+
+
+def test_doctor_fails_when_the_answers_are_wrong(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgpt import ops
+
+    layer_norm = ops.layer_norm
+    monkeypatch.setattr(ops, "layer_norm", lambda *arguments: layer_norm(*arguments) * 1.001)
+    result = run("doctor", "--device", "cpu")
+    assert result.code == 1
+    assert "FAILED" in result.out
+
+
+def test_generate_through_every_way_in() -> None:
+    model, tokenizer = fastgpt.load_demo()
+    ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+    assert fastgpt.count_parameters(model).total == sum(p.numel() for p in model.parameters())

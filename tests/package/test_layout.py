@@ -1,0 +1,89 @@
+"""Imports run downwards: no circle of modules, none of folders, and none hidden inside a function."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARENTS = {"fastgpt": ROOT, "fastgpt_kernels": ROOT / "kernels", "benchmarks": ROOT}
+# What need not be installed is imported where it is used, and so are the modules that import triton.
+OPTIONAL = {
+    "triton", "matplotlib", "ctranslate2", "onnxruntime", "liger_kernel", "cut_cross_entropy", "quack", "flash_attn",
+}  # fmt: skip
+
+
+def module_of(file: Path, parent: Path) -> str:
+    return ".".join(file.relative_to(parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(file, parent): file for name, parent in PARENTS.items() for file in (parent / name).rglob("*.py")}
+
+
+def imported(module: str, node: ast.AST) -> Iterator[str]:
+    """The modules that an import statement names, by their absolute names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = module.split(".") if FILES[module].name == "__init__.py" else module.split(".")[:-1]
+        above = package[: len(package) - node.level + 1] if node.level else []
+        source = ".".join([*above, *filter(None, [node.module])])
+        for alias in node.names:
+            inner = f"{source}.{alias.name}"
+            yield inner if inner in FILES else source
+
+
+def imports_of(module: str, node: ast.AST) -> set[str]:
+    return {name for inner in ast.walk(node) for name in imported(module, inner)} - {module}
+
+
+TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
+GRAPH = {module: imports_of(module, tree) & FILES.keys() for module, tree in TREES.items()}
+
+
+def room_of(module: str) -> str:
+    """The folder of a module; one that lies beside folders is a room of its own."""
+    file = FILES[module]
+    return module if file.name == "__init__.py" else module.rpartition(".")[0] or module
+
+
+def test_the_graph_is_the_code() -> None:
+    assert {"fastgpt.ops", "fastgpt.generate.api", "fastgpt.model.blocks"} <= GRAPH["fastgpt.modeling"]
+    assert "fastgpt_kernels.operations.layer_norm.op" in GRAPH["fastgpt_kernels.operations.decode_step.op"]
+    with pytest.raises(ValueError, match="cycle"):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_modules_import_in_no_circle() -> None:
+    TopologicalSorter(GRAPH).prepare()
+
+
+def test_folders_import_in_no_circle() -> None:
+    """Files beside the folders are rooms of their own; the package itself, which gathers names, is not counted."""
+    rooms: dict[str, set[str]] = {}
+    for module, targets in GRAPH.items():
+        here = room_of(module)
+        if here not in PARENTS:
+            rooms.setdefault(here, set()).update({room_of(target) for target in targets} - {here, *PARENTS})
+    TopologicalSorter(rooms).prepare()
+
+
+def all_imports_of(module: str) -> set[str]:
+    """Also those of the modules that it imports."""
+    found, pending = set(), {module}
+    while pending:
+        new = pending.pop()
+        found.add(new)
+        pending |= imports_of(new, TREES[new]) - found if new in FILES else set()
+    return found
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_what_is_optional_is_imported_inside_a_function(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for name in imports_of(module, node):
+                packages = {need.partition(".")[0] for need in all_imports_of(name)}
+                assert packages & OPTIONAL, f"{module}.{node.name} imports {name}"
