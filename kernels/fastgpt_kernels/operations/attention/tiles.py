@@ -39,8 +39,13 @@ _ATTENTION_OFF_HOPPER = {
 # With 8 warps and no dropout two programs stay on a multiprocessor, as with 4 warps, and each key is read half as
 # often: compiled for sm_90, unmeasured.
 _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
-# Where a compiler (triton 3.6 or 3.9) spills a few bytes of the tiles above on one GPU: compiled, unmeasured.
-_ATTENTION_SM86 = {("dq", 2, 128): AttentionTile(64, 32, 8, 2), ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2)}
+# Where a compiler (triton 3.6 to 3.9) spills a few bytes of the tiles above on one GPU: compiled, unmeasured.
+_ATTENTION_SM86 = {
+    ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
+    ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
+    ("dq", 2, 128): AttentionTile(64, 32, 8, 2),
+    ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2),
+}
 _ATTENTION_ON = {
     "sm_80": {
         ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
@@ -61,6 +66,7 @@ _ATTENTION_ON = {
         ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
         ("dq", 2, 128): AttentionTile(32, 32, 8, 2),
         ("dq", 4, 64): AttentionTile(16, 32, 4, 2),
+        ("dkdv", 2, 64): AttentionTile(32, 32, 8, 2),
     },
     "gfx942": {("dkdv", 2, 128): AttentionTile(16, 32, 4, 2)},
 }

@@ -30,10 +30,7 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 # stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
 # For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
-_PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3)}
-# Of these chips one of the compilers (triton 3.6 to 3.9) spills a few bytes of the float32 tile above.
-_PRODUCT_OF_ODD_ROWS_SMALLER = {**_PRODUCT_OF_ODD_ROWS, 4: ProductTile(32, 64, 32, 8, 1)}
-_SMALLER_ODD_ROWS = "sm_80", "sm_90", "sm_100", "sm_120"
+_PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3), 4: ProductTile(32, 64, 32, 8, 1)}
 # In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -60,10 +57,7 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
         return _PRODUCT_OF_CPU
     if architecture == "sm_90" and element_size == 2 and describable:
         return _PRODUCT_DESCRIPTORS_HOPPER
-    if describable:
-        return _PRODUCT[element_size]
-    is_smaller = architecture in _SMALLER_ODD_ROWS
-    return (_PRODUCT_OF_ODD_ROWS_SMALLER if is_smaller else _PRODUCT_OF_ODD_ROWS)[element_size]
+    return (_PRODUCT if describable else _PRODUCT_OF_ODD_ROWS)[element_size]
 
 
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:

@@ -32,8 +32,11 @@ _LAYER_NORM_BWD = (
     LayerNormTile(4096, 1, 8),
 )
 # Where a compiler (triton 3.6 to 3.9) spills a word of the tiles above on one GPU: compiled, unmeasured.
+_LAYER_NORM_BWD_AMPERE = {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 8)}
 _LAYER_NORM_ON = {
-    ("bwd", "sm_80"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 8)},
+    ("bwd", "sm_80"): _LAYER_NORM_BWD_AMPERE,
+    ("bwd", "sm_86"): _LAYER_NORM_BWD_AMPERE,
+    ("bwd", "sm_89"): _LAYER_NORM_BWD_AMPERE,
     ("fwd", "sm_90"): {4096: LayerNormTile(4096, 1, 16)},
     ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 4)},
     ("bwd", "sm_120"): {
