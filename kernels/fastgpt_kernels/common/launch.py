@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 # Said at every launch, because triton 3.10 changes the default: a * b + c rounds once.
@@ -14,6 +15,16 @@ FP_FUSION = {"enable_fp_fusion": True}
 def cdiv(n: int, size: int) -> int:
     """How many tiles of a size cover n."""
     return -(-n // size)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of a dtype are summed: float64 for itself, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """`accumulator` in triton's types."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

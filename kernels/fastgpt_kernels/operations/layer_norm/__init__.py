@@ -1,1 +1,1 @@
-"""LayerNorm, and the residual sum before it, forward and backward."""
+"""LayerNorm, alone or after a residual sum, forward and backward."""

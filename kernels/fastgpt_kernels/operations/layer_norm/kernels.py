@@ -1,11 +1,11 @@
-"""The kernels of layer_norm and add_layer_norm, and the forms in which they ship.
+"""The kernels of layer_norm and add_layer_norm.
 
-Each program holds whole rows in registers. Backward is given nothing but the normalised input: it computes the
-statistics again, which hides behind the loads and keeps gradients exact for rows far from zero.
+Each program holds whole rows in registers. Forward saves no statistics: backward recomputes them from the rows, which
+it loads anyway. The arithmetic hides behind the loads, and gradients stay exact for rows far from zero.
 """
 
 # pyright: reportGeneralTypeIssues=false
-# By the declarations of triton 3.7 some jit functions return nothing.
+# Triton 3.7 declares that some jit functions return None.
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def _normalise(x, in_row, n_cols, eps):
     correction = tl.sum(centered, axis=1) / n_cols
     centered = tl.where(in_row, centered - correction[:, None], 0.0)
     variance = tl.sum(centered * centered, axis=1) / n_cols + eps
-    # Said to round, for plain square roots and divisions of float32 are approximate.
+    # Correctly rounded on purpose, because plain float32 square roots and divisions are approximate.
     rstd = 1.0 / tl.sqrt(variance) if variance.dtype == tl.float64 else tl.div_rn(1.0, tl.sqrt_rn(variance))
     return centered * rstd[:, None], rstd
 
@@ -45,7 +45,7 @@ def _layer_norm_fwd_kernel(
     if HAS_RESIDUAL:
         residual_offsets = rows[:, None] * residual_row_stride + cols[None, :]
         x += tl.load(residual_ptr + residual_offsets, mask=in_row, other=0.0).to(ACCUMULATOR)
-        # What is normalised is the sum as it is stored, for backward reads it again.
+        # Normalise the rounded sum, because backward recomputes from the stored one.
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out_offsets, rounded, mask=in_row)
         x = rounded.to(ACCUMULATOR)
@@ -63,9 +63,9 @@ def _layer_norm_bwd_kernel(
     EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_DSUM: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """One program takes every n-th tile of rows: dx of each, and its share of dweight and dbias.
+    """One program computes dx of every n_programs-th tile of rows, and its partial sums of dweight and dbias.
 
-    dsum is the gradient that reaches x past the norm.
+    dsum: the gradient that reaches x around the norm.
     """
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_COLS)

@@ -1,14 +1,13 @@
-"""LayerNorm, alone or behind a residual sum: public functions, launchers, autograd and registration with torch."""
+"""LayerNorm, alone or after a residual sum: public functions, launchers, autograd and registration with torch."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from ...common import chip
-from ...common.launch import as_rows, cdiv, eager_or_registered, launch
+from ...common.launch import accumulator, as_rows, cdiv, eager_or_registered, launch, triton_accumulator
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_reduce_kernel, _layer_norm_fwd_kernel
@@ -21,10 +20,10 @@ MAX_CHANNELS, MAX_CHANNELS_FLOAT64 = 4096, 2048
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
 
-    x: (..., C) in float32, bfloat16, float16 or float64, of any strides; C at most 4096, in float64 2048.
+    x: (..., C) in float32, bfloat16, float16 or float64, with any strides; C at most 4096 (2048 in float64).
     weight, bias: (C,), of any of these dtypes. eps: added to the variance.
     Returns (..., C), dense, in x's dtype; under CUDA's autocast in float32, as torch does.
-    Raises ValueError when the shapes do not fit, for wider rows and other dtypes.
+    Raises ValueError when the shapes do not fit, and for wider rows or other dtypes.
     Source: Layer Normalization, arXiv 1607.06450.
     """
     _check_arguments("layer_norm", x, weight, bias)
@@ -51,7 +50,7 @@ def add_layer_norm(
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the kernels take x: floating, and a row of it fits into registers."""
+    """Whether the kernels take x: its dtype is supported and its rows fit into registers."""
     return x.dtype in DTYPES and x.shape[-1] <= _max_channels(x.dtype)
 
 
@@ -79,14 +78,10 @@ def _check_arguments(operation: str, x: Tensor, weight: Tensor, bias: Tensor, re
 
 
 def _normalised_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Layer norm is on the float32 list of CUDA's autocast, which leaves float64 alone."""
+    """The dtype of y: CUDA's autocast runs layer norm in float32 and leaves float64 alone."""
     if device_type == "cuda" and torch.is_autocast_enabled("cuda"):
         return torch.promote_types(dtype, torch.float32)
     return dtype
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -96,14 +91,10 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor, summed: Tensor | None
 ) -> None:
-    """Fill y, and with a residual summed, which are dense and of x's shape."""
+    """Fill y, and summed where there is a residual; both are dense and have x's shape."""
     if x.numel() == 0:
         return
     x, residual = as_rows(x), None if residual is None else as_rows(residual)
@@ -115,7 +106,7 @@ def _forward(
         x_row_stride=x.stride(0), residual_row_stride=0 if residual is None else residual.stride(0),
         n_rows=n_rows, n_cols=n_cols,
         EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_RESIDUAL=residual is not None,
-        ACCUMULATOR=_triton_accumulator((x if summed is None else summed).dtype), num_warps=tile.num_warps,
+        ACCUMULATOR=triton_accumulator((x if summed is None else summed).dtype), num_warps=tile.num_warps,
     )  # fmt: skip
 
 
@@ -147,21 +138,20 @@ def layer_norm_bwd(
     architecture = chip.architecture(x.device)
     tile = tiles.layer_norm_tile("bwd", n_cols, architecture)
     n_programs = min(cdiv(n_rows, tile.block_rows), tiles.layer_norm_bwd_programs(x))
-    partials = x.new_empty((2, n_programs, n_cols), dtype=_accumulator(x.dtype))
-    accumulator = _triton_accumulator(x.dtype)
+    partials = x.new_empty((2, n_programs, n_cols), dtype=accumulator(x.dtype))
     launch(
         _layer_norm_bwd_kernel, n_programs,
         x, weight.contiguous(), dy, dsum, dx, partials[0], partials[1],
         x_row_stride=x.stride(0), dy_row_stride=dy.stride(0), dsum_row_stride=0 if dsum is None else dsum.stride(0),
         n_rows=n_rows, n_cols=n_cols,
         EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
-        ACCUMULATOR=accumulator, num_warps=tile.num_warps,
+        ACCUMULATOR=triton_accumulator(x.dtype), num_warps=tile.num_warps,
     )  # fmt: skip
     launch(
         _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tiles.LAYER_NORM_REDUCE_COLS),
         partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
         BLOCK_PARTIALS=tiles.layer_norm_reduce_partials(architecture), BLOCK_COLS=tiles.LAYER_NORM_REDUCE_COLS,
-        ACCUMULATOR=accumulator,
+        ACCUMULATOR=triton_accumulator(x.dtype),
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -177,7 +167,7 @@ def _layer_norm_with_graph(
     """`layer_norm_bwd` with a graph. No gradient depends on the value of the bias."""
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dtype = _accumulator(x.dtype)
+        dtype = accumulator(x.dtype)
         return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
 
     bias = torch.zeros_like(weight, dtype=bias_dtype, requires_grad=True)

@@ -15,8 +15,8 @@ class LayerNormTile(NamedTuple):
     num_warps: int
 
 
-# Compiled for every audited GPU without spills, unmeasured. Backward keeps the warps side by side along a row, so that
-# a thread sums the weight gradients of its columns alone.
+# Compiled without spills for every audited GPU, not timed. Backward places its warps side by side along a row, so that
+# each thread sums the weight gradients of its own columns without talking to others.
 _LAYER_NORM_FWD = (
     LayerNormTile(256, 4, 2),
     LayerNormTile(512, 4, 4),
@@ -31,7 +31,7 @@ _LAYER_NORM_BWD = (
     LayerNormTile(2048, 2, 8),
     LayerNormTile(4096, 1, 8),
 )
-# Where a compiler (triton 3.6 to 3.9) spills a word of the tiles above on one GPU: compiled, unmeasured.
+# Replacements on GPUs where triton (3.6 to 3.9) spills a register of the tiles above: compiled, not timed.
 _LAYER_NORM_BWD_AMPERE = {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 8)}
 _LAYER_NORM_ON = {
     ("bwd", "sm_80"): _LAYER_NORM_BWD_AMPERE,
@@ -45,30 +45,30 @@ _LAYER_NORM_ON = {
         4096: LayerNormTile(4096, 1, 16),
     },
 }
-# Columns that a program of the second backward kernel adds up: unmeasured.
+# Columns that one program of the reduction kernel sums: not timed.
 LAYER_NORM_REDUCE_COLS = 16
 
-# Resident programs of 4 warps with up to 128 registers a thread: unmeasured.
+# How many programs of 4 warps with up to 128 registers per thread are resident: not timed.
 _BWD_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def layer_norm_tiles(kernel: str, architecture: str) -> tuple[LayerNormTile, ...]:
-    """All tiles of one of the kernels fwd and bwd, the narrowest first."""
+    """All tiles of a kernel, fwd or bwd, narrowest first."""
     tiles = _LAYER_NORM_FWD if kernel == "fwd" else _LAYER_NORM_BWD
     exceptions = _LAYER_NORM_ON.get((kernel, architecture), {})
     return tuple(exceptions.get(tile.block_cols, tile) for tile in tiles)
 
 
 def layer_norm_tile(kernel: str, n_cols: int, architecture: str) -> LayerNormTile:
-    """The narrowest tile of one of the kernels fwd and bwd that holds a row of n_cols."""
+    """The narrowest tile of a kernel, fwd or bwd, that holds a row of n_cols."""
     return next(tile for tile in layer_norm_tiles(kernel, architecture) if n_cols <= tile.block_cols)
 
 
 def layer_norm_reduce_partials(architecture: str) -> int:
-    """Partial rows that a program of the second backward kernel adds up at a time; unmeasured, spills as above."""
+    """Partial rows that one program of the reduction kernel sums at a time; fewer where 64 spill, not timed."""
     return 32 if architecture in ("sm_80", "sm_120") else 64
 
 
 def layer_norm_bwd_programs(x: Tensor) -> int:
-    """How many programs share the rows of x in backward: the number of partial sums of the weight gradients."""
+    """How many programs share the rows of x in backward, which is the number of partial weight gradients."""
     return resident_programs(x.device, _BWD_PROGRAMS_PER_MULTIPROCESSOR)
