@@ -14,7 +14,7 @@ import typer
 
 from . import paper, plots
 from .records import Result, benchmarks, curve, load, operations
-from .tables import RESULTS, detail_tables, speed_tables
+from .tables import RESULTS, detail_tables, headline, speed_tables
 
 ROOT = Path(__file__).parents[2]
 PLOTS = RESULTS / "plots"
@@ -45,8 +45,9 @@ def all_plots(results: Sequence[Result]) -> list[plots.Plot]:
 
 def sections(results: Sequence[Result]) -> Iterator[tuple[Path, str, str]]:
     """(file, marker, what stands there) of everything generated in a document."""
-    images = [f"![{plot.caption}]({(PLOTS / plot.name).as_posix()}.svg)" for plot in all_plots(results)]
-    yield Path("README.md"), "measured", "\n\n".join([*speed_tables(results), *images])
+    images = [f"![{plot.caption}](../{(PLOTS / plot.name).as_posix()}.svg)" for plot in all_plots(results)]
+    yield Path("README.md"), "speeds", headline(results)
+    yield Path("docs/results.md"), "measured", "\n\n".join([*speed_tables(results), *images])
     yield Path("benchmarks/README.md"), "details", "\n\n".join(detail_tables(results)) or "Nothing yet."
     yield Path("benchmarks/README.md"), "paper", _paper(results)
 

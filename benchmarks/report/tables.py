@@ -79,6 +79,28 @@ def _speed_table(group: Sequence[tuple[Result, Mapping[str, Any]]]) -> str:
     return markdown_table(["workload", "fastgpt", "of ceiling", *headings, f"file in `{folder}/`"], rows)
 
 
+def headline(results: Sequence[Result]) -> str:
+    """One sequence at a time on one machine, a GPU where there are results of one: a heading and a short table."""
+    device = "gpu" if any(result.device == "gpu" and benchmarks(result.content) for result in results) else "cpu"
+    chosen: dict[tuple[int, int], tuple[str, list[str]]] = {}
+    for result in results:
+        for content in benchmarks(result.content).values() if result.device == device else ():
+            options = content["options"]
+            for row in content["results"] if options["batch"] == 1 else ():
+                ratio = plotting.ratio_text(content, row["workload"], "hf-sdpa")
+                place = WORKLOADS.index(row["workload"]), list(DTYPES).index(options["dtype"])
+                if row["contender"] == OURS and ratio:
+                    speed = row["tokens_per_s"]["median"]
+                    figures = [describe_work(content, row["workload"]), f"{speed:,.{0 if speed >= 100 else 1}f}", ratio]
+                    chosen.setdefault(place, (_terms(result, content), figures))
+    if not chosen:
+        return "Nothing yet."
+    headings = ["workload", "fastgpt, tokens/s", "compared with transformers sdpa"]
+    (heading, _), *_ = chosen.values()
+    rows = [figures for _, (terms, figures) in sorted(chosen.items()) if terms == heading]
+    return f"{heading}\n\n{markdown_table(headings, rows)}"
+
+
 def describe_work(content: Mapping[str, Any], workload: str) -> str:
     """What was run in a benchmark of whole models, in words."""
     options = content["options"]

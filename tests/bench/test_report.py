@@ -22,7 +22,8 @@ FLOAT32 = Path("benchmarks/results/cpu/2026-11-24-gpt2-float32-peers.json")
 def checkout(tmp_path: Path) -> Path:
     """What the report reads and writes, to change at will."""
     (tmp_path / "benchmarks").mkdir()
-    for file in ("README.md", "benchmarks/README.md"):
+    (tmp_path / "docs").mkdir()
+    for file in ("README.md", "docs/results.md", "benchmarks/README.md"):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / report.RESULTS, tmp_path / report.RESULTS)
     return tmp_path
@@ -48,10 +49,10 @@ def test_documentation_and_results_agree() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_check_fails_on_a_changed_figure_in_the_readme(checkout: Path) -> None:
-    readme = checkout / "README.md"
-    readme.write_text(readme.read_text().replace("| 45.4 |", "| 99.9 |"))
-    assert report.differences(checkout) == ["README.md: the section measured is not what the results say"]
+def test_check_fails_on_a_changed_figure_in_a_document(checkout: Path) -> None:
+    page = checkout / "docs/results.md"
+    page.write_text(page.read_text().replace("| 45.4 |", "| 99.9 |"))
+    assert report.differences(checkout) == ["docs/results.md: the section measured is not what the results say"]
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks", "report", "--check", "--root", str(checkout)],
         cwd=ROOT,
@@ -60,7 +61,7 @@ def test_check_fails_on_a_changed_figure_in_the_readme(checkout: Path) -> None:
         timeout=120,
     )
     assert finished.returncode == 1
-    assert "README.md: the section measured" in finished.stderr
+    assert "docs/results.md: the section measured" in finished.stderr
 
 
 def test_check_fails_on_changed_results_until_they_are_written(checkout: Path) -> None:
@@ -73,21 +74,21 @@ def test_check_fails_on_changed_results_until_they_are_written(checkout: Path) -
 
     edit(checkout / FLOAT32, faster)
     stale = report.differences(checkout)
-    assert any(line.startswith("README.md") for line in stale)
+    assert any(line.startswith("docs/results.md") for line in stale)
     assert any("cpu-speed.svg" in line for line in stale)
     changed = report.write(checkout)
-    assert Path("README.md") in changed
-    assert f"| prefill of 1 x 512, float32, 5 runs | {medians[0]:,.0f} |" in (checkout / "README.md").read_text()
+    assert Path("docs/results.md") in changed
+    assert f"| prefill of 1 x 512, float32, 5 runs | {medians[0]:,.0f} |" in (checkout / "docs/results.md").read_text()
     assert report.differences(checkout) == []
     assert report.write(checkout) == []
 
 
 def test_prose_around_the_markers_is_kept(checkout: Path) -> None:
-    readme = checkout / "README.md"
-    before = readme.read_text()
+    page = checkout / "docs/results.md"
+    before = page.read_text()
     edit(checkout / FLOAT32, lambda content: content["options"].update(runs=9))
     report.write(checkout)
-    after = readme.read_text()
+    after = page.read_text()
     assert after != before
     start, end = before.index("<!-- measured"), len(before) - before.index("<!-- /measured")
     assert after[:start] == before[:start]
@@ -180,7 +181,7 @@ def write_gpu(checkout: Path, content: dict[str, Any]) -> None:
 def test_every_step_of_a_gpu_has_its_table(checkout: Path, of_gpu: dict[str, Any]) -> None:
     write_gpu(checkout, of_gpu)
     report.write(checkout)
-    readme = (checkout / "README.md").read_text()
+    readme = (checkout / "docs/results.md").read_text()
     assert "| prefill of 16 x 512, float32, 5 runs | 1,130 |" in readme
     text = (checkout / "benchmarks/README.md").read_text()
     assert "**Operations of gpt2**: Some GPU; torch 2.11, triton 3.6, transformers 5.17." in text
