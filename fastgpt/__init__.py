@@ -4,6 +4,7 @@ from .accounting import count_parameters
 from .checkpoint.headers import CheckpointError
 from .demo import load_demo
 from .generate import release
+from .generate.routing import explain
 from .model.patching import patch, unpatch
 from .modeling import (
     GPT2DoubleHeadsModel,
@@ -27,6 +28,7 @@ __all__ = [
     "GPT2Model",
     "backend",
     "count_parameters",
+    "explain",
     "load_demo",
     "patch",
     "release",

@@ -66,6 +66,17 @@ def describe(model: GPT2LMHeadModel) -> str:
     return f"the engine: static cache, kernels{' in a CUDA graph' if model.device.type == 'cuda' else ''}"
 
 
+def explain(model: GPT2LMHeadModel) -> str:
+    """Where `generate()` runs on this model and why, and below it all that is called because it is not plain.
+
+    What is named there no fused operation reads directly either. A line each, such as "transformers' loop:
+    transformer.h.0.mlp.c_fc is not a plain module: it has hooks".
+    """
+    first = describe(model)
+    others = [] if first.startswith("the engine") else [line for line in twin.differences(model) if line not in first]
+    return "\n".join([first, *others])
+
+
 def _decodes_on_kernels(model: Any) -> bool:
     return ops.explain("causal_attention", model.device)[0] == "triton"
 

@@ -24,13 +24,10 @@ from .patching import replacement
 
 def difference(model: nn.Module) -> str | None:
     """What distinguishes a model from fastgpt's GPT2LMHeadModel just made, in eval mode; None if nothing."""
-    if type(model) is not replacement(hf.GPT2LMHeadModel):
-        return f"the model is not a plain module: {type(model).__name__}"
-    assert isinstance(model, hf.GPT2LMHeadModel)
     proof = _proofs.get(model)
-    if proof is not None and proof.holds(model):
+    if proof is not None and type(model) is replacement(hf.GPT2LMHeadModel) and proof.holds(model):
         return None
-    found = next(_differences(model), None)
+    found = next(differences(model), None)
     if found is None:
         _proofs[model] = _Proof(model)
     return found
@@ -39,7 +36,12 @@ def difference(model: nn.Module) -> str | None:
 # --- comparison -----------------------------------------------------------------------------------------------------
 
 
-def _differences(model: hf.GPT2LMHeadModel) -> Iterator[str]:
+def differences(model: nn.Module) -> Iterator[str]:
+    """All that `difference` could name, in one line each."""
+    if type(model) is not replacement(hf.GPT2LMHeadModel):
+        yield f"the model is not a plain module: {type(model).__name__}"
+        return
+    assert isinstance(model, hf.GPT2LMHeadModel)
     if _has_any_global_hook():
         yield "a hook is set on every module"
     try:
@@ -122,7 +124,7 @@ class _Proof:
     It holds no module and no parameter, so that what is replaced is freed: with the first of the modules it goes, too.
     """
 
-    def __init__(self, model: hf.GPT2LMHeadModel):
+    def __init__(self, model: Any):
         model_ref = ref(model)
 
         def forget(_: Any) -> None:
@@ -143,7 +145,7 @@ class _Proof:
         self.names, self.facts = list(chain.from_iterable(self.parameters)), self._facts()
         self.functions, self.settings = list(map(dict, self.classes)), dict(self.config)
 
-    def holds(self, model: hf.GPT2LMHeadModel) -> bool:
+    def holds(self, model: nn.Module) -> bool:
         body = _values(self.children)
         return (
             list(map(type, body)) == self.types

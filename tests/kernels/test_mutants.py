@@ -1,4 +1,7 @@
-"""The tests notice mistakes in the kernels: `pytest tests/kernels/test_mutants.py -n 2 --mutants` tries all."""
+"""The tests notice mistakes in the kernels and in the rule of what is read directly.
+
+`pytest tests/kernels/test_mutants.py -n 2 --mutants` tries all; `-k "plain or twin or routing"` those of the rule.
+"""
 
 import os
 import shutil
@@ -11,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("kernels", "fastgpt_kernels")
-# The tests that watch over a file of the package.
+# The tests that watch over a file of the kernels' package, or of fastgpt.
 TESTS = {
     "operations/layer_norm/kernels.py": ["kernels/layer_norm/test_layer_norm_kernel.py"],
     "operations/attention/kernels.py": [
@@ -31,7 +34,15 @@ TESTS = {
     "operations/sampling/op.py": ["kernels/sampling/test_sampling_kernel.py"],
     "operations/persistent_decode/kernels.py": ["kernels/persistent_decode/test_persistent_decode_kernel.py"],
     "operations/persistent_decode/op.py": ["kernels/persistent_decode/test_persistent_decode_kernel.py"],
+    "fastgpt/model/plain.py": ["model/test_plain_modules.py", "model/test_plain.py"],
+    "fastgpt/model/twin.py": ["model/test_twin.py"],
+    "fastgpt/generate/routing.py": ["model/test_twin.py"],
 }
+
+
+def place(file: str) -> Path:
+    """Of a file of `TESTS`, relative to the root."""
+    return Path(file) if file.startswith("fastgpt/") else PACKAGE / file
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ MUTANTS = read_mutants(Path(__file__).with_name("mutants.txt").read_text())
 
 @pytest.mark.parametrize("file", TESTS)
 def test_every_mutant_changes_one_place(file: str) -> None:
-    code = (ROOT / PACKAGE / file).read_text()
+    code = (ROOT / place(file)).read_text()
     mutants = [mutant for mutant in MUTANTS if mutant.file == file]
     assert mutants
     for mutant in mutants:
@@ -75,14 +86,14 @@ def test_there_are_sixty_mutants_or_more() -> None:
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{i}-{m.file.removesuffix('.py')}" for i, m in enumerate(MUTANTS)])
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{i}-{Path(m.file).stem}" for i, m in enumerate(MUTANTS)])
 def test_the_mutant_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     for directory in ("kernels", "tests", "fastgpt"):
         shutil.copytree(
             ROOT / directory, tmp_path / directory, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__")
         )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    file = tmp_path / PACKAGE / mutant.file
+    file = tmp_path / place(mutant.file)
     file.write_text(file.read_text().replace(mutant.before, mutant.after))
 
     tests = [f"tests/{name}" for name in TESTS[mutant.file]]

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -151,18 +150,3 @@ def test_bug_the_first_torch_compile_of_a_process_stopped_the_engine() -> None:
     torch.compile(torch.nn.ReLU(), backend="eager")(torch.ones(2))
     assert torch.nn.Module.__setstate__.__module__ == "torch._dynamo.mutation_guard"
     assert not list(plain.changes_of_class(type(fastgpt.GPT2LMHeadModel(tiny_config()))))
-
-
-@pytest.mark.parametrize(
-    ("file", "is_at_home"),
-    [
-        ("{torch}/nn/modules/linear.py", True),
-        ("{stdlib}/functools.py", True),
-        ("{torch}_geometric/nn.py", False),
-        ("{stdlib}/site-packages/instrument.py", False),
-        ("{stdlib}/../instrument.py", False),
-    ],
-)
-def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(file: str, is_at_home: bool) -> None:
-    places = {"torch": Path(torch.__file__).parent, "stdlib": sysconfig.get_path("stdlib")}
-    assert plain._is_at_home(str(Path(file.format(**places)).resolve())) is is_at_home

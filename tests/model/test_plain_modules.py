@@ -1,8 +1,10 @@
 """What may be read directly, clause by clause: of modules, and of the functions of their classes."""
 
+import sysconfig
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -15,8 +17,8 @@ from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 import fastgpt
-from fastgpt import modeling
 from fastgpt.model import plain
+from fastgpt.model.blocks import LayerNorm
 
 # --- modules --------------------------------------------------------------------------------------------------------
 
@@ -24,13 +26,13 @@ from fastgpt.model import plain
 def example(kind: type[nn.Module]) -> nn.Module:
     made: dict[type[nn.Module], Callable[[], nn.Module]] = {
         Conv1D: lambda: Conv1D(3, 2),
-        modeling.LayerNorm: lambda: modeling.LayerNorm(4),
+        LayerNorm: lambda: LayerNorm(4),
         nn.Linear: lambda: nn.Linear(2, 3, bias=False),
     }
     return made.get(kind, kind)()
 
 
-KINDS = [Conv1D, modeling.LayerNorm, nn.Linear, nn.Dropout, NewGELUActivation, nn.ReLU]
+KINDS = [Conv1D, LayerNorm, nn.Linear, nn.Dropout, NewGELUActivation, nn.ReLU]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +62,9 @@ def test_a_changed_module_is_not_plain(kind: type[nn.Module], change: str, rule:
         assert not rule(module, kind)
 
 
-@pytest.mark.parametrize("name", plain.CALLED)
+@pytest.mark.parametrize(
+    "name", ["__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__", "__getattribute__"]
+)
 def test_what_a_call_runs_may_not_be_hidden_or_replaced(name: str) -> None:
     module, original = example(Conv1D), getattr(Conv1D, name)
     with mock.patch.object(Conv1D, name, lambda *args: original(*args)):
@@ -120,12 +124,34 @@ def test_parameters_that_a_wrapper_has_gathered_are_read_where_they_lie() -> Non
 
 
 def test_attributes_other_than_sizes_are_fixed() -> None:
-    dropout, norm = nn.Dropout(0.3), modeling.LayerNorm(4, eps=0.5)
+    dropout, norm = nn.Dropout(0.3), LayerNorm(4, eps=0.5)
     assert plain.is_plain(dropout, nn.Dropout)
-    assert plain.is_plain(norm, modeling.LayerNorm)
+    assert plain.is_plain(norm, LayerNorm)
     dropout.inplace, norm.elementwise_affine = True, False
     assert not plain.is_plain(dropout, nn.Dropout)
-    assert not plain.is_plain(norm, modeling.LayerNorm)
+    assert not plain.is_plain(norm, LayerNorm)
+
+
+def test_a_parameter_where_the_constructor_made_none() -> None:
+    module = nn.Dropout()
+    module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    assert not plain.is_plain(module, nn.Dropout)
+
+
+def test_an_activation_that_is_changed_is_not_fused() -> None:
+    act: Any = GELUActivation()
+    act.register_forward_hook(some_hook)
+    assert plain.fused_activation(act) is None
+
+
+def test_what_is_compiled_is_judged_as_dynamo_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    module = example(Conv1D)
+    assert plain.is_plain(module, Conv1D)
+    assert plain.is_as_imported(Conv1D)
+    assert plain.fused_activation(GELUActivation(use_gelu_python=True)) is None
+    module.register_forward_hook(some_hook)
+    assert not plain.is_plain(module, Conv1D)
 
 
 def test_an_activation_in_python_is_not_fused() -> None:
@@ -173,7 +199,10 @@ def test_functions_of_a_class_are_those_seen_at_import() -> None:
         assert list(plain.changes_of_class(kind)) == ["Module.parameters was replaced"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("note", some_hook), ("model_type", "other"), ("__doc__", "words")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("note", some_hook), ("_keys_to_ignore_on_save", []), ("__doc__", "words"), ("__init__", some_hook)],
+)
 def test_what_nothing_reads_may_change_in_a_class(name: str, value: Any) -> None:
     assert replaced(fastgpt.GPT2LMHeadModel, name, value) == []
 
@@ -190,3 +219,18 @@ def test_functions_that_were_foreign_when_a_class_was_first_seen() -> None:
     plain.watch(Foreign)
     assert {*plain.changes_of_class(Foreign)} == {f"Foreign.{name} was replaced" for name in ("said", "forward")}
     assert not plain.is_as_imported(Foreign)
+
+
+@pytest.mark.parametrize(
+    ("file", "is_at_home"),
+    [
+        ("{torch}/nn/modules/linear.py", True),
+        ("{stdlib}/functools.py", True),
+        ("{torch}_geometric/nn.py", False),
+        ("{stdlib}/site-packages/instrument.py", False),
+        ("{stdlib}/../instrument.py", False),
+    ],
+)
+def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(file: str, is_at_home: bool) -> None:
+    places = {"torch": Path(torch.__file__).parent, "stdlib": sysconfig.get_path("stdlib")}
+    assert plain._is_at_home(str(Path(file.format(**places)).resolve())) is is_at_home

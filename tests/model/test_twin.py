@@ -68,6 +68,11 @@ def parameter(path: str, make: Callable[[Tensor], nn.Parameter | None]) -> Chang
     return change
 
 
+def renamed(model: Any, stack: ExitStack) -> None:
+    table = model.get_submodule(NORM)._parameters
+    table["gain"], table["bias"] = table.pop("weight"), table.pop("bias")
+
+
 def replaced_in(owner: Any, name: str) -> Change:
     return lambda model, stack: stack.enter_context(mock.patch.object(owner, name, some_hook))
 
@@ -126,6 +131,7 @@ REASONS: dict[str, tuple[Change, str]] = {
         lambda model, _: model.get_submodule(NORM).register_parameter("gain", nn.Parameter(torch.ones(1))),
         f"{NORM} is not a plain module: its parameters are others",
     ),
+    "a parameter of another name": (renamed, f"{NORM} is not a plain module: its parameters are others"),
     "data of another shape": (
         lambda model, _: setattr(model.transformer.h[0].attn.c_proj.bias, "data", torch.ones(1)),
         "transformer.h.0.attn.c_proj is not a plain module: its parameters are others",
@@ -169,6 +175,19 @@ def test_a_changed_model_is_not_taken_and_the_reason_is_named(what: str, when: s
         assert routing.describe(model) == f"transformers' loop: {found}"
 
 
+def test_explain_names_all_that_is_called_instead_of_read() -> None:
+    model = model_of()
+    assert fastgpt.explain(model) == "the engine: static cache, torch operations"
+    model.get_submodule(NORM).register_forward_hook(some_hook)
+    model.transformer.drop.train()
+    assert fastgpt.explain(model).splitlines() == [
+        "transformers' loop: transformer.drop is in training mode",
+        f"{NORM} is not a plain module: it has hooks",
+    ]
+    model.__class__ = type("Special", (type(model),), {})
+    assert fastgpt.explain(model) == "transformers' loop: the model is not a plain module: Special"
+
+
 def test_what_nothing_reads_may_change_in_a_model(in_inference: None) -> None:
     model = model_of()
     assert routing.why_not_model(model) is None
@@ -190,6 +209,21 @@ def test_where_the_call_stands() -> None:
         assert routing.why_not_model(model) == "the attention is 'eager'"
         other = model_of(activation_function="tanh")
         assert routing.why_not_model(other) == "Tanh is an activation that the engine does not know"
+
+
+def test_a_module_may_give_way_to_its_equal(in_inference: None) -> None:
+    model = model_of()
+    assert routing.why_not_model(model) is None
+    kept = model.transformer.h[0].ln_2
+    model.transformer.h[0].ln_2 = copy.deepcopy(kept)
+    assert routing.why_not_model(model) is None
+
+
+def test_a_model_is_compared_with_its_twin_once(in_inference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    assert routing.why_not_model(model) is None
+    monkeypatch.delattr(twin, "_twin")
+    assert routing.why_not_model(model) is None
 
 
 def test_the_proof_frees_what_is_replaced(in_inference: None) -> None:
