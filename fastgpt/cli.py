@@ -48,7 +48,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command; --debug may stand anywhere."""
+    """Options of every command; --debug may come anywhere."""
 
 
 @app.command()
@@ -118,7 +118,7 @@ def bench(
         Path | None, typer.Option("--profile", help="Trace one run of each workload, for chrome://tracing.")
     ] = None,
 ) -> None:
-    """Measure tokens/s beside transformers with the same weights, after a parity check."""
+    """Measure tokens/s compared with transformers on the same weights, after a parity check."""
     with _wrong_usage():
         ops.selected_backend()
         series = [
@@ -165,7 +165,7 @@ def params(
     as_json: AsJson = False,
 ) -> None:
     """Count parameters, storage, FLOPs and the physical limits of a model, from its configuration alone."""
-    accounting.count_parameters(name)  # what is wrong with the model is no wrong usage
+    accounting.count_parameters(name)  # outside, because a fault of the model is not wrong usage
     with _wrong_usage():
         report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
     if as_json:
@@ -220,7 +220,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 @contextmanager
 def _wrong_usage() -> Iterator[None]:
-    """Values that the work refuses are the caller's mistake."""
+    """Turn a ValueError of the work into an error of usage."""
     try:
         yield
     except ValueError as error:
@@ -235,7 +235,7 @@ def _check_text(prompt: str) -> None:
 
 
 def _check_output(option: str, file: Path | None) -> None:
-    """Before hours of work: whether its result can be written there."""
+    """Raise, before hours of work, when the result cannot be written to a file."""
     if file is None:
         return
     if file.is_dir():
@@ -261,7 +261,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _strict_json(value: Any) -> str:
-    """JSON as every reader takes it: what is no number, or has no end, is null."""
+    """JSON that every parser accepts: NaN and infinity become null."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
@@ -276,7 +276,7 @@ def _finite(value: Any) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on `arguments` (sys.argv by default) and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    n_options = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text
+    n_options = arguments.index("--") if "--" in arguments else len(arguments)  # after "--" all is text
     options, rest = arguments[:n_options], arguments[n_options:]
     debug = "--debug" in options
     transformers.logging.set_verbosity_error()
@@ -304,12 +304,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str | None, code: int) -> None:
-    """Say in one line what went wrong, if there is somebody to read it, and exit."""
+    """Print the message, if there is one, on one line and exit."""
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
-        # What is left in the buffer has nowhere to go: Python would try again at exit, and complain.
+        # Nobody reads standard output. Python would flush it again at exit and print an error, so discard it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

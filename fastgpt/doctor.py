@@ -1,4 +1,4 @@
-"""What this machine has, which backend each operation takes here, and whether the answers are right."""
+"""What this machine has, which backend each operation takes here, and whether the results are right."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -33,15 +33,15 @@ def versions() -> dict[str, str | None]:
 
 
 def check_parity(device: str) -> dict[str, Any]:
-    """Logits, loss and gradients of a tiny model beside transformers' with the same weights, in float32.
+    """Compare logits, loss and gradients of a tiny model with transformers' on the same weights, in float32.
 
-    Returns {"passed", "largest_error", "allowed", "obstacle"}: errors relative to the largest value; the obstacle is
-    why there is no result, None where there is one.
+    Returns {"passed", "largest_error", "allowed", "obstacle"}: errors relative to the largest value; the obstacle
+    says why there is no result, None when there is one.
     """
     allowed = 2e-5
     try:
         largest_error, obstacle = _largest_error(device), None
-    except Exception as error:  # whatever stops a model here is what this command has to tell
+    except Exception as error:  # report whatever stops the model
         largest_error, obstacle = None, one_line(error)
     passed = largest_error is not None and largest_error <= allowed
     return {"passed": passed, "largest_error": largest_error, "allowed": allowed, "obstacle": obstacle}
@@ -63,7 +63,7 @@ def _largest_error(device: str) -> float:
 
 
 def _tiny_model(device: str) -> Any:
-    """transformers' own class, with the same random weights every time."""
+    """transformers' own model, with the same random weights every time."""
     config = transformers.GPT2Config(
         n_layer=2, n_embd=64, n_head=4, vocab_size=131, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
         bos_token_id=0, eos_token_id=0,
@@ -74,7 +74,7 @@ def _tiny_model(device: str) -> Any:
 
 
 def diagnose(device: str | None = None) -> dict[str, Any]:
-    """Everything `fastgpt doctor` says, ready for JSON."""
+    """Everything that `fastgpt doctor` reports, ready for JSON."""
     device = default_device() if device is None else device
     operations = {}
     for operation in OPERATIONS:
@@ -104,7 +104,7 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
 
 
 def _first_kernel(device: torch.device) -> str:
-    """What came of compiling and launching a tiny kernel."""
+    """The result of compiling and launching a tiny kernel."""
     if device.type != "cuda":
         return f"not tried: {device} is no GPU"
     return fastgpt_kernels.why_unavailable(OPERATIONS[0], device) or "compiled and launched"

@@ -1,7 +1,7 @@
 """The six GPT-2 models: drop-in classes for transformers' own, over the operations of `ops`.
 
-Every class here is transformers' class of the same name with another forward: same parameters, same names, same
-arguments. Shapes: B batch, T tokens, C channels, V vocabulary.
+Each class is a subclass of transformers' class of the same name with another forward: the parameters, their names and
+the arguments are the same. Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ __all__ = [
 
 
 class _DropIn(LoadingMixin):
-    """What the six models share: build transformers' model, then change the class of its modules."""
+    """Shared by the six models: build transformers' model, then swap the classes of its modules."""
 
     def __init__(self, config: GPT2Config, *args, **kwargs):
         check_config(config)
@@ -67,7 +67,7 @@ class GPT2Model(_DropIn, hf.GPT2Model):
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
         with self._masks_of_shared_layers():
             if self._hides_nothing(args, kwargs):
-                # Elsewhere looking for padding would wait.
+                # On a GPU, looking for padding would wait for the device.
                 if input_ids is not None and input_ids.device.type == "cpu":
                     self.warn_if_padding_and_no_attention_mask(input_ids, None)
                 kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
@@ -75,7 +75,7 @@ class GPT2Model(_DropIn, hf.GPT2Model):
 
     @contextmanager
     def _masks_of_shared_layers(self) -> Iterator[None]:
-        """Blocks that share one layer of the cache see more keys than the mask was made for: by transformers' rules."""
+        """Use transformers' masks when blocks share a layer of the cache: they see more keys than our mask has."""
         places = [getattr(getattr(block, "attn", block), "layer_idx", block) for block in self.h]
         if self.config._attn_implementation != ATTENTION or len(set(places)) == len(places):
             yield
@@ -87,7 +87,7 @@ class GPT2Model(_DropIn, hf.GPT2Model):
             self.config._attn_implementation = ATTENTION
 
     def _hides_nothing(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether each sequence is whole, alone in its row, and starts at position 0: as called, with our blocks."""
+        """Whether the call shows that every row is one whole sequence from position 0, run by our blocks."""
         given = ("attention_mask", "position_ids", "cache", "past_key_values")
         return (
             self.config._attn_implementation == ATTENTION
@@ -141,7 +141,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    # transformers warns on every GPT-2 that it has to guess this loss, which also breaks torch.compile's full graph.
+    # transformers warns that it guesses the loss of a GPT-2, and the warning breaks torch.compile's full graph.
     @property
     def loss_function(self) -> Callable:
         chosen = "_loss_function" in self.__dict__ or self.loss_type is not None
@@ -152,7 +152,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
         self._loss_function = value
 
     def _fuses_loss(self, options: dict) -> bool:
-        """Training with transformers' own loss on a plain head: then the logits need not exist."""
+        """Whether this trains with transformers' own loss on a plain head, so that the loss needs no logits."""
         return (
             options.get("labels") is not None
             and self.training

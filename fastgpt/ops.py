@@ -1,4 +1,4 @@
-"""The one place where a backend is chosen: each operation runs its Triton kernel or its torch reference."""
+"""The one place where a backend is chosen: Triton kernels or torch, for each operation and for generation."""
 
 import os
 import warnings
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 BACKENDS = ("auto", "torch", "triton")
 
 
-# Looked at when it is used, so that a wrong one does not keep `fastgpt doctor` from explaining it.
+# Checked on use and not on import, so that `fastgpt doctor` can still run and explain a wrong name.
 _selected = os.environ.get("FASTGPT_BACKEND", "auto")
 
 
@@ -28,8 +28,8 @@ def _checked(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Run the operations inside the block on one backend.
 
-    name: "torch" is the reference, "triton" the kernels (raises where one cannot run), "auto" the kernels on a GPU
-    where they can run and the reference elsewhere. The choice holds for the whole process, not for one thread.
+    name: "torch" runs the reference, "triton" the kernels (and raises where one cannot run), "auto" the kernels on a
+    GPU where they can run and the reference elsewhere. The choice holds for the whole process, not for one thread.
     Raises ValueError on another name.
     """
     global _selected
@@ -41,7 +41,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_setting() -> str:
-    """What was asked for, by `backend` or in the environment, be it a backend or not."""
+    """The name that `backend` or the environment gave, which may be no backend."""
     return _selected
 
 
@@ -53,9 +53,9 @@ def selected_backend() -> str:
 def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
     """Which backend `operation` takes for tensors on `device`, and why.
 
-    In auto mode a kernel still leaves tensors that it does not support to the reference.
+    In auto mode, tensors that the kernel does not support still go to the reference.
     Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and cannot
-    run, ValueError when the environment names no backend.
+    run, ValueError when the environment names an unknown backend.
     """
     device = torch.device(device)
     if selected_backend() == "torch":
@@ -66,28 +66,35 @@ def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
     if reason is not None:
         if _selected == "triton":
             raise KernelUnavailableError(reason)
-        _say_once(device, reason)
+        _warn_once(device, reason)
         return "torch", reason
     return "triton", "asked for by name" if _selected == "triton" else "kernel available"
 
 
-# Types of device that were spoken of.
-_said: set[str] = set()
+def runs_kernels(device: torch.device | str) -> bool:
+    """Whether generation on `device` runs on the Triton kernels. Raises as `explain` does."""
+    name, _ = explain("causal_attention", device)  # Every operation has a kernel, so one answers for all.
+    return name == "triton"
 
 
-def _say_once(device: torch.device, reason: str) -> None:
-    """Warn that a GPU does without kernels, the first time that it could have used one."""
-    if device.type not in _said:
-        _said.add(device.type)
+# Types of device that a warning was given for.
+_warned: set[str] = set()
+
+
+def _warn_once(device: torch.device, reason: str) -> None:
+    """Warn that a GPU runs without kernels, the first time that it could have used one."""
+    if device.type not in _warned:
+        _warned.add(device.type)
         warnings.warn(f"fastgpt runs in torch and not on its Triton kernels: {reason}", stacklevel=4)
 
 
-_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # As in fastgpt_kernels: said while it traces.
+# As in fastgpt_kernels: torch.compile calls it while tracing instead of tracing it.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: only torch's own operations know their rules."""
-    if torch.compiler.is_compiling():  # which traces them by itself
+    """Whether torch.func or forward-mode differentiation is active: only torch's own operations have rules for them."""
+    if torch.compiler.is_compiling():  # Dynamo traces them itself.
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -102,7 +109,7 @@ def _implementation(operation: str, x: Tensor) -> Callable:
 
 
 def _is_supported(operation: str, x: Tensor) -> bool:
-    """Kernels read memory: they do not know what a subclass, such as a DTensor, makes of it."""
+    """Kernels read memory directly, which would ignore what a subclass such as DTensor does with it."""
     return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
 
 

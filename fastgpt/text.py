@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt continued by a model, streamed and timed."""
+"""A model continues a prompt: the text is streamed, and prefill and decoding are timed."""
 
 import logging
 import time
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from . import ops
 from .checkpoint.tokenizer import load_tokenizer
 from .demo import load_demo
 from .generate import options as sampling
 from .modeling import GPT2LMHeadModel
-from .ops import explain
 
 logger = logging.getLogger("fastgpt")
 
@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a prompt became, and how fast. Times in seconds."""
+    """The continuation of a prompt and its timing. Times are in seconds."""
 
     prompt: str
     text: str
@@ -41,7 +41,7 @@ class Continuation:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first, which prefill gives; None when there is only that one."""
+        """Tokens/s after the first token, which prefill gives; None when there is no other."""
         return (self.n_new_tokens - 1) / self.decode_s if self.n_new_tokens > 1 else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Continuation:
 
 
 class _TimedStreamer(TextStreamer):
-    """Writes the prompt when its first new token comes, then whole words as they come; notes when each token came."""
+    """Writes the prompt with its first new token, then each whole word; records the time of every token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, write: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ class _TimedStreamer(TextStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        if len(self.times) == 2 and self.write is not None:  # the call turned out to be valid
+        if len(self.times) == 2 and self.write is not None:  # the first token shows that the call is valid
             self.write(self.prompt)
         super().put(value)
 
@@ -86,8 +86,8 @@ def default_device() -> str:
 def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
     """Where and in which dtype a model runs.
 
-    device: the GPU when there is one, if None. dtype: a key of `DTYPES`; float32 on the CPU and bfloat16 on a GPU,
-    if None. Raises ValueError on another dtype, and on a device that is not here.
+    device: None takes the GPU when there is one. dtype: a key of `DTYPES`; None takes float32 on the CPU and bfloat16
+    on a GPU. Raises ValueError on another dtype, and on a device that does not exist here.
     """
     try:
         place = torch.device(default_device() if device is None else device)
@@ -108,10 +108,10 @@ def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[t
 def load_model_and_tokenizer(
     name: str, device: str | None = None, dtype: str | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The demo, a Hub id or a local directory, ready to run.
+    """Load the demo, a Hub id or a local directory, ready to run.
 
-    device, dtype: as for `settle_place`. A model without the head that its configuration asks for gets a new one, with
-    a warning. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
+    device, dtype: as for `settle_place`. If the checkpoint lacks an untied head, the model gets a new one, with a
+    warning. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
     """
     model: Any
     place = settle_place(device, dtype)
@@ -140,10 +140,10 @@ def stream_text(
     dtype: str | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
-    """Continue `prompt` by the model `name`; `write` gets the prompt and then the text, piece by piece.
+    """Continue `prompt` with the model `name`; `write` receives the prompt and then the text, piece by piece.
 
-    temperature 0 is greedy. seed: drawn when None, and reported either way. prompt_lookup: how many tokens to propose
-    at once where the text repeats itself.
+    temperature 0 is greedy. seed: None draws one; the result reports it. prompt_lookup: how many tokens to propose at
+    once where the text repeats itself.
     Raises ValueError when the prompt leaves no room in the context or an option describes no distribution.
     """
     greedy = temperature == 0
@@ -176,7 +176,7 @@ def stream_text(
         seed=seed,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=explain("causal_attention", model.device)[0],
+        backend="triton" if ops.runs_kernels(model.device) else "torch",
         n_prompt_tokens=n_prompt,
         n_new_tokens=len(sequence) - n_prompt,
         prefill_s=first - start,

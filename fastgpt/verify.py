@@ -1,4 +1,4 @@
-"""Everything that is wrong with a checkpoint directory, and what identifies it."""
+"""Verify a checkpoint directory: list everything that is wrong with it, and hash its files."""
 
 import hashlib
 import json
@@ -50,8 +50,8 @@ class CheckpointReport:
     """What `verify_checkpoint` found.
 
     files: SHA-256 of every file in the directory, by name. n_parameters: stored ones, tied weights counted once.
-    dtypes: their names in safetensors ("F32"). problems: one line each; none means that the checkpoint is sound, which
-    is to say that from_pretrained and a forward pass work. warnings: what is odd, though the model works.
+    dtypes: their names in safetensors ("F32"). problems: one line each; if there is none, the checkpoint is sound, that
+    is, from_pretrained and a forward pass work. warnings: oddities with which the model still works.
     """
 
     directory: str
@@ -72,8 +72,8 @@ class CheckpointReport:
 def verify_checkpoint(directory: str | os.PathLike[str], *, progress: Progress | None = None) -> CheckpointReport:
     """Check configuration, names, shapes, dtypes and values of a GPT-2 in safetensors format, and hash its files.
 
-    What the files show is listed whole; where they show nothing, the model is loaded and runs once.
-    progress: is told what takes long while it begins. Raises CheckpointFileError when there is no such directory.
+    All problems that the files show are listed. If they show none, the model is loaded and runs once.
+    progress: called with a message before each long step. Raises CheckpointFileError when there is no such directory.
     """
     directory, tell = Path(directory), progress or (lambda message: None)
     if not directory.is_dir():
@@ -140,7 +140,7 @@ def _sha256(file: Path) -> str:
             status = os.fstat(content.fileno())
             if is_hollow(status):
                 raise CheckpointError(f"{file}: not hashed: most of its {status.st_size} bytes are not on the disk")
-            digest, n_left = hashlib.sha256(), status.st_size  # some files of a system never end
+            digest, n_left = hashlib.sha256(), status.st_size  # special files may never end
             while n_left > 0 and (block := content.read(min(n_left, 2**20))):
                 digest.update(block)
                 n_left -= len(block)
@@ -183,7 +183,7 @@ def _tensor_problems(checkpoint: Checkpoint, config: PreTrainedConfig, architect
 
 
 def _known_names(config: PreTrainedConfig | None, architecture: str, checkpoint: Checkpoint) -> set[str]:
-    """The names of the model's tensors; where there is no model, those that are stored."""
+    """The names of the model's tensors, or without a configuration the stored names."""
     stored = by_model_name(checkpoint)
     if config is None:
         return set(stored)
@@ -193,7 +193,7 @@ def _known_names(config: PreTrainedConfig | None, architecture: str, checkpoint:
 
 
 def _oddities(checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str) -> Iterator[CheckpointError]:
-    """What transformers passes over: a head that it makes anew, tensors that it leaves out."""
+    """What transformers accepts silently: a missing head, which it initialises, and tensors that it ignores."""
     stored, head = by_model_name(checkpoint), head_shapes(architecture, config)
     for name in head.keys() - stored.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
         yield CheckpointError(
@@ -216,12 +216,12 @@ def _value_problems(file: Path, known: set[str]) -> Iterator[CheckpointError]:
                 if bad := not_finite(tensors.get_tensor(name)):
                     yield CheckpointError(f"{file}: tensor {shown(name)} holds {bad}")
     except SafetensorError:
-        return  # the header's own problems are told
+        return  # the problems of the header are already reported
 
 
 @torch.no_grad()
 def _use(directory: Path, architecture: str) -> Iterator[CheckpointError]:
-    """What is wrong when the model is loaded and runs on one token."""
+    """Problems that show when the model is loaded and runs on one token."""
     is_ours = architecture in modeling.__all__ and issubclass(getattr(modeling, architecture), LoadingMixin)
     model_class: Any = getattr(modeling, architecture) if is_ours else modeling.GPT2LMHeadModel
     try:
@@ -232,5 +232,5 @@ def _use(directory: Path, architecture: str) -> Iterator[CheckpointError]:
         yield from found
     except CheckpointError as error:
         yield error
-    except Exception as error:  # what a user would meet, in the words of torch and transformers
+    except Exception as error:  # a user would meet the same error from torch or transformers
         yield CheckpointError(f"{directory}: cannot be used: {type(error).__name__}: {one_line(error)}")

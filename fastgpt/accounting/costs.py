@@ -2,7 +2,7 @@
 
 In the formulas: L layers, C channels, H heads, F hidden width of the MLP, V vocabulary, B batch, T tokens. Counts are
 exact integers. Cross-attention has parameters, but its work depends on the encoder: FLOPs, caches, activations and
-speed limits are those of a decoder that was given no encoder states.
+speed limits are those of a decoder without encoder states.
 """
 
 from .shapes import Shape, count_parameters
@@ -29,15 +29,15 @@ def weight_bytes(shape: Shape) -> dict[str, int]:
 
 
 def kv_cache_bytes(shape: Shape, tokens: int = 1, *, batch: int = 1, element_bytes: int = 2) -> int:
-    """Bytes of the keys and values of `tokens` tokens in each sequence: 2*L*C elements a token."""
+    """Bytes of the keys and values of `tokens` tokens in each sequence: 2*L*C elements per token."""
     return batch * tokens * 2 * shape.n_layer * shape.n_embd * element_bytes
 
 
 def training_state_bytes(n_parameters: int, precision: str = "fp32") -> dict[str, int]:
-    """Bytes that training with AdamW holds whatever the batch, by part.
+    """Bytes that training with AdamW holds at any batch size, by part.
 
-    precision: "fp32", or "mixed" for bf16 weights and gradients with a master copy and moments in fp32: both come to
-    16 bytes a parameter. Raises ValueError on another.
+    precision: "fp32", or "mixed": bf16 weights and gradients with a master copy and moments in fp32: both take
+    16 bytes per parameter. Raises ValueError on another.
     """
     sizes = {
         "fp32": {"weights": 4, "gradients": 4, "master_weights": 0, "moments": 8},
@@ -59,14 +59,14 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Bytes that a training step without dropout keeps from forward to backward, by part.
 
-    A row is one token of one sequence. A block keeps 8*C + 2*F elements a row: its input, the normalised input, q, k,
+    A row is one token of one sequence. A block keeps 8*C + 2*F elements per row: its input, the normalised input, q, k,
     v, the attended values, the sum with the residual and its normalised form, and the MLP before and after its
-    activation; and 4 + H statistics a row in fp32: mean and reciprocal deviation of two norms, the log-sum-exp of
+    activation; and 4 + H statistics per row in fp32: mean and reciprocal deviation of two norms, the log-sum-exp of
     each head. No (T, T) scores are kept.
-    checkpointing: blocks keep only their input, and one at a time is computed again in backward.
-    full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Else
-    `linear_cross_entropy` keeps its input and the labels, from which second derivatives are computed, the gradient of
-    its input and, in fp32, that of the (V, C) table.
+    checkpointing: blocks keep only their input, and backward recomputes one block at a time.
+    full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Otherwise
+    `linear_cross_entropy` keeps its input and the labels (for second derivatives), the gradient of its input and, in
+    fp32, the gradient of the (V, C) table.
     Temporaries that live within one operation, forward or backward, are not counted; nor is the fp32 copy that a CPU
     makes to normalise bf16.
     """
@@ -89,8 +89,8 @@ def activation_bytes(
 def forward_flops(shape: Shape, tokens: int) -> int:
     """FLOPs of the matrix products for one sequence, with all logits: 24*T*L*C^2 + 2*T*(T+1)*L*C + 2*T*V*C.
 
-    The 24 is 8 for attention's own matrices and 4*F/C for the MLP. Attention is causal: query i meets i keys, (T+1)/2
-    on average, where a product that ignores the mask meets T.
+    The 24 is 8 for attention's own matrices and 4*F/C for the MLP. Attention is causal: query i reads i keys, (T+1)/2
+    on average; a product that ignores the mask reads T.
     """
     C, L = shape.n_embd, shape.n_layer
     blocks = tokens * L * (8 * C**2 + 4 * C * shape.hidden_width)
@@ -98,7 +98,7 @@ def forward_flops(shape: Shape, tokens: int) -> int:
 
 
 def training_flops(shape: Shape, tokens: int) -> int:
-    """FLOPs of forward and backward for one sequence: a product has two in backward. Nothing is computed again."""
+    """FLOPs of forward and backward for one sequence: each product has two in backward. Nothing is recomputed."""
     return 3 * forward_flops(shape, tokens)
 
 
@@ -121,15 +121,15 @@ def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int =
 
 
 def decode_ceiling(shape: Shape, bandwidth: float, batch: int, context: int, *, element_bytes: int = 2) -> float:
-    """Tokens/s of the whole batch when decoding waits only for memory. bandwidth: bytes/s."""
+    """Tokens/s of the whole batch when memory bandwidth is the only limit. bandwidth: bytes/s."""
     return batch * bandwidth / decode_bytes(shape, batch, context, element_bytes=element_bytes)
 
 
 def prefill_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:
-    """Tokens/s of a forward pass, all logits included, that waits only for products. matrix_rate: FLOP/s."""
+    """Tokens/s of a forward pass with all logits, when matrix products are the only limit. matrix_rate: FLOP/s."""
     return tokens * matrix_rate / forward_flops(shape, tokens)
 
 
 def training_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:
-    """Tokens/s of forward and backward that wait only for products. matrix_rate: FLOP/s."""
+    """Tokens/s of forward and backward, when matrix products are the only limit. matrix_rate: FLOP/s."""
     return tokens * matrix_rate / training_flops(shape, tokens)

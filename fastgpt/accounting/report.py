@@ -1,4 +1,4 @@
-"""Everything that `fastgpt params` says about a model, ready for JSON."""
+"""The report of `fastgpt params`."""
 
 import dataclasses
 from typing import Any
@@ -29,11 +29,11 @@ def report(
     batch: int = 1,
     context: int | None = None,
 ) -> dict[str, Any]:
-    """Everything above for one model, ready for JSON; "total" is the exact number of parameters.
+    """All counts, costs and limits of one model, ready for JSON; "total" is the exact number of parameters.
 
     source: as for `count_parameters`. bandwidth: bytes/s. matrix_rate: FLOP/s. batch, context: sequences and their
-    tokens, for caches, activations and speed limits (in bf16); the whole context when None.
-    What is not a GPT-2, and a module, has parameters, weights and training state only.
+    tokens, for caches, activations and speed limits (in bf16); None takes the whole context.
+    A module, and any model but a GPT-2, gets only parameters, weights and training state.
     Raises ValueError on an unknown model or a value that is out of range.
     """
     for field, value in {"bandwidth": bandwidth, "matrix_rate": matrix_rate, "batch": batch}.items():

@@ -1,4 +1,4 @@
-"""Exact parameter counts: of GPT-2 at any size by formula, of anything else from its modules without weights.
+"""Exact parameter counts: a formula for GPT-2 of any size, modules without weights for other architectures.
 
 In the formulas: L layers, C channels, F hidden width of the MLP, V vocabulary, P positions.
 """
@@ -25,9 +25,9 @@ from ..checkpoint.loading import load_without_code
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the size of a GPT-2: the fields of transformers' GPT2Config that its parameters depend on.
+    """The size of a GPT-2: the fields of transformers' GPT2Config on which its parameters depend.
 
-    n_inner: 4 * n_embd when None. Raises ValueError on a size below 1 or heads that do not divide the channels.
+    n_inner: None stands for 4 * n_embd. Raises ValueError on a size below 1 or heads that do not divide the channels.
     """
 
     n_layer: int
@@ -60,8 +60,8 @@ PRESETS: dict[str, Shape] = {
     "gpt2-large": Shape(n_layer=36, n_embd=1280, n_head=20),
     "gpt2-xl": Shape(n_layer=48, n_embd=1600, n_head=25),
     "distilgpt2": Shape(n_layer=6, n_embd=768, n_head=12),
-    # arXiv 2005.14165, table 2.1. Two of its rows contradict themselves: 13B has 40 heads of 128 in 5140 channels
-    # (they fill 5120, and 40 does not divide 5140), and xl has 24 heads of 128 in 2048 channels (16 fill them).
+    # arXiv 2005.14165, table 2.1. Two of its rows contradict themselves and are corrected: 13B has 40 heads of
+    # 128 in 5140 channels (they need 5120), and xl has 24 heads of 128 in 2048 channels (which hold 16).
     "gpt3-small": Shape(n_layer=12, n_embd=768, n_head=12, n_positions=2048),
     "gpt3-medium": Shape(n_layer=24, n_embd=1024, n_head=16, n_positions=2048),
     "gpt3-large": Shape(n_layer=24, n_embd=1536, n_head=16, n_positions=2048),
@@ -80,14 +80,14 @@ ALIASES = {
     "gpt3-1.3b": "gpt3-xl",
 }
 
-# --- what a source stands for ---------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------------------------
 
 # A preset's name, a directory with a config.json, a shape, a transformers configuration, or a model.
 Source: TypeAlias = "str | os.PathLike[str] | Shape | PreTrainedConfig | nn.Module"
 
 
 def shape_of(source: Source) -> Shape:
-    """The shape of a GPT-2, a model's read from its configuration.
+    """The shape of a GPT-2. A model's shape is read from its configuration.
 
     Raises ValueError when the name is unknown or the architecture is not GPT-2.
     """
@@ -100,7 +100,7 @@ def shape_of(source: Source) -> Shape:
 
 
 def describe(source: Source) -> "tuple[str, Shape | PreTrainedConfig | nn.Module]":
-    """A name to print, and what is known of the model: a module as it is, the shape of a GPT-2, or a configuration.
+    """A name to print, and the model: a module unchanged, the shape of a GPT-2, or another configuration.
 
     Raises ValueError on an unknown name or a directory that describes no model, TypeError on anything else.
     """
@@ -110,7 +110,7 @@ def describe(source: Source) -> "tuple[str, Shape | PreTrainedConfig | nn.Module
         return "GPT-2", source
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        # As in from_pretrained, a directory goes before a model of the same name.
+        # As in from_pretrained, a directory takes precedence over a model of the same name.
         if (Path(name) / "config.json").is_file():
             return name, _shape_or_config(_read_config(name))
         preset = name.lower().removeprefix("openai-community/").removeprefix("distilbert/")
@@ -140,7 +140,7 @@ def _read_config(directory: str) -> PreTrainedConfig:
         config = load_without_code(transformers.AutoConfig, directory, local_files_only=True)
         _shape_or_config(config)
         return config
-    except Exception as error:  # fields of any type reach code that expects its own
+    except Exception as error:  # fields of a wrong type reach code that does not check them
 
         def describe_again(fields: dict) -> None:
             model_type = fields.pop("model_type", None)
@@ -169,7 +169,7 @@ def _shape_or_config(config: PreTrainedConfig) -> "Shape | PreTrainedConfig":
     )
 
 
-# Building a layer without weights takes milliseconds.
+# Building a layer without weights takes milliseconds, so the time to count is bounded.
 _MOST_LAYERS_BUILT = 1_000
 
 # --- counting -------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ _MOST_LAYERS_BUILT = 1_000
 
 @dataclass(frozen=True)
 class Component:
-    """`count` parts with `each` parameters; formula: where `each` comes from, empty when it was counted."""
+    """`count` parts with `each` parameters. formula: gives `each`; empty when `each` was counted."""
 
     name: str
     formula: str
@@ -200,10 +200,10 @@ class ParameterCount:
 
 
 def count_parameters(config_or_model: Source) -> ParameterCount:
-    """Count parameters exactly, a shared one once.
+    """Count parameters exactly; a shared parameter counts once.
 
     config_or_model: a preset's name, a directory with a config.json, a Shape, a transformers configuration of any
-    architecture (its language model with a head, where it has one), or a module (the parameters that it holds).
+    architecture (with its language-modelling head, where it has one), or a module (its own parameters).
     GPT-2 is counted by formula; other architectures are built without weights, on the meta device.
     Raises ValueError on an unknown name or a directory that describes no model.
     """
@@ -245,13 +245,13 @@ def _build_on_meta(config: PreTrainedConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             return auto_class.from_config(config, trust_remote_code=False)
-    except Exception as error:  # fields of any type reach code that expects its own
+    except Exception as error:  # fields of a wrong type reach code that does not check them
         reason = " ".join(str(error).split())
         raise ValueError(f"no model can be built from this {type(config).__name__}: {reason}") from error
 
 
 def _module_components(module: nn.Module) -> tuple[Component, ...]:
-    """One component per top-level part; the layers of a list together, apart only where their sizes differ."""
+    """One component per top-level part; layers of a list are one component if their sizes are equal."""
     parts: dict[tuple[str, str], int] = defaultdict(int)
     for name, parameter in module.named_parameters():
         path = name.split(".")[:-1]

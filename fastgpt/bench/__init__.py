@@ -1,4 +1,4 @@
-"""Tokens/s beside transformers with the same weights: the work, the gate before it, the runs, and what shows them."""
+"""Tokens/s compared with transformers on the same weights: workloads, parity gate, timed runs, tables and plots."""
 
 from .parity import ParityError
 from .plotting import plot, render

@@ -1,4 +1,4 @@
-"""The machine a benchmark runs on: what it is, how long things take on it, and what it can reach at best."""
+"""The machine that a benchmark runs on: its description, its clock, its best rates, and its memory."""
 
 import ctypes
 import gc
@@ -13,7 +13,7 @@ import torch
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, GPU, threads: ready for JSON, None for what is not there."""
+    """Processor, GPU, threads: ready for JSON; None for what is absent."""
     is_cuda = device.type == "cuda"
     return {
         "platform": platform.platform(),
@@ -36,7 +36,7 @@ def _cpu_name() -> str:
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core over the last minute; None where the system does not say."""
+    """Average number of processes that wanted a core in the last minute; None where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -44,7 +44,7 @@ def load_average() -> float | None:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, the work that it starts on a GPU included."""
+    """How long a call takes, including the work that it starts on a GPU."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -62,7 +62,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine reaches now: {"bandwidth" in bytes/s, "matrix_rate" in FLOP/s}.
+    """The rates that the machine reaches now: {"bandwidth" in bytes/s, "matrix_rate" in FLOP/s}.
 
     bandwidth: the faster of a large copy (read and written) and a large sum (read). matrix_rate: a large product in
     dtype, or in float32 where the machine multiplies that faster.
@@ -96,10 +96,10 @@ def _best_seconds(call: Callable[[], Any], device: torch.device, n: int = 5) -> 
 
 
 def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str]:
-    """The most bytes that a call needs on top of those held before it, and how they were counted.
+    """The most bytes that a call needs on top of those held before it, and how they are counted.
 
-    On CUDA torch's allocations; on Linux the resident set of the process, which counts whole pages and what the
-    allocator keeps; elsewhere (None, "n/a").
+    On CUDA torch's allocations; on Linux the resident set of the process, which counts whole pages and memory that
+    the allocator keeps; elsewhere (None, "n/a").
     """
     gc.collect()
     if device.type == "cuda":
@@ -117,7 +117,7 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int | No
 
 
 def _start_peak_of_resident_set() -> int | None:
-    """Give freed memory back to the system and forget the last peak; None where that cannot be done."""
+    """Return freed memory to the system and reset the peak. Returns the resident bytes, None if that fails."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

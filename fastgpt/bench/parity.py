@@ -21,12 +21,12 @@ class ParityError(RuntimeError):
 
 
 def check_inference(base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Logits and greedy tokens of fastgpt beside transformers' sdpa, for the very inputs that will be timed.
+    """Compare logits and greedy tokens of fastgpt with transformers' sdpa, on the inputs that will be timed.
 
-    ids: (B, T). Where a float64 pass is cheap, the logits of the first sequence may err twice as much as transformers'
-    own against it, plus one step of the largest logit; else they may differ from transformers' by 64 steps of the
-    largest (8 in half precision). Greedy tokens are equal; in half precision, where logits tie, they may part where
-    transformers' two logits are no further apart than the allowance.
+    ids: (B, T). Where a float64 pass is cheap, the logits of the first sequence may err twice as much against it as
+    transformers' own, plus one ulp of the largest logit; otherwise they may differ from transformers' by 64 ulps of the
+    largest (8 in half precision). Greedy tokens must be equal; in half precision, where logits tie, they may diverge
+    where transformers' two logits are no further apart than the allowance.
     Returns the figures, ready for JSON. Raises ParityError.
     """
     ours, theirs = contender(OURS, base, ids.device, dtype), contender("hf-sdpa", base, ids.device, dtype)
@@ -39,16 +39,16 @@ def _check_logits(ours: GPT2LMHeadModel, theirs: GPT2LMHeadModel, base: GPT2LMHe
         our_logits, their_logits = ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits  # (B, T, V)
     largest = their_logits.abs().max().item()
     difference = max(_max_difference(a, b) for a, b in zip(our_logits, their_logits, strict=True))
-    step = torch.finfo(ours.dtype).eps * largest
+    ulp = torch.finfo(ours.dtype).eps * largest
     report = {"logit_difference": difference, "largest_logit": largest}
 
     truth = _truth(base, ids[:1])
     if truth is None:
-        allowed = (64 if ours.dtype == torch.float32 else 8) * step
+        allowed = (64 if ours.dtype == torch.float32 else 8) * ulp
         checked = {"difference from transformers": (difference, allowed)}
     else:
         error, their_error = _max_difference(our_logits[0], truth[0]), _max_difference(their_logits[0], truth[0])
-        allowed = 2 * their_error + step
+        allowed = 2 * their_error + ulp
         report |= {"logit_error": error, "transformers_logit_error": their_error}
         checked = {"error against float64": (error, allowed), "difference from transformers": (difference, 2 * allowed)}
     for measure, (value, limit) in checked.items():
@@ -92,7 +92,7 @@ def _check_greedy(
 
 
 def check_training(base: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Loss and gradient of fastgpt beside transformers' sdpa on ids (B, T), both without dropout.
+    """Compare loss and gradient of fastgpt with transformers' sdpa on ids (B, T), both without dropout.
 
     They may differ by 1e-5 (loss) and 1e-4 (the gradient's relative distance) in float32, by 1e-2 and 5e-2 under
     bfloat16 autocast. Returns the figures, ready for JSON. Raises ParityError.

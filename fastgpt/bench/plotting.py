@@ -1,4 +1,4 @@
-"""A benchmark's result for the eye: tables on a terminal and bars in a PNG."""
+"""A benchmark's result as tables on a terminal and as bars in a PNG."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# On a white ground of its own, so that a light and a dark page show the same picture.
+# Colours on a white background, so that light and dark pages show the same picture.
 COLOURS = {"fastgpt": "#0f9d77"}
 BASELINE_COLOUR = "#8a94a6"
 INK = "#333333"
@@ -19,7 +19,7 @@ INK = "#333333"
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Print a benchmark's result as a table, with what it was measured on, on a rich console."""
+    """Print a benchmark's result as a table, with notes on inputs and machine, on a rich console."""
     table = Table(title=title(result), title_justify="left")
     table.add_column("workload")
     table.add_column("contender")
@@ -52,14 +52,14 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def label(result: Mapping[str, Any], contender: str) -> str:
-    """A contender's name; ours says which path ran."""
+    """A contender's name; for ours with the path that ran."""
     if contender != "fastgpt":
         return contender
     return "fastgpt (torch path)" if result["path"] == "torch" else "fastgpt (kernels)"
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What a reader needs to judge the figures: inputs, method, machine, parity, what was skipped."""
+    """Lines that let a reader judge the figures: inputs, method, machine, parity, skipped contenders."""
     options, machine, rates = result["options"], result["machine"], result["rates"]
     lines = [
         f"batch {options['batch']}, {options['prompt_tokens']} tokens, decode adds {options['new_tokens']}; median of "
@@ -95,7 +95,7 @@ def by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]
 
 
 def ratio_text(result: Mapping[str, Any], workload: str, contender: str) -> str:
-    """How many times faster ours is, with the quartiles of each round's ratio; empty for ours."""
+    """How many times as fast ours is, with the quartiles of each round's ratio; empty for ours."""
     for ratio in result["ratios"]:
         if (ratio["workload"], ratio["baseline"]) == (workload, contender):
             paired = ratio["paired"]
@@ -115,9 +115,9 @@ def _memory(n_bytes: int | None) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw tokens/s of every contender as a PNG, a row for each result and a panel for each workload.
+    """Draw tokens/s of every contender as a PNG: one row per result, one panel per workload.
 
-    Bars are medians, whiskers the quartiles, the dashed line the ceiling where it is near.
+    Bars are medians and whiskers quartiles; a dashed line is the ceiling, if it is within the axis.
     Raises ValueError when matplotlib is not installed.
     """
     try:
@@ -153,7 +153,7 @@ def draw(panel: "Axes", result: Mapping[str, Any], workload: str, rows: list[Map
     for position, (row, speed, end) in enumerate(zip(rows, medians, ends, strict=True)):
         ratio = ratio_text(result, workload, row["contender"]).partition(" ")[0]
         text = f"{speed:,.0f}" + (f"  (fastgpt: {ratio})" if ratio else "")
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # or the line of the ceiling would cross it
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the ceiling's line behind the text
         place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
         panel.annotate(text, (end, position), **place, fontsize=8, color=INK, bbox=ground)
     limit = 1.5 * max(ends)

@@ -17,7 +17,7 @@ from .runs import BenchmarkOptions, make_tokens
 
 @dataclass(frozen=True)
 class Expense:
-    """An operation's own time, without what it calls: on the GPU where there is one; share: of all operations' time."""
+    """An operation's own time without its callees, on the GPU where there is one. share: of all operations' time."""
 
     operation: str
     n_calls: int
@@ -26,9 +26,9 @@ class Expense:
 
 
 def profile(options: BenchmarkOptions, file: str | os.PathLike[str]) -> list[Expense]:
-    """Trace one run of each workload, after one that warms it up, into a JSON file (gzipped if its name ends so).
+    """Trace one run of each workload, after a warm-up run, into a JSON file (gzipped if its name ends in .gz).
 
-    In the trace, "fastgpt prefill" and its like span the workloads. Returns the operations, the most expensive first.
+    In the trace, spans such as "fastgpt prefill" mark the workloads. Returns the operations, the most expensive first.
     """
     device, dtype = torch.device(str(options.device)), DTYPES[str(options.dtype)]
     base, _ = workloads.load_base(options.model, random_weights=options.random_weights, seed=options.seed)

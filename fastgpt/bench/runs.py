@@ -1,7 +1,7 @@
-"""Tokens/s of fastgpt beside transformers with the same weights: gated by parity, interleaved, as medians.
+"""Tokens/s of fastgpt compared with transformers on the same weights: medians of interleaved runs after a parity gate.
 
-Contenders take turns, run by run and in rotating order, within one process: what disturbs the machine disturbs them
-alike, so ratios hold where absolute figures wander.
+Contenders take turns within one process, run by run and in rotating order. What disturbs the machine then disturbs all
+of them alike, so ratios stay stable where absolute figures do not.
 """
 
 import gc
@@ -28,10 +28,10 @@ from .workloads import BASELINES, OURS, WORKLOADS
 SCHEMA = 1
 MIN_RUNS = 5
 
-# Makes the work of a contender that is not in `workloads`, of (workload, base, ids, n_new_tokens, dtype) as `make_work`
-# takes them. What it raises is the reason why the contender is left out.
+# Makes the work of a further contender from (workload, base, ids, n_new_tokens, dtype), as `make_work` takes them. An
+# exception skips the contender and is the reason.
 MakeWork = Callable[[str, GPT2LMHeadModel, Tensor, int, torch.dtype], workloads.Work]
-# Called with what is being done, how many steps are done, and how many there are.
+# Called with a description of the step, how many steps are done, and how many there are.
 Progress = Callable[[str, int, int], None]
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -39,12 +39,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to run. Raises ValueError, naming the value, on what cannot be run.
+    """What to run. Raises ValueError, with the value, on options that cannot run.
 
     model: demo, a preset's name (with random weights), a directory, or a Hub id. random_weights: take only the
     configuration of a directory or id. workloads, baselines: names from `WORKLOADS` and `BASELINES`, as a sequence or
-    separated by commas. prompt_tokens: T of prefill, decode and train. new_tokens: what decode makes, the first
-    included. device, dtype: the GPU where there is one, and float32 on a CPU, bfloat16 elsewhere, when None.
+    separated by commas. prompt_tokens: T of prefill, decode and train. new_tokens: tokens that decode makes,
+    including the first. device, dtype: None takes the GPU where there is one, and float32 on a CPU, bfloat16 elsewhere.
     runs: timed runs of each contender. seed: of random weights and of the tokens.
     """
 
@@ -113,10 +113,10 @@ def run_benchmark(
     loaded: tuple[GPT2LMHeadModel, str] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Check parity, measure what the machine can reach, then time every workload.
+    """Check parity, measure the rates of the machine, then time every workload.
 
-    peers: further contenders by name, which check their own parity. loaded, rates: what `workloads.load_base` and
-    `machine.measure_rates` gave already, for a series of benchmarks of one model.
+    peers: further contenders by name, which check their own parity. loaded, rates: earlier results of
+    `workloads.load_base` and `machine.measure_rates`, for a series of benchmarks of one model.
     Returns a result ready for JSON. Raises ParityError, before anything is timed, when fastgpt's results differ from
     transformers'; ValueError when the model cannot run these options.
     """
@@ -154,7 +154,7 @@ def run_benchmark(
         "versions": versions(),
         "options": asdict(options),
         "model": {"name": options.model, "weights": weights, "dropout": dropout, **asdict(shape)},
-        "path": "torch" if ops.explain("causal_attention", device)[0] == "torch" else "kernels",
+        "path": "kernels" if ops.runs_kernels(device) else "torch",
         "gate": gate,
         "rates": dict(rates),
         "results": results,
@@ -188,7 +188,7 @@ def bring_together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def make_tokens(options: BenchmarkOptions, shape: accounting.Shape) -> Tensor:
-    """(B, T) random tokens. Raises ValueError when they, and those that decode adds, do not fit in the context."""
+    """(B, T) random tokens. Raises ValueError when they and the tokens that decode adds exceed the context."""
     n_tokens = options.prompt_tokens + (options.new_tokens if "decode" in options.workloads else 0)
     if n_tokens > shape.n_positions:
         raise ValueError(
@@ -219,7 +219,7 @@ def _time_workload(
     step: "_Steps",
     peers: Mapping[str, MakeWork],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Timings by contender, and why a contender was left out by its name."""
+    """Timings by contender, and by the name of each skipped contender the reason."""
     works, timed, failed = {}, {}, {}
     with step(f"{workload}: warming up"):
         for name in (OURS, *options.baselines, *peers):
@@ -231,7 +231,7 @@ def _time_workload(
                 first_run_s = machine.seconds(work.run, ids.device)
                 work.seconds()
             except Exception as error:
-                # A compiler or another engine may be missing, or refuse the model, in more ways than can be named.
+                # A compiler or another engine may be missing or refuse the model, with any exception.
                 if name != "hf-compile" and name not in peers:
                     raise
                 failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -286,7 +286,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(ours_s: Sequence[float], theirs_s: Sequence[float]) -> dict[str, Any]:
-    """How many times faster ours is: the ratio of the medians, and the spread of the ratio round by round."""
+    """How many times as fast ours is: the ratio of the medians, and the spread of each round's ratio."""
     paired = [theirs / ours for ours, theirs in zip(ours_s, theirs_s, strict=True)]
     return {"ratio": median(theirs_s) / median(ours_s), "paired": spread(paired)}
 
@@ -295,7 +295,7 @@ def compare(ours_s: Sequence[float], theirs_s: Sequence[float]) -> dict[str, Any
 
 
 class _Steps:
-    """Says what each step of a benchmark is and counts those done."""
+    """Reports each step of a benchmark and counts the finished ones."""
 
     def __init__(self, progress: Progress | None, n_steps: int):
         self.progress, self.n_steps, self.n_done = progress, n_steps, 0
@@ -314,7 +314,7 @@ class _Steps:
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A progress bar on a rich console while the block runs, in the form that `run_benchmark` calls."""
+    """A progress bar on a rich console while the block runs, as the `progress` of `run_benchmark`."""
     columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
     with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting")

@@ -1,4 +1,4 @@
-"""What the benchmark times: contenders with the same weights, and the work that each of them does.
+"""The workloads of the benchmark: contenders with the same weights, and the work that each of them does.
 
 A contender is "fastgpt" or a baseline: transformers' GPT-2 with eager attention, with torch's fused attention (sdpa),
 or with sdpa under torch.compile and, for decoding, a static cache. Shapes: B batch, T tokens, V vocabulary.
@@ -31,7 +31,7 @@ OURS = "fastgpt"
 
 
 def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tuple[GPT2LMHeadModel, str]:
-    """transformers' model in float32 on the CPU, from which every contender is copied, and where its weights are from.
+    """transformers' model in float32 on the CPU, from which every contender is copied, and the origin of its weights.
 
     name: demo, a preset's name (weights are random: nothing is downloaded), a directory, or a Hub id.
     random_weights: take only the configuration of a directory or id. seed: of random weights.
@@ -50,7 +50,7 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
     else:
         ours, weights = OurModel.from_pretrained(name, dtype=torch.float32), "loaded"
     model = unpatch(ours).float().eval()
-    # Every run makes all the tokens that it was asked for.
+    # Without an end token every run makes all the tokens asked for.
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
     return model, weights
 
@@ -68,7 +68,7 @@ def _preset(name: str) -> GPT2Config:
 
 
 def contender(name: str, base: GPT2LMHeadModel, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
-    """A copy of `base` that shares nothing with it, its configuration included, and runs as contender `name` does."""
+    """A copy of `base`, its configuration included, that runs as contender `name` does."""
     model = copy.deepcopy(base).to(device=device, dtype=dtype)  # type: ignore[call-arg]
     if name == OURS:
         return patch(model)
@@ -83,9 +83,9 @@ def contender(name: str, base: GPT2LMHeadModel, device: torch.device, dtype: tor
 class Work:
     """Something to time, done by one contender.
 
-    run: does it once. seconds: does it once and says how long the part that counts took. n_tokens: how many tokens
-    that part processes or makes. held_bytes: what the contender holds between runs: weights, gradients and optimiser
-    state. peak_growth: as `machine.peak_growth` of a run, where that takes place in another process.
+    run: does the work once. seconds: does it once and returns the time of the part that counts. n_tokens: how many
+    tokens that part processes or makes. held_bytes: bytes that the contender holds between runs, in weights, gradients
+    and optimiser state. peak_growth: in place of `machine.peak_growth` of a run, if the run is in another process.
     """
 
     run: Callable[[], Any]
@@ -98,7 +98,7 @@ class Work:
 def make_work(
     workload: str, name: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
 ) -> Work:
-    """The work of contender `name`, on a copy of `base` of its own, where ids (B, T) are.
+    """The work of contender `name`, with its own copy of `base` on the device of ids (B, T).
 
     Training keeps its weights in float32 whatever the dtype.
     """
@@ -124,8 +124,8 @@ def prefill(name: str, model: GPT2LMHeadModel, ids: Tensor) -> Work:
 def decode(name: str, model: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) -> Work:
     """Greedy generation of n_new_tokens after ids (B, T), timed from the first token, which prefill gives.
 
-    On a CPU a clock is read when that token comes. On a GPU reading it would hold up what runs ahead of Python, so
-    there the time of a run that stops at that token is subtracted.
+    On a CPU, a streamer reads the clock at the first token. On a GPU that would stall work queued ahead of Python, so
+    the time of a run that stops at that token is subtracted instead.
     """
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
     if name == "hf-compile":
@@ -149,7 +149,7 @@ def decode(name: str, model: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) ->
 
 
 class _TokenClock(BaseStreamer):
-    """Notes when the prompt and then each token came."""
+    """Records the times of the prompt and of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""Which file and key of a checkpoint are to blame when transformers fails on it, whatever it raised."""
+"""Find the file and the key of a checkpoint that make transformers fail, whatever it raised."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,14 +9,14 @@ from transformers import GenerationConfig
 
 from .headers import CheckpointError, one_line, read_json, shown
 
-# Sizes are never to blame: they were looked at before.
+# Small sizes, because the sizes were checked before and a small model is built faster.
 _TINY = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_inner": 8, "n_positions": 8, "vocab_size": 8}
 
 
 def faulty_key(fields: dict[str, Any], use: Callable[[dict[str, Any]], Any]) -> str | None:
-    """The key without which, and without those before it, `use(fields)` works; None when it works as it is, or never.
+    """The key whose removal, after that of all keys before it, makes `use(fields)` work.
 
-    Of several faults it is the last.
+    None when it works unchanged or never. If several keys are faulty, the result is the last one.
     """
 
     def works() -> bool:
@@ -36,9 +36,9 @@ def faulty_key(fields: dict[str, Any], use: Callable[[dict[str, Any]], Any]) -> 
 
 
 def find_fault(load: Callable[[dict[str, Any]], Any], directory: Path, error: Exception) -> CheckpointError | None:
-    """What is wrong with the files of a directory that could not be loaded; None when they are not to blame.
+    """The fault in the files of a directory that could not be loaded; None when the files are not to blame.
 
-    load: makes a model, from nothing else, of the fields of a config.json. error: what loading raised.
+    load: builds a model from the fields of a config.json alone. error: what loading raised.
     """
     uses = {
         "config.json": lambda fields: load(fields | _TINY),

@@ -1,4 +1,4 @@
-"""What a GPT-2 needs: of its configuration, of the tensors that are stored for it, and of their values.
+"""Checks of a GPT-2's configuration, of the names and shapes of its stored tensors, and of their values.
 
 Shapes: C channels, F hidden width, V vocabulary, P positions.
 """
@@ -18,11 +18,11 @@ from transformers.activations import ACT2FN
 from .headers import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor, shown
 
 PREFIX = "transformer."
-# Causal masks that old releases of transformers saved among the weights.
+# Causal masks that old releases of transformers saved with the weights.
 OLD_BUFFER = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"
 _CROSS_ATTENTION = re.compile(r"h\.\d+\.(crossattention|ln_cross_attn)\.")
 
-# More labels than any task has: transformers makes a name for each when it reads a configuration.
+# More than any task has. transformers makes a name for each label when it reads a configuration.
 MAX_LABELS = 100_000
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -30,7 +30,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def field_problems(fields: dict[str, Any]) -> Iterator[str]:
-    """What in a config.json must not reach transformers, which would take all memory or fail later."""
+    """Fields of a config.json with which transformers would take all memory or fail later."""
     n_labels = fields.get("num_labels")
     if n_labels is not None and not (type(n_labels) is int and 0 <= n_labels <= MAX_LABELS):
         yield f"num_labels must be a whole number up to {MAX_LABELS}, not {shown(n_labels)}"
@@ -134,12 +134,12 @@ def by_model_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def missing_from_body(stored: Collection[str], config: PreTrainedConfig) -> Iterator[str]:
-    """The names of the body that are not among `stored`; cross-attention may be missing, as a whole.
+    """The names of the body that are not among `stored`; all of cross-attention may be missing.
 
-    A language model gets new cross-attention when it becomes a decoder of images or speech.
+    A language model that becomes a decoder of images or speech gets new cross-attention.
     """
     has_cross_attention = any(_CROSS_ATTENTION.match(name) for name in stored)
-    # A configuration can claim any number of layers: a surplus of a hundred names has shown enough of them missing.
+    # A configuration can claim any number of layers. A hundred names more than are stored show enough missing ones.
     for name, _ in islice(body_shapes(config), len(stored) + 100):
         if name not in stored and (has_cross_attention or not _CROSS_ATTENTION.match(name)):
             yield name
@@ -177,12 +177,12 @@ def shape_problems(
 
 
 def not_finite(tensor: Tensor) -> str | None:
-    """'NaN' or 'Inf' when the tensor holds one; one pass that allocates nothing of its size."""
-    if hasattr(tensor, "to_local"):  # a DTensor: each process answers for its own part
+    """'NaN' or 'Inf' when the tensor holds one, else None; one pass without a copy of the tensor."""
+    if hasattr(tensor, "to_local"):  # a DTensor: each process checks its own part
         tensor = tensor.to_local()  # type: ignore[operator]
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return None
-    if tensor.element_size() == 1:  # float8 has no aminmax, and bfloat16 holds its whole range
+    if tensor.element_size() == 1:  # float8 has no aminmax, and its range fits in bfloat16
         tensor = tensor.to(torch.bfloat16)
     lowest, highest = (bound.item() for bound in torch.aminmax(tensor.detach()))
     if math.isnan(lowest) or math.isnan(highest):

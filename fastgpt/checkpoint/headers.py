@@ -1,7 +1,7 @@
-"""What a checkpoint directory holds and what is wrong with it, read from file headers alone.
+"""The tensors of a checkpoint directory and the faults of its files, read from the file headers alone.
 
-Nothing here builds a model or reads a weight, so a broken checkpoint costs milliseconds whatever its size. Problems
-are collected as exceptions: loading raises the first, `verify_checkpoint` lists them all.
+Nothing here builds a model or reads a weight, so checking takes milliseconds for a checkpoint of any size. Problems are
+collected as exceptions: loading raises the first, `verify_checkpoint` lists them all.
 """
 
 import io
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# GPT-2 xl needs 60 kB, and parsing the largest header allowed takes a quarter of a second; a larger one is not read.
+# GPT-2 xl needs 60 kB. Parsing the largest allowed header takes a quarter of a second; a larger one is not read.
 MAX_HEADER_BYTES = 1_000_000
 # Room for tens of thousands of labels in a config.json.
 MAX_JSON_BYTES = 5_000_000
-# GPT-2's tokenizer.json has 1.4 MB, and the largest vocabularies in use take twenty times that.
+# GPT-2's tokenizer.json has 1.4 MB, and those of the largest vocabularies in use twenty times as much.
 MAX_TOKENIZER_BYTES = 50_000_000
 
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -31,15 +31,15 @@ PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that must not be loaded as it is."""
+    """A checkpoint that must not be loaded."""
 
 
 class CheckpointFileError(CheckpointError, OSError):
-    """A file or model id that cannot be found or read: an OSError too, as from transformers."""
+    """A file or model id that cannot be found or read; also an OSError, as in transformers."""
 
 
 class CheckpointShapeError(CheckpointError, RuntimeError):
-    """A tensor of another shape than the model's: a RuntimeError too, as from transformers."""
+    """A tensor whose shape differs from the model's; also a RuntimeError, as in transformers."""
 
 
 Problems = list[CheckpointError]
@@ -52,7 +52,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def shown(name: object) -> str:
-    """A name from a file as it may stand in a message: quoted, on one line, not too long."""
+    """A name from a file for use in a message: quoted, on one line, not too long."""
     text = repr(name)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -72,7 +72,7 @@ def raise_first(problems: Problems, path: object) -> None:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises CheckpointFileError when it cannot be read, CheckpointError when it is no JSON object, repeats a key or
+    Raises CheckpointFileError when it cannot be read, CheckpointError when it is not a JSON object, repeats a key or
     has more than `limit` bytes.
     """
     return _parse_object(read_limited(path, limit), str(path))
@@ -91,7 +91,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def is_hollow(status: os.stat_result) -> bool:
-    """Whether most of a large file is not there: a sparse file, such as an interrupted download leaves."""
+    """Whether most of a large file is not on the disk: a sparse file, as an interrupted download leaves it."""
     n_stored = 512 * getattr(status, "st_blocks", status.st_size)
     return status.st_size > 2**30 and 2 * n_stored < status.st_size
 
@@ -108,7 +108,7 @@ def _parse_object(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=to_dict)
-        json.dumps(value, ensure_ascii=False).encode()  # escapes may spell half a character, which no text holds
+        json.dumps(value, ensure_ascii=False).encode()  # escapes may spell half a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise CheckpointFileError(f"{where}: not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -134,7 +134,7 @@ _MAX_AXES = 64  # torch's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, dtype by its name in safetensors."""
+    """A tensor in a file; dtype is its name in safetensors."""
 
     file: Path
     dtype: str
@@ -142,7 +142,7 @@ class StoredTensor:
 
 
 def read_safetensors(path: Path, problems: Problems) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; what is wrong with the file is added to `problems`."""
+    """The tensors of a safetensors file by name; faults of the file are added to `problems`."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -185,7 +185,7 @@ def read_safetensors(path: Path, problems: Problems) -> dict[str, StoredTensor]:
 
 
 def _wrong_with(entry: object) -> str | None:
-    """What is wrong with a tensor's entry in the header, taken by itself."""
+    """What is wrong with one tensor's entry in the header; None if nothing."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "needs exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -206,7 +206,7 @@ def _are_sizes(values: object) -> bool:
 
 
 def _layout_problems(path: Path, spans: list[tuple[int, int, str]], n_data_bytes: int) -> Iterator[CheckpointError]:
-    """What keeps the sorted (start, stop, name) of all tensors from covering the data once."""
+    """Truncation, overlaps and holes: the sorted (start, stop, name) of all tensors must cover the data once."""
     for _, stop, name in spans:
         if stop > n_data_bytes:
             yield CheckpointError(
@@ -228,7 +228,7 @@ def _layout_problems(path: Path, spans: list[tuple[int, int, str]], n_data_bytes
 
 # The names and shapes of a GPT-2 xl take 100 kB.
 _MAX_PICKLE_BYTES = 10_000_000
-# What a dict of tensors is made of; other types that torch would allow can ask for memory that the file does not have.
+# The types in a dict of tensors. Others that torch allows can allocate more memory than the file has bytes.
 _PICKLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.storage)? \w+Storage"
 )
@@ -236,11 +236,11 @@ _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"
 
 
 def read_pickle(path: Path, problems: Problems) -> dict[str, StoredTensor]:
-    """The tensors of a torch.save file by name, unpickled without the right to run code and without their values."""
+    """The tensors of a torch.save file by name; unpickling runs no code and reads no values."""
     try:
         _check_pickle(path)
         content = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # an unpickler meets damage anywhere and raises anything
+    except Exception as error:  # a damaged pickle can raise anything
         problems.append(CheckpointError(f"{path}: holds more than plain weights, or is corrupt: {one_line(error)}"))
         return {}
     if not isinstance(content, dict):
@@ -256,7 +256,7 @@ def read_pickle(path: Path, problems: Problems) -> dict[str, StoredTensor]:
 
 
 def _check_pickle(path: Path) -> None:
-    """Raise CheckpointError on what would take more memory than the file has bytes."""
+    """Raise CheckpointError on contents that would take more memory than the file has bytes."""
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # as torch decides it
         file.seek(0)
@@ -284,7 +284,7 @@ def _check_opcodes(path: Path, file: Any, n_pickles: int) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """source: the file or index that names all the rest. files: the weight files. tensors: by name, as stored."""
+    """source: the weight file, or the index that names them. files: the weight files. tensors: by name, as stored."""
 
     source: Path
     files: list[Path] = field(default_factory=list)
@@ -297,9 +297,9 @@ def find_weights(
 ) -> Path:
     """The file or index that transformers would load from this directory.
 
-    use_safetensors: False asks for pickle files, which are found in no other way. variant: "fp16" for
+    use_safetensors: pickle files are found only with False. variant: "fp16" for
     model.fp16.safetensors. named: the file's name, when the configuration fixes it.
-    Raises CheckpointFileError, with the names that were looked for, when there is none or only pickle files.
+    Raises CheckpointFileError, with the names that were tried, when there is no such file or only pickle files.
     """
     pickles = [_with_variant(name, variant) for name in PICKLE_NAMES]
     names = [_with_variant(name, variant) for name in SAFETENSORS_NAMES] if use_safetensors is not False else pickles
@@ -325,7 +325,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 
 def inspect_weights(source: Path) -> Checkpoint:
-    """Read the headers of a weight file, or of every shard that an index names, and note what is wrong."""
+    """Read the headers of a weight file, or of every shard that an index names, and collect their faults."""
     checkpoint = Checkpoint(source)
     problems = checkpoint.problems
     if source.suffix != ".json":

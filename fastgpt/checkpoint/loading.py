@@ -1,7 +1,7 @@
-"""Strict loading: a checkpoint that does not fit its model is refused in one line that names the file and the tensor.
+"""Strict loading: a checkpoint that does not fit its model raises an error of one line with the file and the tensor.
 
-`LoadingMixin.from_pretrained` is transformers' own with checks before it, on the headers of local files, and after it,
-on what was loaded. For a model id there are only the latter.
+`LoadingMixin.from_pretrained` calls transformers' own. It checks the headers of local files before and the loaded model
+after. For a model id there is only the second check.
 """
 
 import os
@@ -54,9 +54,9 @@ OTHER_CONFIGURATIONS = "generation_config.json", "adapter_config.json"
 
 
 def load_without_code(auto_class: Any, name: str, **options: Any) -> Any:
-    """auto_class.from_pretrained(name), which neither runs nor offers to run Python code that a checkpoint brings.
+    """auto_class.from_pretrained(name) that neither runs nor offers to run Python code in the checkpoint.
 
-    auto_class: AutoTokenizer, AutoConfig, ... Raises CheckpointError when only such code could load it.
+    auto_class: AutoTokenizer, AutoConfig, ... Raises CheckpointError when only such code can load it.
     """
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
@@ -68,7 +68,7 @@ def load_without_code(auto_class: Any, name: str, **options: Any) -> Any:
 
 
 class LoadingMixin:
-    """The from_pretrained of fastgpt's classes; stands before transformers' class among their bases."""
+    """The from_pretrained of fastgpt's classes; must precede transformers' class among their bases."""
 
     _keys_to_ignore_on_load_unexpected = [OLD_BUFFER]  # noqa: RUF012 (the form that transformers reads)
 
@@ -76,14 +76,14 @@ class LoadingMixin:
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, check_finite: bool = True, **kwargs: Any
     ) -> Self:
-        """transformers' from_pretrained, with all its arguments and results, but no broken checkpoint passes.
+        """transformers' from_pretrained with all its arguments and results, but it refuses broken checkpoints.
 
         pretrained_model_name_or_path: a directory, a model id, or None with state_dict=.
         check_finite: refuse weights that hold NaN or Inf.
-        use_safetensors: False loads pickle files, as plain weights only; they are refused otherwise.
+        use_safetensors: False loads pickle files, and only plain weights in them; otherwise they are refused.
         No Python code of the checkpoint runs: trust_remote_code=True is refused.
-        Raises CheckpointError, a ValueError; it is also an OSError when something cannot be found or read, and a
-        RuntimeError when a shape differs, because those are what transformers raises.
+        Raises CheckpointError, a ValueError. As in transformers, it is also an OSError when something cannot be found
+        or read, and a RuntimeError when a shape differs.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info, problems = cls.load_with_problems(
@@ -95,7 +95,7 @@ class LoadingMixin:
 
     @classmethod
     def _load_from_fields(cls, fields: dict[str, Any]) -> Any:
-        """A model with new weights, loaded as any other."""
+        """A model with new weights, built through the same path as a loaded one."""
         config = cls.config_class.from_dict(fields)  # type: ignore[attr-defined]
         return super().from_pretrained(None, config=config, state_dict={}, trust_remote_code=False)  # type: ignore[misc]
 
@@ -103,9 +103,9 @@ class LoadingMixin:
     def load_with_problems(
         cls, path: Any, *model_args: Any, check_finite: bool = True, **kwargs: Any
     ) -> tuple[Any, dict[str, Any], Iterator[CheckpointError]]:
-        """As `from_pretrained`: the model, transformers' report on its loading, and what only the loaded model shows.
+        """Like `from_pretrained`, but returns (model, transformers' loading info, problems of the loaded model).
 
-        Raises what keeps the model from being loaded.
+        Raises when the model cannot be loaded.
         """
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only=False lets a pickle file run code: fastgpt loads weights only")
@@ -125,7 +125,7 @@ class LoadingMixin:
 
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            # Wrong shapes come back by name in the loading info; the error of transformers names none.
+            # The loading info names the tensors of wrong shape; the error of transformers does not.
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
@@ -137,7 +137,7 @@ class LoadingMixin:
                 answer = unreachable or f"{constants.ENDPOINT} gave no model: {one_line(error)}"
                 tried = f"no such directory, nothing usable in the cache {cache}, {answer}"
                 raise _no_model(model_id, tried) from error
-            # Whatever it is, the files may be the reason. If they are not, the arguments of the call are.
+            # Any error may come from the files. If it does not, it comes from the arguments of the call.
             fault = None if directory is None else find_fault(cls._load_from_fields, directory, error)
             if fault is None:
                 raise
@@ -148,7 +148,7 @@ class LoadingMixin:
             info,
             path,
             checkpoint,
-            ignore_missing=kwargs.get("state_dict") == {},  # transformers' way to ask for new weights
+            ignore_missing=kwargs.get("state_dict") == {},  # asks transformers for new weights
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             check_finite=check_finite,
         )
@@ -165,7 +165,7 @@ def _loaded_problems(
     ignore_mismatched_sizes: bool,
     check_finite: bool,
 ) -> Iterator[CheckpointError]:
-    """What the headers did not show. info: transformers' report on its loading."""
+    """Problems that the headers did not show. info: transformers' loading info."""
     stored = by_model_name(checkpoint) if checkpoint else {}
 
     def origin(name: str) -> Any:
@@ -223,7 +223,7 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
         if (directory / name).is_file():
             read_json(directory / name)
     if any(directory.glob("shard-*-model-*.safetensors")):
-        return None  # torch's distributed format, which is loaded strictly as it is
+        return None  # torch's distributed format, which transformers loads strictly
     checkpoint = inspect_weights(
         find_weights(
             directory,
@@ -233,10 +233,10 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
         )
     )
     raise_first(checkpoint.problems, path)
-    # Names in the file are then not those of the model, or its tensors not those that the model computes with.
+    # These change the names of the stored tensors, or their shapes and dtypes.
     is_converted = kwargs.get("key_mapping") or getattr(config, "quantization_config", None)
     if config is not None and not is_converted:
-        # A subclass of a user's may have other heads.
+        # A user's subclass may have other heads.
         is_own = model_class.__module__.partition(".")[0] == __name__.partition(".")[0]
         architecture = model_class.__name__ if is_own else ""
         ignore_mismatched_sizes = kwargs.get("ignore_mismatched_sizes", False)
@@ -258,7 +258,7 @@ def _config_file(path: Path, kwargs: dict[str, Any]) -> Path | None:
 
 
 def read_config(config_class: Any, file: Path, changes: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration in a file. changes: fields that differ (num_labels=3); names that are no fields are ignored.
+    """The configuration in a file. changes: fields that differ (num_labels=3); other names are ignored.
 
     Raises CheckpointError when the file is absent or damaged, or its fields have wrong types.
     """
@@ -270,7 +270,7 @@ def read_config(config_class: Any, file: Path, changes: dict[str, Any]) -> PreTr
     changes = {name: value for name, value in changes.items() if name in fields - {"dtype"}}
     try:
         return config_class.from_pretrained(file, **changes)
-    except Exception as error:  # fields of any type reach code that expects its own
+    except Exception as error:  # fields of a wrong type reach code that does not check them
         key = faulty_key(written, config_class.from_dict)
         where = "" if key is None else f"{key} {shown(written[key])}: "
         raise CheckpointError(
@@ -282,7 +282,7 @@ def read_config(config_class: Any, file: Path, changes: dict[str, Any]) -> PreTr
 
 
 def _prepare_hub(model_id: str, kwargs: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Why the hub will not be asked, if so, and the arguments to load with: from the cache alone in that case."""
+    """Why the hub is not asked, or None, and the arguments to load with; then they allow only the cache."""
     try:
         validate_repo_id(model_id)
     except HFValidationError:
@@ -300,7 +300,7 @@ def _prepare_hub(model_id: str, kwargs: dict[str, Any]) -> tuple[str | None, dic
 
 
 def _why_unreachable(url: str) -> str | None:
-    """Why nothing answers there within a few seconds, or None: transformers would retry for most of a minute."""
+    """Why a server does not answer within seconds, or None. transformers would retry for most of a minute."""
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -310,7 +310,7 @@ def _why_unreachable(url: str) -> str | None:
         except Exception as error:  # the HTTP library differs between releases of huggingface_hub
             answers.put(one_line(error))
 
-    # In a thread, because looking up a name can take long and obeys no timeout.
+    # In a thread, because looking up a host name can take long and has no timeout.
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=HUB_TIMEOUT_S + 1)

@@ -1,4 +1,4 @@
-"""Loading a tokenizer: what is wrong with it is told in one line that names the file."""
+"""Load a tokenizer; an error is one line that names the file."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ _OBJECTS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a directory or model id. Raises CheckpointError when there is none that can be used."""
+    """The tokenizer of a directory or model id. Raises CheckpointError when none can be used."""
     directory = Path(name)
     if directory.is_dir():
         _check_files(directory)
@@ -21,7 +21,7 @@ def load_tokenizer(name: str) -> Any:
         return load_without_code(AutoTokenizer, name)
     except CheckpointError:
         raise
-    except Exception as error:  # fields of any type reach code that expects its own
+    except Exception as error:  # fields of a wrong type reach code that does not check them
         kind = CheckpointFileError if isinstance(error, OSError) else CheckpointError
         raise kind(f"{_culprit(directory)}: no tokenizer can be made of it: {one_line(error)}") from error
 
@@ -39,11 +39,11 @@ def _check_files(directory: Path) -> None:
 
 
 def _culprit(directory: Path) -> Path:
-    """The file that is wrong by itself, or else the one that says how the others are used."""
+    """The file to blame: tokenizer.json if it cannot be loaded alone, else tokenizer_config.json."""
     whole, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if whole.is_file():
         try:
             Tokenizer.from_file(str(whole))
-        except Exception:  # the library raises Exception itself
+        except Exception:  # tokenizers raises plain Exception
             return whole
     return settings if settings.is_file() else directory

@@ -1,4 +1,4 @@
-"""A small trained model with its tokenizer, and in `train` the recipe that made them."""
+"""A small trained model and its tokenizer; `train` is the recipe that made them."""
 
 from importlib import resources
 

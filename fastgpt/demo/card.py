@@ -1,4 +1,4 @@
-"""The model card: what a run of the recipe was given, what it measured and how its text looks."""
+"""The model card: the inputs of a run of the recipe, its measurements and a sample of its text."""
 
 import hashlib
 import platform
@@ -91,7 +91,7 @@ def model_card(
     sample: str,
     temperature: float,
 ) -> str:
-    """The README.md of a trained model, every figure taken from its run.
+    """The README.md of a trained model; every figure comes from its run.
 
     source: the text file's name. about: a sentence on the text, or "". sample: text generated from prompt.
     """

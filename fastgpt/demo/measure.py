@@ -1,6 +1,6 @@
-"""How well a text is predicted: the model's loss, and that of a bigram model over the same tokens to hold it against.
+"""How well a text is predicted: the loss of the model, and for comparison that of a bigram model on the same tokens.
 
-A text is `ids` (n + 1,) int64: n tokens behind an end-of-text token; all n are predicted. V is the vocabulary.
+A text is `ids` (n + 1,) int64: an end-of-text token and n tokens, which are all predicted. V is the vocabulary.
 """
 
 import math
@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run measured. Losses are in nats per token of the held-out part; n_tokens is of each part."""
+    """What a run measured. Losses are in nats per token of the held-out part; n_tokens is the number for each part."""
 
     parts: Parts
     n_tokens: tuple[int, ...]
@@ -57,7 +57,7 @@ class Bigram:
     def __init__(self, ids: Tensor, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         tokens = ids[1:]
-        # One more of each token, so that none is impossible.
+        # Add one to each count, so that no token has probability 0.
         self.unigram = (tokens.bincount(minlength=vocab_size) + 1).double() / (len(tokens) + vocab_size)  # (V,)
         self.context_counts = ids[:-1].bincount(minlength=vocab_size)  # (V,)
         self.pairs, self.pair_counts = torch.unique(self._pairs(ids), return_counts=True)
@@ -74,7 +74,7 @@ class Bigram:
         return -p.log().mean().item()
 
     def best_strength(self, ids: Tensor) -> float:
-        """The strength with the lowest loss on ids, among the fourth roots of two's powers from 2**-4 to 2**16."""
+        """The strength with the lowest loss on ids, among 2**(i/4) from 2**-4 to 2**16."""
         return min((2 ** (i / 4) for i in range(-16, 65)), key=lambda strength: self.loss(ids, strength))
 
 

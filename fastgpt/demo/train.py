@@ -1,9 +1,9 @@
-"""The recipe of the demo model: a small GPT-2 and its own byte-level BPE from one text file.
+"""The recipe of the demo model: train a small GPT-2 and its byte-level BPE on one text file.
 
     python -m fastgpt.demo.train TEXT_FILE --out DIR
 
-The text is cut in order into a part to train on, a part to choose by (the checkpoint, the bigram's smoothing), and a
-held-out part that is only measured. What was measured goes into the model card.
+The text is cut in order into three parts: for training, for validation (it selects the checkpoint and the bigram's
+smoothing), and a held-out part that is only measured. The measurements go into the model card.
 """
 
 import math
@@ -50,7 +50,7 @@ def split(text: str) -> Parts:
 
 
 def train_tokenizer(text: str, vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with at most `vocab_size` tokens that encodes, and gives back, any string.
+    """A byte-level BPE with at most `vocab_size` tokens that encodes and decodes any string.
 
     Raises ValueError when vocab_size has no room for every byte.
     """
@@ -78,7 +78,7 @@ def train_tokenizer(text: str, vocab_size: int, context: int) -> PreTrainedToken
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """The text's n tokens behind an end-of-text token: (n + 1,) int64."""
+    """An end-of-text token and the text's n tokens: (n + 1,) int64."""
     ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return torch.tensor([tokenizer.eos_token_id, *ids])
 
@@ -89,16 +89,16 @@ def windows(ids: Tensor, context: int, stride: int) -> list[Tensor]:
 
 
 def openings(ids: Tensor, context: int, newline: int) -> list[Tensor]:
-    """A window from each paragraph on, behind an end-of-text token: what generation from nothing starts with.
+    """A window from the start of each paragraph, after an end-of-text token: how generation without a prompt starts.
 
-    ids: as `encode` gives them. newline: the token that ends a line; two in a row end a paragraph.
+    ids: as `encode` returns them. newline: the token that ends a line; two in a row end a paragraph.
     """
     starts = 2 + torch.nonzero((ids[:-2] == newline) & (ids[1:-1] == newline)).flatten()
     return [torch.cat([ids[:1], ids[i : i + context - 1]]) for i in starts.tolist() if i + context - 1 <= len(ids)]
 
 
 def examples(rows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
-    """Rows of tokens as Trainer takes them; every token is a label."""
+    """Rows of tokens in the form that Trainer takes; every token is a label."""
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
@@ -119,7 +119,7 @@ class Progress(TrainerCallback):
 def train(
     text: str, tokenizer: PreTrainedTokenizerFast, model: fastgpt.GPT2LMHeadModel, args: TrainingArguments
 ) -> Outcome:
-    """Train the model on the text's first part, keep its best checkpoint by the second, measure it on the last.
+    """Train on the text's first part, keep the checkpoint that is best on the second, measure it on the last.
 
     args: must evaluate and save, and load the best model at the end.
     Raises ValueError when a part of the text is shorter than the model's context.
@@ -133,7 +133,7 @@ def train(
                 f"{context}: give a longer text or a smaller --context"
             )
     training_ids, validation_ids, held_out_ids = ids
-    newline = tokenizer.convert_tokens_to_ids("Ċ")  # how byte-level BPE writes a line feed
+    newline = tokenizer.convert_tokens_to_ids("Ċ")  # a line feed in byte-level BPE
     trainer = Trainer(
         model=model,
         args=args,
@@ -171,7 +171,7 @@ TEMPERATURE = 0.8
 
 
 def read_text(file: Path) -> str:
-    """The file's text, line ends as they are. Raises ValueError when there is no such file or it is not UTF-8."""
+    """The file's text with unchanged line ends. Raises ValueError when there is no such file or it is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def read_text(file: Path) -> str:
 
 
 def sample(model: fastgpt.GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
-    """The prompt and what the model makes of it, up to the end of the context."""
+    """The prompt and the model's continuation up to the end of the context."""
     ids = tokenizer(prompt or END_OF_TEXT, return_tensors="pt").to(model.device)
     n_left = model.config.n_positions - ids["input_ids"].shape[1]
     if n_left < 1:
@@ -209,7 +209,7 @@ def run(
     prompt: Annotated[str, typer.Option(help="What the card's sample starts with.")] = "",
     about: Annotated[str, typer.Option(help="A sentence on the text, for the card.")] = "",
 ) -> None:
-    """Train a small GPT-2 and its tokenizer on a text file, and measure it beside a bigram model."""
+    """Train a small GPT-2 and its tokenizer on a text file, and compare it with a bigram model."""
     if find_spec("accelerate") is None:
         raise ValueError("transformers' Trainer needs accelerate: pip install accelerate")
     text = read_text(text_file)
@@ -282,7 +282,7 @@ def run(
 
 
 def command_line(given: dict[str, object]) -> str:
-    """The command with every option spelled out, so that it means the same when a default changes."""
+    """The command with every option, so that it means the same after a default changes."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if name != "text_file"}
     words = [word for option, value in options.items() if value for word in (option, value)]
     return shlex.join(["python", "-m", "fastgpt.demo.train", str(given["text_file"]), *words])
@@ -293,7 +293,7 @@ app.command()(run)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the recipe on `args` (sys.argv by default); a user's mistake is one line and exit code 2."""
+    """Run the recipe on `args` (sys.argv by default); a user's mistake prints one line and exits with code 2."""
     try:
         app(args)
     except ValueError as error:

@@ -1,13 +1,12 @@
-"""Generation over a static cache: the prompt through the model's own blocks, then one small forward per token.
+"""Generation over a static cache: the model's own blocks run the prompt, then a decode step runs each token.
 
-`routing` says which calls of `generate()` come here.
+`routing` decides which calls of `generate()` come here.
 """
 
-from .cache import KVCache, prefill
+from .cache import KVCache, decode_one_token, decode_tokens, prefill
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .lookup import DeviceLookupGeneration, LookupGeneration
-from .step import decode_one_token, decode_tokens
 from .weights import view_weights, watched
 from .workspace import obstacle, release, tier
 

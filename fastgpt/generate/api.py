@@ -1,7 +1,7 @@
-"""What a user calls: `generate()` and `stream()` of the language models.
+"""The public methods for generation: `generate()` and `stream()` of the language models.
 
-transformers' own `generate` prepares every call. Where it would start its loop over tokens, the engine takes the call
-if it can, and transformers' loop does otherwise.
+transformers' own `generate` prepares every call. When it starts its loop over tokens, the engine takes over if it can
+run the call; if not, transformers' loop runs.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from . import routing
 from .prompts import pad_left
 from .workspace import release
 
-# The parameters of transformers' loops over tokens. A function that someone has put in a loop's place may not say them.
+# The parameters of transformers' loops over tokens, in order; a function that replaced a loop may not show them.
 LOOP = (
     *("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
     *("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"),
@@ -27,7 +27,7 @@ LOOP = (
 
 
 def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
-    """Give a method that stands for transformers' the parameters of that one, followed by its own keyword-only ones."""
+    """Give a method the signature of transformers' method that it overrides, plus its own keyword-only parameters."""
 
     def change(ours: Callable) -> Callable:
         signature = inspect.signature(theirs)
@@ -40,10 +40,10 @@ def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
 
 
 class GenerationMethods:
-    """`generate` and `stream` of a language model; stands before transformers' classes among its bases."""
+    """`generate` and `stream` of a language model; must precede transformers' classes among the bases."""
 
     def _apply(self, fn, recurse=True):
-        """What `to()`, `half()` and the like go through: they free what the engine keeps beside the weights."""
+        """`to()`, `half()` and others call this: it also frees the memory that the engine keeps for the model."""
         release(self)  # type: ignore[arg-type]
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
@@ -57,10 +57,10 @@ class GenerationMethods:
         seed: int | None = None,
         **kwargs,
     ):
-        """transformers' `generate`, through the engine where it can take the call (see `routing`).
+        """transformers' `generate`, through the engine where it can run the call (see `routing`).
 
         inputs: (B, T) ids, or a list of prompts of different lengths, which are padded on the left.
-        seed: decides every draw of sampling, whatever the batch a prompt is in; torch's generator does when None.
+        seed: determines every draw, whatever batch a prompt is in. None draws from torch's generator.
         Raises ValueError on wrong sampling options and on NaN logits.
         """
         sampling.check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
@@ -79,11 +79,11 @@ class GenerationMethods:
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
 
     def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
-        """The tokens that `generate` would append, (B,) each, as they come; stop asking and nothing more is computed.
+        """The tokens that `generate` would append, (B,) per step. When the caller stops iterating, generation stops.
 
-        inputs, options: as `generate` takes them. Weights that change in place meanwhile count from the next call on.
-        Raises ValueError, at once, on a call that the engine cannot take, and RuntimeError where the weights were moved
-        or replaced before the next token.
+        inputs, options: as for `generate`. Weights changed in place meanwhile are sure to count only in the next call.
+        Raises ValueError at once on a call that the engine cannot run, and RuntimeError when the weights were moved or
+        replaced before the next token.
         """
         return self.generate(inputs, streamer=routing.Handover(), **options)
 
@@ -92,7 +92,7 @@ class GenerationMethods:
         attention = self.config._attn_implementation  # type: ignore[attr-defined]
         if attention != ATTENTION:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        # Pages of keys are transformers' own, and so is the attention that reads them until the manager stops.
+        # Continuous batching keeps keys in pages, which only transformers' attention reads, until the manager stops.
         self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
         try:
             manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
@@ -106,7 +106,7 @@ class GenerationMethods:
         routing.log_mode(generation_mode)
         super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
 
-    # Here transformers' `generate` has prepared everything and starts its loop over tokens.
+    # transformers' `generate` calls one of these loops once it has prepared everything.
 
     @wraps(GenerationMixin._sample)  # type: ignore[attr-defined]
     def _sample(self, *args, **call):

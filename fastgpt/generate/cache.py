@@ -1,6 +1,6 @@
-"""The static cache of keys and values, and how a prompt gets into it: through the model's own blocks.
+"""The static cache of keys and values: a prompt fills it through the model's own blocks, new tokens in decode steps.
 
-B batch, T slots of the cache, L layers, H heads, D head size, V vocabulary.
+B batch, N new tokens per row, T slots of the cache, L layers, H heads, D head size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
@@ -20,10 +22,10 @@ R = TypeVar("R")
 
 
 def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """A function or generator that runs without gradients and outside inference mode, whatever its caller's mode is.
+    """Make a function or generator run without gradients and outside inference mode, whatever its caller's mode.
 
-    What is allocated in inference mode cannot be written to outside of it, and the engine writes to what it allocates
-    in later steps and calls.
+    A tensor allocated in inference mode cannot be written to outside it, and the engine writes to its tensors in later
+    steps and calls.
     """
     return torch.inference_mode(False)(torch.no_grad()(function))
 
@@ -33,11 +35,11 @@ class KVCache:
     """Keys and values of every layer, allocated once.
 
     memory: (L, 2, B, H, T, D), keys before values; the first n_tokens of T are filled.
-    hidden: (B, 1, 1, T), what is added to the scores: -inf at padding, 0 elsewhere; None where there is no padding.
+    attention_bias: (B, 1, 1, T), added to the scores: -inf at padding, 0 elsewhere; None where there is no padding.
     """
 
     memory: Tensor
-    hidden: Tensor | None = None
+    attention_bias: Tensor | None = None
     n_tokens: int = 0
 
     @classmethod
@@ -47,13 +49,13 @@ class KVCache:
         return cls(wte.new_empty(shape))
 
     def copy_to(self, cache: DynamicCache) -> None:
-        """Append what is filled to an empty cache of transformers'."""
+        """Copy the filled slots into an empty cache of transformers."""
         for layer, (keys, values) in enumerate(self.memory[..., : self.n_tokens, :]):
             cache.update(keys, values, layer)
 
 
 class _PromptLayer(DynamicLayer):
-    """A layer of transformers' cache that writes the prompt into a KVCache and gives it back from there."""
+    """A layer of transformers' cache that stores the prompt's keys and values in a KVCache."""
 
     def __init__(self, memory: Tensor):
         super().__init__()
@@ -70,8 +72,8 @@ class _PromptLayer(DynamicLayer):
 def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
     """Run a prompt through the model's own blocks and keep its keys and values.
 
-    ids: (B, T). mask: (B, T), 0 at the padding on the left; None when there is none. positions: (B, T) or (1, T).
-    Fills the empty cache. Returns logits (B, V) of what follows. Raises as the model's forward does.
+    ids: (B, T). mask: (B, T), 0 at padding, which is on the left; None without padding. positions: (B, T) or (1, T).
+    Fills the empty cache. Returns logits (B, V) of the next token. Raises as the model's forward does.
     """
     past = Cache(layers=[_PromptLayer(memory) for memory in cache.memory])
     inputs = {"attention_mask": mask, "position_ids": positions, CACHE: past}
@@ -79,7 +81,24 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
     cache.n_tokens = ids.shape[1]
     if mask is not None:
         padding = F.pad(mask == 0, (0, cache.memory.shape[-2] - ids.shape[1]))  # (B, T)
-        cache.hidden = cache.memory.new_zeros(padding.shape).masked_fill_(padding, -torch.inf)[:, None, None, :]
-        # A weight of zero would not silence a NaN that padding may have left.
+        bias = cache.memory.new_zeros(padding.shape).masked_fill_(padding, -torch.inf)
+        cache.attention_bias = bias[:, None, None, :]
+        # Padding may have left NaN here, and an attention weight of zero times NaN is NaN.
         cache.memory.masked_fill_(padding[:, None, :, None], 0.0)
     return outputs.logits[:, -1]
+
+
+def decode_one_token(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """`decode_tokens` for one token per row. tokens: (B,). positions: (B,) or (1,). Returns logits (B, V)."""
+    return decode_tokens(weights, cache, tokens[:, None], positions[:, None])[:, 0]
+
+
+def decode_tokens(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Run N new tokens per row in torch and append their keys and values to the cache.
+
+    tokens: (B, N). positions: (B, N) or (1, N). Returns logits (B, N, V): what follows each new token.
+    """
+    memory, n_past, bias = cache.memory, cache.n_tokens, cache.attention_bias
+    logits = reference.decode_tokens(weights, memory, n_past, tokens, positions, bias)
+    cache.n_tokens += tokens.shape[1]
+    return logits

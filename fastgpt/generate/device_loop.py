@@ -1,4 +1,4 @@
-"""The tokens of a request, chosen on the device: nothing in a step waits for the host, which looks one step behind.
+"""Generation on kernels: the device chooses each token, and the host reads the tokens one step behind.
 
 B batch, T tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from .workspace import Workspace, workspace
 
 
 class Arrival(NamedTuple):
-    """Tokens (B,) on their way to the host."""
+    """Tokens (B,) that are being copied to the host."""
 
     tokens: Tensor
     event: Any
@@ -34,7 +34,7 @@ class Arrival(NamedTuple):
         return cls(host, event)
 
     def wait(self) -> Tensor:
-        """The tokens, in ordinary memory: what is pinned goes back to torch's pool."""
+        """The tokens in ordinary memory, so that torch can reuse the pinned memory."""
         if self.event is None:
             return self.tokens
         self.event.synchronize()
@@ -42,12 +42,12 @@ class Arrival(NamedTuple):
 
 
 class DeviceGeneration:
-    """As `Generation`, with every token chosen by the sampling kernel: iterate over it, then read `sequences`.
+    """Like `Generation`, but the sampling kernel chooses every token: iterate over it, then read `sequences`.
 
-    options: what `sampling.device_options` made of the request's processors.
+    options: the request's processors as `sampling.device_options` translates them.
     """
 
-    n_new = 1  # tokens of a row in a step, at most
+    n_new = 1  # most tokens of a row in a step
 
     @without_autograd
     def __init__(self, model: GPT2LMHeadModel, request: Request, options: SamplingOptions):
@@ -88,7 +88,7 @@ class DeviceGeneration:
         while newest is not None:
             following = None
             if n_chosen < self.n_most:
-                # Before the newest tokens are looked at: the step after the last is wasted, and no other waits.
+                # Launch the next step before reading these tokens. It costs one wasted step at the end.
                 work.decode(self.model)
                 choose(work.logits)
                 following, n_chosen = Arrival.of(rows.tokens), n_chosen + 1
@@ -106,18 +106,18 @@ class DeviceGeneration:
             raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
 
     def _start(self, work: Workspace) -> Rows:
-        """The state of the rows behind their prompts."""
+        """The state of the rows after their prompts."""
         request, n_prompt = self.request, self.request.ids.shape[1]
         work.tokens.copy_(request.ids[:, -1])
         work.positions.copy_(request.positions[:, -1].expand_as(work.positions))
         work.slots.fill_(n_prompt - 1)
         work.starts.copy_(torch.zeros_like(work.starts) if request.mask is None else (request.mask == 0).sum(1))
-        seen = sampling.seen_tokens(request.process, request.ids, work.logits.shape[1])
+        seen = sampling.seen_tokens(request.processors, request.ids, work.logits.shape[1])
         finished = torch.zeros_like(work.tokens, dtype=torch.bool)
         return Rows(work.tokens, work.positions, work.slots, finished, self._sequences, seen)
 
     def _chooser(self, rows: Rows) -> Callable[[Tensor], None]:
-        """What moves the rows on by one token, given logits (B, V)."""
+        """A function that appends one token to every row, given logits (B, V)."""
         from fastgpt_kernels.operations.sampling.op import sample
 
         eos_ids, pad_id = self.request.eos_ids, self.request.pad_id

@@ -1,4 +1,4 @@
-"""The tokens of a request, chosen on the host with transformers' own processors: the path for CPUs.
+"""Generation on the CPU path: the host chooses each token with transformers' own logits processors.
 
 B batch, T tokens, V vocabulary.
 """
@@ -7,27 +7,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from .cache import KVCache, prefill, without_autograd
-from .step import decode_one_token
-from .weights import Weights, view_weights
+from .cache import KVCache, decode_one_token, prefill, without_autograd
+from .weights import view_weights
 
 
 @dataclass(frozen=True)
 class Request:
     """One call of `generate()`, as transformers prepared it.
 
-    ids, mask, positions: as `prefill` takes them. process: what changes the logits. max_length: of a row, its prompt
-    and padding included. eos_ids: None or (n,), after which a row is filled with pad_id. past: an empty cache that
-    gets the keys and values of all tokens but the last.
+    ids, mask, positions: as for `prefill`. processors: change the logits. max_length: tokens of a row, including its
+    prompt and padding. eos_ids: None or (n,); after one of them, pad_id fills the row. past: an empty cache that
+    receives the keys and values of all tokens but the last.
     """
 
     ids: Tensor
     mask: Tensor | None
     positions: Tensor
-    process: LogitsProcessorList
+    processors: LogitsProcessorList
     do_sample: bool
     max_length: int
     eos_ids: Tensor | None = None
@@ -35,25 +35,25 @@ class Request:
     past: DynamicCache | None = None
 
     def longest(self, n_positions: int) -> int:
-        """Tokens of a row at most: max_length, or fewer, since no row can go on when one has filled its context."""
+        """The most tokens of a row: max_length, or fewer, because all rows stop when one has filled its context."""
         last_position = int(self.positions[:, -1].max())
         return min(self.max_length, self.ids.shape[1] + max(1, n_positions - last_position))
 
 
-# On a CPU torch multiplies one bfloat16 row by the rows of a matrix 1.25 to 1.5 times as fast as by its columns, and
-# copying the weights of gpt2 takes as long as that saves in about thirty steps.
+# On a CPU, a product of one bfloat16 row is 1.25 to 1.5 times as fast with a matrix stored by columns. Copying the
+# weights of gpt2 takes as long as this saves in about thirty steps.
 _MIN_STEPS_FOR_COPIES = 32
 
 
 class Generation:
-    """The tokens of one request as they come: iterate over it, then read `sequences`."""
+    """The tokens of one request, one step at a time: iterate over it, then read `sequences`."""
 
     @without_autograd
     def __init__(self, model: GPT2LMHeadModel, request: Request):
         self.model, self.request = model, request
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
-        n_slots = request.longest(self.n_positions) - 1  # the last token needs none
+        n_slots = request.longest(self.n_positions) - 1  # the last token needs no slot
         copies_pay = model.device.type == "cpu" and model.dtype == torch.bfloat16 and n_rows == 1
         self._copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
         self.cache = KVCache.allocate(model, n_rows, n_slots)
@@ -73,12 +73,12 @@ class Generation:
 
         Raises ValueError when a row has filled its context.
         """
-        # Not before: the weights may change between `stream()` and the first token that is asked for.
+        # Only here, because the weights may change between `stream()` and the request for the first token.
         yield from self._generate(view_weights(self.model, copy_for_one_row=self._copies_pay))
         if self.request.past is not None:
             self.cache.copy_to(self.request.past)
 
-    def _generate(self, weights: Weights) -> Iterator[Tensor]:
+    def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
         while self._goes_on():
@@ -94,7 +94,7 @@ class Generation:
         newest = self._sequences[:, self.n_tokens]
         newest.copy_(tokens)
         self.n_tokens += 1
-        return newest.clone()  # The caller's own: what it writes there is not read again.
+        return newest.clone()  # A copy, because the caller may write to it.
 
     def _goes_on(self) -> bool:
         """Whether a row needs another token. Raises ValueError when it does and has filled its context."""
@@ -106,7 +106,7 @@ class Generation:
         return True
 
     def _positions(self, n_new: int) -> Tensor:
-        """(B, N) or (1, N): of the newest token, and of those proposed to follow it."""
+        """(B, N) or (1, N): of the newest token and the N - 1 tokens after it."""
         first = self.n_tokens - self.request.ids.shape[1]
         return self.request.positions[:, -1:] + torch.arange(first, first + n_new, device=self.request.ids.device)
 
@@ -114,7 +114,7 @@ class Generation:
 @torch.inference_mode()
 def choose(request: Request, sequences: Tensor, logits: Tensor) -> Tensor:
     """The next token (B,) from logits (B, V): the most likely one, or a draw from torch's generator."""
-    scores = request.process(sequences, logits.float())  # type: ignore[arg-type]
+    scores = request.processors(sequences, logits.float())  # type: ignore[arg-type]
     if request.do_sample:
         return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
     return scores.argmax(-1)

@@ -1,33 +1,32 @@
-"""Several tokens from one forward, without a draft model: what followed the newest tokens before is proposed again.
+"""Prompt lookup, which is speculative decoding without a draft model: propose what followed the newest tokens before.
 
-One forward gives the logits behind every proposed token. The tokens are then chosen from them one after the other, as
-they would be without proposals, and as long as the choice is what was proposed, the next logits hold.
+One forward gives the logits after every proposed token. Tokens are then chosen one after the other, as they would be
+without proposals. As long as the chosen token equals the proposed one, the logits after it are valid.
 N proposed tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from . import options as sampling
-from .cache import prefill
+from .cache import decode_tokens, prefill
 from .device_loop import Arrival, DeviceGeneration
 from .host_loop import Generation, Request
-from .step import decode_tokens
-from .weights import Weights
 from .workspace import Workspace
 
-# Runs of this length or shorter are looked up, unless `max_matching_ngram_size` says another.
+# The longest run of tokens that is looked up, unless `max_matching_ngram_size` is given.
 LONGEST_LOOKUP = 3
-# A program of the kernels holds the keys of all new tokens of a step.
+# A program of the attention kernel holds the keys of all new tokens of a step.
 _MOST_PROPOSED_ON_DEVICE = 31
 
 
 class NGramIndex:
-    """Where each run of one to n_longest tokens was last followed by another token.
+    """Where each run of 1 to n_longest tokens occurred last with a token after it.
 
     n_longest: the longest run that is looked up.
     """
@@ -45,9 +44,9 @@ class NGramIndex:
             self.tokens.append(token)
 
     def propose(self, n_most: int) -> list[int]:
-        """What followed the longest known run at the end of the sequence, up to n_most tokens; [] where none is known.
+        """Up to n_most tokens that followed the longest known run at the sequence's end; [] if no run is known.
 
-        Past the end of the sequence the proposal goes on with itself, so that a short period is proposed many times.
+        A proposal that reaches the end of the sequence continues with itself, so a short period repeats.
         """
         start = next((self._followed_at[run] for run in self._newest_runs() if run in self._followed_at), None)
         if start is None:
@@ -62,7 +61,7 @@ class NGramIndex:
 
 
 class LookupGeneration(Generation):
-    """As `Generation`, for one row, with up to n_proposed tokens verified by each forward."""
+    """Like `Generation`, for one row: each forward verifies up to n_proposed tokens."""
 
     def __init__(self, model: GPT2LMHeadModel, request: Request, n_proposed: int, n_longest: int):
         super().__init__(model, request)
@@ -70,7 +69,7 @@ class LookupGeneration(Generation):
         self.index = NGramIndex(n_longest)
         self.index.extend(request.ids[0].tolist())
 
-    def _generate(self, weights: Weights) -> Iterator[Tensor]:
+    def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
         while self._goes_on():
@@ -83,7 +82,7 @@ class LookupGeneration(Generation):
                 held = proposed[number : number + 1] == self.index.tokens[-1:]
                 if not (held and self._goes_on()):
                     break
-            # What was computed behind a token that did not hold is overwritten.
+            # Drop the slots after a rejected token: the next step overwrites them.
             self.cache.n_tokens = self.n_tokens - 1
 
     def _append(self, logits: Tensor) -> Tensor:
@@ -93,9 +92,9 @@ class LookupGeneration(Generation):
 
 
 class DeviceLookupGeneration(DeviceGeneration):
-    """As `LookupGeneration`, on the kernels: one graph for a step with proposals, and one for a step without.
+    """Like `LookupGeneration`, on the kernels: one graph for steps with proposals, one for steps without.
 
-    The host reads the tokens of every step, since the next proposals depend on them. options: no repetition penalty.
+    The host reads the tokens of every step, because the next proposals depend on them. options: no repetition penalty.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class DeviceLookupGeneration(DeviceGeneration):
                     break
 
     def _feed(self, work: Workspace, proposed: list[int]) -> None:
-        """Make the newest token and proposed ones, in the slots that follow each other, what goes into the step."""
+        """Copy the newest token and the proposed ones, with their positions and slots, into the input of the step."""
         tokens, n_past = [self.index.tokens[-1], *proposed], self.n_tokens - 1
         first_position = self._last_position + self.n_tokens - self.request.ids.shape[1]
         places = [range(first, first + len(tokens)) for first in (first_position, n_past)]
@@ -135,7 +134,7 @@ class DeviceLookupGeneration(DeviceGeneration):
         work.state[:3, : len(tokens)].copy_(state, non_blocking=True)
 
     def _choose(self, work: Workspace, logits: Tensor) -> list[int]:
-        """What follows each of the n tokens of a step, given logits (n, V)."""
+        """The tokens chosen after each of the n tokens of a step, given logits (n, V)."""
         tokens, positions, slots, _ = work.state[:, : len(logits)]
         finished = torch.zeros_like(tokens, dtype=torch.bool)
         rows = Rows(tokens, positions, slots, finished, sequences=tokens.new_empty(len(tokens), 0), seen=None)
@@ -150,7 +149,7 @@ class DeviceLookupGeneration(DeviceGeneration):
         return torch.tensor([token])
 
     def _goes_on(self) -> bool:
-        """Whether another token is wanted. Raises ValueError when it is and the context is full."""
+        """Whether the row needs another token. Raises ValueError when it does and its context is full."""
         ended = self._end_tokens is not None and self.index.tokens[-1] in self._end_tokens
         if ended or self.n_tokens >= self.request.max_length:
             return False

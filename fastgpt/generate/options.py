@@ -1,4 +1,4 @@
-"""Sampling options, their checks, and draws that a seed decides."""
+"""Sampling options, their checks, and draws that depend on a seed alone."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from transformers.generation import logits_process
 def check_sampling_options(
     *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
 ) -> None:
-    """Raise ValueError, naming the value and its range, for a number that describes no distribution.
+    """Raise ValueError, with the value and its range, for a number that describes no distribution.
 
-    temperature: > 0, where infinity makes all tokens alike. top_k: >= 0, where 0 keeps all tokens. top_p: >= 0, where
-    0 keeps one token and 1 or more all. None leaves an option out, and what is no number is left to transformers.
+    temperature: > 0, where infinity makes all tokens equally likely. top_k: >= 0, where 0 keeps all tokens. top_p:
+    >= 0, where 0 keeps one token and 1 or more all. None leaves an option out; transformers checks what is no number.
     """
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be a number above 0, not {temperature} (for greedy, do not sample)")
@@ -29,7 +29,7 @@ def check_sampling_options(
 
 
 def check_generation_options(generation_config: GenerationConfig, overrides: dict[str, Any]) -> None:
-    """`check_sampling_options` on what a call of generate() asks for; options that greedy decoding ignores pass."""
+    """`check_sampling_options` on the options of a generate() call; those that greedy decoding ignores pass."""
 
     def option(name: str) -> Any:
         return overrides[name] if name in overrides else getattr(generation_config, name, None)
@@ -54,12 +54,12 @@ class RefuseNaN(LogitsProcessor):
 
 
 def refusing_nan(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The processors behind a check of the model's own logits: NaN that a processor makes is left to its maker."""
+    """The processors, after a check for NaN in the model's own logits. NaN from a processor is not checked."""
     return LogitsProcessorList([RefuseNaN(), *processors])
 
 
 class Seed(LogitsProcessor):
-    """Carries the `seed` of generate() to where tokens are drawn, which puts a `GumbelNoise` in its place."""
+    """Carries the `seed` of generate() to `settle_seed`, which replaces it by `GumbelNoise`."""
 
     def __init__(self, seed: int):
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
@@ -71,12 +71,12 @@ class Seed(LogitsProcessor):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds noise under which the largest score is a draw from softmax(scores), and which the seed alone decides.
+    """Adds seeded Gumbel noise: the largest noisy score is a draw from softmax(scores).
 
-    The noise depends on the seed, the token's own position in its row and which of the continuations of one prompt
-    the row is, so that a prompt has the same continuation alone, in a batch and behind padding.
-    Gumbel noise rather than a point on the cumulative distribution: batches of different sizes round the logits
-    differently, which moves every step of that distribution, but changes the largest of a few sums almost never.
+    The noise depends on the seed, the position of the token without padding, and the number of the row among the
+    continuations of its prompt. So a prompt has the same continuation alone, in a batch and after padding.
+    Gumbel noise is used and not inversion of the cumulative distribution, because batches of different sizes round the
+    logits differently: this shifts every bound of the cumulative distribution, but almost never the largest sum.
     """
 
     def __init__(self, seed: int, n_padding: Tensor | int = 0, n_continuations: int = 1):
@@ -91,9 +91,9 @@ class GumbelNoise(LogitsProcessor):
 
 
 def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask: Tensor | None) -> LogitsProcessorList:
-    """The processors with noise at their end in place of a `Seed`, if there is one and the call samples.
+    """The processors, with `GumbelNoise` at their end in place of a `Seed` if the call samples.
 
-    config: is told to take the largest of the noisy scores. mask: (B, T), 0 at padding, or None.
+    config: do_sample is set to False, which takes the largest noisy score. mask: (B, T), 0 at padding, or None.
     """
     seeds = [processor for processor in processors if isinstance(processor, Seed)]
     processors = LogitsProcessorList(processor for processor in processors if not isinstance(processor, Seed))
@@ -104,8 +104,8 @@ def settle_seed(processors: LogitsProcessorList, config: GenerationConfig, mask:
     return processors
 
 
-# The processors that the engine knows, in the order in which its sampling kernel stands in for them, and the options
-# under which it does what they do.
+# The processors that the sampling kernel can replace, in the order in which it applies them, and the options of the
+# kernel that do the same.
 _OPTIONS: dict[type[LogitsProcessor], Callable[[Any], dict[str, Any]]] = {
     logits_process.RepetitionPenaltyLogitsProcessor: lambda p: {"repetition_penalty": p.penalty},
     logits_process.MinLengthLogitsProcessor: lambda p: {"min_length": p.min_length},
@@ -124,9 +124,9 @@ ON_DEVICE = tuple(_OPTIONS)
 def device_options(
     processors: LogitsProcessorList, do_sample: bool, n_rows: int, device: torch.device
 ) -> SamplingOptions | None:
-    """What the sampling kernel has to do in place of processors; None when it cannot do the same.
+    """The processors as options of the sampling kernel; None when it cannot do the same.
 
-    Without a seed one is drawn from torch's generator, and rows of equal prompts get noise of their own.
+    Without a seed, one is drawn from torch's generator, and every row gets noise of its own.
     """
     found = [processor for processor in processors if not isinstance(processor, RefuseNaN)]
     if not all(map(_is_on_device, found)):
@@ -137,7 +137,7 @@ def device_options(
     options: dict[str, Any] = {}
     for processor in found:
         option = _OPTIONS[type(processor)](processor)
-        for name in options.keys() & option:  # min_length, of which there are two
+        for name in options.keys() & option:  # only min_length, which two processors set
             option[name] = max(options[name], option[name])
         options |= option
     if do_sample and "seed" not in options:
@@ -157,7 +157,7 @@ def _is_on_device(processor: LogitsProcessor) -> bool:
 
 
 def seen_tokens(processors: LogitsProcessorList, ids: Tensor, n_tokens: int) -> Tensor | None:
-    """Which of the V tokens a repetition penalty holds against each row of a prompt, (B, V); None without a penalty."""
+    """(B, V) bool: the tokens of each prompt that the repetition penalty acts on; None without a penalty."""
     for processor in processors:
         if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
             n_ignored = torch.as_tensor(

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def pad_left(prompts: Sequence[Tensor | Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (B, T) int64, of B prompts that end together.
+    """Pad B prompts on the left. Returns ids and attention mask, both (B, T) int64.
 
-    prompts: each a list of token ids or a tensor of them, (T,) or (1, T). pad_id: what fills the front.
-    Raises ValueError on no prompt, and on one that is empty or has another shape.
+    prompts: each a list of token ids or a tensor of them, (T,) or (1, T). pad_id: the padding token.
+    Raises ValueError on an empty list, and on a prompt that is empty or has another shape.
     """
     if not prompts:
         raise ValueError("nothing to continue: the list of prompts is empty")

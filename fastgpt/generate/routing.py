@@ -1,4 +1,4 @@
-"""Which calls of `generate()` the engine takes, and the words for why another goes to transformers' own loop."""
+"""Decides which calls of `generate()` the engine runs, and says why others go to transformers' own loop."""
 
 import logging
 from collections.abc import Iterator
@@ -38,17 +38,17 @@ _INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep
 
 
 class Handover(BaseStreamer):
-    """A streamer with which `try_engine` returns the generation itself, for its caller to iterate over."""
+    """A streamer that makes `try_engine` return the generation itself, over which the caller iterates."""
 
     def put(self, value: Tensor) -> None:
-        """Nothing: transformers passes the prompt here."""
+        """Does nothing: transformers passes the prompt here."""
 
     def end(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def why_not_model(model: nn.Module) -> str | None:
-    """Why the engine cannot stand in for this model's forward; None when it can."""
+    """Why the engine cannot replace this model's forward; None when it can."""
     return next(_obstacles_in_model(model), None)
 
 
@@ -58,7 +58,7 @@ def describe(model: GPT2LMHeadModel) -> str:
     obstacle = why_not_model(model)
     if obstacle is not None:
         return f"transformers' loop: {obstacle}"
-    if not _decodes_on_kernels(model):
+    if not ops.runs_kernels(model.device):
         return "the engine: static cache, torch operations"
     obstacle = workspace.obstacle(model, n_rows=1)
     if obstacle is not None:
@@ -67,18 +67,14 @@ def describe(model: GPT2LMHeadModel) -> str:
 
 
 def explain(model: GPT2LMHeadModel) -> str:
-    """Where `generate()` runs on this model and why, and below it all that is called because it is not plain.
+    """Where `generate()` runs on this model and why, then a line for each module that is not plain and so is called.
 
-    What is named there no fused operation reads directly either. A line each, such as "transformers' loop:
+    No fused operation reads such a module directly. A line reads, for example, "transformers' loop:
     transformer.h.0.mlp.c_fc is not a plain module: it has hooks".
     """
     first = describe(model)
     others = [] if first.startswith("the engine") else [line for line in twin.differences(model) if line not in first]
     return "\n".join([first, *others])
-
-
-def _decodes_on_kernels(model: Any) -> bool:
-    return ops.explain("causal_attention", model.device)[0] == "triton"
 
 
 def _obstacles_in_model(model: Any) -> Iterator[str]:
@@ -148,7 +144,7 @@ def _pad_id(config: GenerationConfig) -> int:
 
 
 def log_mode(mode: GenerationMode) -> None:
-    """Say that a call never comes to `try_engine`, when it does not, as with beams."""
+    """Log a call whose mode never reaches `try_engine`, such as beam search."""
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION):
         logger.debug("generate: transformers' loop, because %s was asked for", mode.value.replace("_", " "))
 
@@ -162,9 +158,9 @@ def try_engine(
     streamer: BaseStreamer | None = None,
     **inputs: Any,
 ) -> "Tensor | GenerateDecoderOnlyOutput | Iterator[Tensor] | None":
-    """What the engine generates, in the form of transformers' own loops; None when it cannot take the call.
+    """The engine's result, in the form that transformers' loops return; None when it cannot run the call.
 
-    Its arguments are those that transformers hands to `_sample` and `_assisted_decoding`.
+    The arguments are those that transformers passes to `_sample` and `_assisted_decoding`.
     """
     obstacle = why_not_model(model) or next(
         _obstacles_in_call(model, ids, logits_processor, stopping_criteria, generation_config, inputs), None
@@ -179,9 +175,9 @@ def try_engine(
         ids=ids,
         mask=inputs.get("attention_mask"),
         positions=torch.atleast_2d(inputs["position_ids"]),
-        process=logits_processor,
+        processors=logits_processor,
         do_sample=bool(generation_config.do_sample),
-        max_length=max(min(lengths), ids.shape[1] + 1),  # transformers looks at it behind a new token only
+        max_length=max(min(lengths), ids.shape[1] + 1),  # transformers checks the length only after a new token
         eos_ids=torch.cat([e.flatten() for e in eos_ids]).to(ids.device) if eos_ids else None,
         pad_id=_pad_id(generation_config),
         past=past,
@@ -209,11 +205,11 @@ def _decline(obstacle: str, streamer: BaseStreamer | None) -> None:
 
 
 def _start(model: Any, request: Request, config: GenerationConfig) -> Generation | DeviceGeneration | str:
-    """The generation of a request on the kernels where they decode, else on torch's operations; or why on neither."""
+    """The generation of a request on kernels or, if they cannot run it, in torch; a string that says why in neither."""
     obstacle, n_proposed = None, config.prompt_lookup_num_tokens
     n_longest = config.max_matching_ngram_size or LONGEST_LOOKUP
-    if _decodes_on_kernels(model):
-        options = sampling.device_options(request.process, request.do_sample, len(request.ids), model.device)
+    if ops.runs_kernels(model.device):
+        options = sampling.device_options(request.processors, request.do_sample, len(request.ids), model.device)
         obstacle = workspace.obstacle(model, len(request.ids))
         if options is None:
             obstacle = obstacle or "its logits processors have no kernel"

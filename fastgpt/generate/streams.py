@@ -1,4 +1,4 @@
-"""The stream that owns a workspace's memory and its graphs, and how calls on other streams take turns with it."""
+"""The CUDA stream that owns a workspace's memory and graphs, and how it is ordered with the streams of callers."""
 
 import threading
 from collections.abc import Iterator
@@ -8,20 +8,21 @@ from weakref import WeakSet
 
 import torch
 
-# torch hands out the streams of a GPU in turn, and the 33rd is the first again.
+# torch hands out 32 streams per GPU in turn: the 33rd is the first again.
 _STREAMS_OF_TORCH = 32
 _owned: WeakSet[Any] = WeakSet()
-# One capture at a time in a process, as torch asks for.
+# torch allows one capture at a time in a process.
 _capturing = threading.Lock()
 
 
 class OwnStream:
     """A stream of a GPU that no other workspace has; on a CPU, nothing.
 
-    Memory that is allocated `inside` belongs to it, so that it may be freed at any time: whoever gets it next comes
-    after the calls, for which the stream has waited. Graphs are captured on it, because one that torch chooses lies on
-    the GPU that captured first, and because torch frees the workspaces that cuBLAS has on a graph's stream with the
-    graph, though other graphs of that stream still use them (pytorch issue 193402).
+    Memory allocated `inside` belongs to this stream, so it may be freed at any time: the stream has waited for the
+    calls that used it, and its next owner comes after them. Graphs are captured on this stream for two reasons. The
+    stream that torch would choose lies on the GPU that captured first. And when torch frees a graph, it frees the
+    workspaces of cuBLAS on the graph's stream, even if other graphs of that stream still use them (pytorch issue
+    193402).
     """
 
     def __init__(self, device: torch.device):
@@ -38,23 +39,23 @@ class OwnStream:
             _owned.add(self._stream)
 
     def inside(self) -> AbstractContextManager[Any]:
-        """Work goes to this stream, on its GPU."""
+        """Work inside the block goes to this stream, on its GPU."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def come_first(self) -> None:
-        """What the caller's stream does next waits for what this stream was given."""
+        """Make the caller's stream wait for all work queued on this stream."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def come_after(self) -> None:
-        """What this stream does next waits for what the caller's stream was given."""
+        """Make this stream wait for all work queued on the caller's stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @contextmanager
     def capture(self, graph: Any) -> Iterator[None]:
-        """Work goes into a graph. Raises as torch does where something in it cannot be captured."""
-        # torch empties caches of the current GPU and waits for it before it changes to the stream.
+        """Record the work inside the block in a graph. Raises torch's error for work that cannot be captured."""
+        # Before it changes to the stream, torch waits for the current GPU and empties its caches.
         on_stream = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         with _capturing, torch.cuda.device(self.device), on_stream:
             yield

@@ -1,7 +1,7 @@
-"""What the kernels' steps of a model work in: memory, CUDA graphs, and the tier on which they run.
+"""The workspace of decode steps on kernels: their memory, their CUDA graphs, and the tier on which they run.
 
-A step is the same kernels on the same memory every time, and one CUDA graph replays them. What the steps of a model
-work in is kept for its next call, unless it is large or the weights have changed since.
+Every step runs the same kernels on the same memory, so one CUDA graph replays them. A model's workspace is kept for the
+next call, unless it is large. It is replaced if the weights have moved.
 B batch, T slots of the cache, V vocabulary.
 """
 
@@ -18,21 +18,21 @@ from transformers import GPT2LMHeadModel
 
 from .cache import KVCache
 from .streams import OwnStream
-from .weights import kernel_weights
+from .weights import view_weights
 
 TIERS = ("auto", "eager", "graph", "persistent")
 _selected_tier = "auto"
-# Caches and copies of weights up to this size, 1 GiB, stay for the next call of `generate()`, the cache with room for
-# the whole context.
+# A workspace is kept for the next call of `generate()` if its cache and copies of weights take up to 1 GiB. A cache
+# gets room for the whole context if that fits.
 _KEPT_BYTES = 2**30
 
 
 @contextmanager
 def tier(name: str) -> Iterator[None]:
-    """Decode on one tier inside the block, for measuring it.
+    """Decode on one tier inside the block, in order to measure it.
 
-    name: "eager" launches every kernel from the host, "graph" replays a CUDA graph of them, "persistent" does a step
-    of one row in one kernel (also in a graph), "auto" is what is known to be the fastest.
+    name: "eager" launches every kernel from the host, "graph" replays a CUDA graph of them, "persistent" runs a step of
+    one row in one kernel (also in a graph), "auto" is the tier that is known to be the fastest.
     Raises ValueError on another name.
     """
     global _selected_tier
@@ -48,11 +48,11 @@ def tier(name: str) -> Iterator[None]:
 def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
     """Why the kernels cannot decode with this model, whose modules are plain; None when they can.
 
-    The device is one that kernels run on.
+    The model must be on a device where kernels run.
     """
     from fastgpt_kernels.operations.decode_step.op import DecodeStep
 
-    weights = kernel_weights(model)
+    weights = view_weights(model)
     if any(not parameter.is_contiguous() for parameter in model.parameters()):
         return "a parameter is not contiguous"
     if _selected_tier == "persistent":
@@ -65,14 +65,14 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
 
 
 class Workspace:
-    """The memory in which batches of one size decode with one model, and on a GPU the graphs of steps in it.
+    """The memory in which one model decodes batches of one size, and on a GPU the graphs of the steps.
 
-    n_rows: B. n_slots: T of the cache. n_new: how many tokens a row has in a step at most; more than one for one row.
-    tokens, positions, slots, starts: (B * n_new,) int64, parts of `state`. logits: (B * n_new, V).
+    n_rows: B. n_slots: T of the cache. n_new: the most tokens of a row in a step; more than one only if B is 1.
+    tokens, positions, slots, starts: (B * n_new,) int64, views of `state`. logits: (B * n_new, V).
     """
 
     def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
-        self.fixed, self.tier = fixed_in_graphs(kernel_weights(model)), _selected_tier
+        self.fixed, self.tier = fixed_in_graphs(view_weights(model)), _selected_tier
         self.n_rows, self.n_slots, self.n_new = n_rows, n_slots, n_new
         self.own_stream = OwnStream(model.device)
         with self.own_stream.inside():
@@ -81,31 +81,31 @@ class Workspace:
             self.state = new_zeros(4, n_rows * n_new, dtype=torch.int64)
             self.logits = new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
         self.tokens, self.positions, self.slots, self.starts = self.state
-        # Of steps with one new token a row, and with n_new.
+        # By the number of new tokens per row: 1 or n_new.
         self._steps: dict[int, Any] = {}
         self._graphs: dict[int, Any] = {}
 
     def serves(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> bool:
-        """Whether it can be used again: it has the right size, and what its graphs hold of the model is as it was."""
+        """Whether it can be used again: its size fits, and the pointers in its graphs are still the model's."""
         fits = (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
-        return fits and self.fixed == fixed_in_graphs(kernel_weights(model))
+        return fits and self.fixed == fixed_in_graphs(view_weights(model))
 
     @property
     def n_bytes(self) -> int:
-        """Of the cache and of copies of weights."""
+        """Bytes of the cache and of copies of weights."""
         return self.cache.memory.nbytes + sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
 
     def refresh(self, model: GPT2LMHeadModel) -> None:
         """Bring copies of the model's weights up to date, at the start of a call.
 
-        Every time, because nothing tells for certain that they changed: fused optimizers and `.data` pass by autograd's
-        version counters. A copy moves the bytes of the blocks twice, about as much as two tokens read.
+        Every time, because nothing reliable shows a change: fused optimizers and `.data` bypass autograd's version
+        counters. A copy moves the bytes of the blocks twice, about as much as two tokens read.
         """
         if self.tier == "persistent" and 1 in self._steps:
-            self._steps[1].pack(kernel_weights(model))
+            self._steps[1].pack(view_weights(model))
 
     def decode(self, model: GPT2LMHeadModel, n_new: int = 1) -> None:
-        """Fill logits from tokens, positions, slots and starts, the first n_rows * n_new, and append to the cache."""
+        """Fill the first n_rows * n_new logits from tokens, positions, slots and starts, and append to the cache."""
         graph = self._graphs.get(n_new)
         if graph is None and n_new in self._steps and self.logits.is_cuda and self.tier != "eager":
             graph = torch.cuda.CUDAGraph()
@@ -116,7 +116,7 @@ class Workspace:
             graph.replay()
         elif n_new in self._steps:
             self._launch(model, n_new)
-        else:  # which compiles the kernels that a graph holds, and allocates what they and cuBLAS work in
+        else:  # The first step is not captured: it compiles the kernels and allocates scratch memory, cuBLAS's too.
             self.own_stream.come_after()
             with self.own_stream.inside():
                 self._launch(model, n_new)
@@ -130,22 +130,22 @@ class Workspace:
         if self.tier == "persistent" and n_new == 1:
             from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
 
-            step = step or PersistentDecoder(kernel_weights(model))
+            step = step or PersistentDecoder(view_weights(model))
             step.decode(*where)
         else:
             from fastgpt_kernels.operations.decode_step.op import DecodeStep
 
-            # It holds no weights: those of a model that moved away would stay on the GPU.
-            weights = kernel_weights(model)
+            # The step holds no weights, which would stay on the GPU after the model has moved away.
+            weights = view_weights(model)
             step = step or DecodeStep(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
             step.decode(weights, *where)
         self._steps[n_new] = step
 
 
 def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
-    """What a captured step holds of a model: where its weights lie and in which form, and its constants.
+    """What a graph of a step fixes about a model: the places, dtypes and shapes of its weights, and its constants.
 
-    Not their values, which the kernels read in place at every step.
+    Not the values of the weights, which the kernels read in place at every step.
     """
     held = chain(weights._replace(layers=()), *weights.layers)
     return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
@@ -156,9 +156,9 @@ _kept: WeakKeyDictionary[GPT2LMHeadModel, Workspace] = WeakKeyDictionary()
 
 @contextmanager
 def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
-    """The workspace that is kept for a model if it serves, else a new one; no other call has it meanwhile.
+    """The workspace that is kept for a model if it serves, else a new one; no other call can take it meanwhile.
 
-    It is kept again only behind a block that came to its end, since in another its state may be anything.
+    It is kept again only if the block ends without an exception, because after one its state is unknown.
     """
     taken = _kept.pop(model, None)
     if taken is None or not taken.serves(model, n_rows, n_slots, n_new):
@@ -178,11 +178,11 @@ def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1)
 
 
 def release(model: torch.nn.Module) -> None:
-    """Free what generation keeps on the device for the next call of a model: its cache, graphs and copies of weights.
+    """Free what is kept on the device for the next call of a model: its cache, graphs and copies of weights.
 
-    model: a GPT-2 or what holds some, as an adapter does; one that keeps nothing is left alone. The next call makes
-    everything anew. A call that is under way keeps its own until it ends. Moving a model by `to()` and its like
-    releases it, too.
+    model: a GPT-2, or a module that contains one, such as an adapter; without effect if nothing is kept. The next call
+    allocates everything again. A running call keeps its workspace until it ends. Moving a model by `to()` and similar
+    methods releases it too.
     """
     for module in model.modules():
         _kept.pop(module, None)  # type: ignore[arg-type]

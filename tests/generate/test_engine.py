@@ -475,7 +475,7 @@ def test_decode_step_equals_the_blocks(dtype: torch.dtype, padded: bool) -> None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
     weights = engine.view_weights(ours)
     cache, other_cache = (engine.KVCache.allocate(ours, 3, 12) for _ in range(2))
-    assert weights.layers[1].qkv.weight is ours.transformer.h[1].attn.c_attn.weight
+    assert weights.layers[1].qkv_weight is ours.transformer.h[1].attn.c_attn.weight
     first = engine.prefill(ours, cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])
     steps = [engine.decode_one_token(weights, cache, ids[:, t], positions[:, t]) for t in range(9, 12)]
     engine.prefill(ours, other_cache, ids[:, :9], None if mask is None else mask[:, :9], positions[:, :9])

@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, tuple[list[torch.Tensor], dict]] = {
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(ops, "_warned", set())
     for operation in list(fastgpt_kernels.KERNEL_MODULES):
         monkeypatch.delitem(fastgpt_kernels.KERNEL_MODULES, operation)
 
@@ -50,7 +50,7 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(fastgpt_kernels, "_fault", lambda device: None)
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(ops, "_warned", set())
     module = ModuleType("fake")
     setattr(module, "supports", lambda x: x.dtype != torch.float64)  # noqa: B010
     for operation in fastgpt_kernels.OPERATIONS:

@@ -1,4 +1,4 @@
-"""The weights of a GPT-2 as the kernels of decoding take them."""
+"""The weights of a GPT-2 as the decode steps read them."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class DecodeLayer(NamedTuple):
 class DecodeWeights(NamedTuple):
     """The weights of a model: wte (V, C), wpe (P, C), ln_f (C,), head (V, C), which may be wte itself.
 
-    activation: of the MLP, a name in `reference.ACTIVATIONS`.
+    activation: of the MLP, a name in `activations.ACTIVATIONS`.
     """
 
     wte: Tensor

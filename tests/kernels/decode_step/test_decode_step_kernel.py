@@ -15,7 +15,7 @@ from models import look_trained, pair, tiny_config, token_ids
 from torch import Tensor
 
 from fastgpt.generate import KVCache
-from fastgpt.generate.weights import kernel_weights
+from fastgpt.generate.weights import view_weights
 from fastgpt.model.compat import CACHE
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
@@ -77,7 +77,7 @@ def filled_cache(case: Case, n_slots: int, padding: float = float("nan")) -> KVC
 
 def decode(case: Case, cache: KVCache) -> Tensor:
     """Logits (B, n_steps, V)."""
-    weights, memory = kernel_weights(case.ours), cache.memory
+    weights, memory = view_weights(case.ours), cache.memory
     step = DecodeStep(weights, len(case.ids), memory.shape[-2])
     for scratch in vars(step).values():
         if isinstance(scratch, Tensor):
@@ -155,7 +155,7 @@ def test_contexts_around_a_block_of_keys(n_tokens: int) -> None:
 def test_several_new_tokens_of_one_sequence(dtype: torch.dtype, n_new: int, start: int) -> None:
     """In few and in many rows; the last of them, in the slot past the cache, goes nowhere and still has its logits."""
     case = make_case(dtype, [start], 41, n_new)
-    cache, weights = filled_cache(case, 40), kernel_weights(case.ours)
+    cache, weights = filled_cache(case, 40), view_weights(case.ours)
     step = DecodeStep(weights, n_new, 40, one_sequence=True)
     for scratch in vars(step).values():
         if isinstance(scratch, Tensor):
@@ -185,7 +185,7 @@ def test_ids_and_slots_outside_their_tables() -> None:
     """An engine that runs ahead hands in such: nothing is read or written outside, and no other row is disturbed."""
     case = make_case(torch.float32, [0, 0], 12, 1)
     expected = decode(case, filled_cache(case, 12))
-    weights, cache = kernel_weights(case.ours), filled_cache(case, 12)
+    weights, cache = view_weights(case.ours), filled_cache(case, 12)
     before = cache.memory.clone()
     step, logits = DecodeStep(weights, 2, 12), torch.empty(2, 131)
     tokens = torch.stack([torch.tensor(-1), case.ids[1, 11]])
@@ -250,5 +250,5 @@ def test_obstacles(changes: dict[str, Any], dtype: torch.dtype, reason: str | No
     with torch.device("meta"):
         model: Any = fastgpt.GPT2LMHeadModel(tiny_config(**changes))
         model.to(dtype)
-    found = DecodeStep.obstacle(kernel_weights(model))
+    found = DecodeStep.obstacle(view_weights(model))
     assert found is None if reason is None else reason in str(found)

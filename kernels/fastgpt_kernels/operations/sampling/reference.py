@@ -1,4 +1,4 @@
-"""Sampling in plain torch: the specification, what the kernels are held against, and the path for CPUs."""
+"""Sampling in plain torch: the specification that the kernels are tested against. The CPU path uses only its noise."""
 
 import math
 from dataclasses import dataclass
