@@ -1,7 +1,7 @@
-"""Attention between transformers and the operations: which mask is made, and what runs under it.
+"""The attention of fastgpt as transformers calls it: the mask, and the operation that runs under it.
 
-Importing this registers both with transformers, so that attn_implementation="fastgpt" works on any model with full
-attention. Shapes: B batch, T tokens, H heads, D head size; q for queries, k for keys.
+Importing this module registers both with transformers, so that attn_implementation="fastgpt" works on any model with
+full attention. Shapes: B batch, T tokens, H heads, D head size; q for queries, k for keys.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from .patching import ATTENTION
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float, dropout_p: float
 ) -> Tensor:
-    """Attention under any mask that `attention_mask` makes or a user passes.
+    """Attention under any mask from `attention_mask` or a user.
 
-    query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: None or (B, Tk) bool over the keys, to which causality is
-    added when is_causal; or four axes, bool (True = attend) or additive, which says everything itself.
+    query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: None or (B, Tk) bool over the keys, combined with the
+    causal mask when is_causal; or a complete mask with four axes, bool (True = attend) or additive.
     Returns (B, H, Tq, D).
     """
     if is_causal and (mask is None or mask.ndim == 2):
@@ -43,7 +43,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """`attend` in the form that transformers calls. Returns (B, Tq, H, D) and no attention weights."""
+    """`attend` with the signature that transformers calls. Returns (B, Tq, H, D) and no attention weights."""
     n_queries_per_key = getattr(module, "num_key_value_groups", 1)
     if n_queries_per_key > 1:
         key, value = (heads.repeat_interleave(n_queries_per_key, dim=1) for heads in (key, value))
@@ -63,9 +63,9 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """The least that says what may be seen: None, (B, Tk) bool over the keys, or (B, 1, Tq, Tk) bool.
+    """The smallest sufficient mask: None, (B, Tk) bool over the keys, or (B, 1, Tq, Tk) bool.
 
-    Called by transformers with the pattern (`mask_function`) and the padding (`attention_mask`, 2-D bool).
+    transformers calls it with the pattern (`mask_function`) and the padding (`attention_mask`, 2-D bool).
     """
     at_the_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     is_causal = mask_function is causal_mask_function and at_the_end
@@ -82,10 +82,10 @@ def attention_mask(
 
 
 def nothing_hidden(x: Tensor) -> Tensor:
-    """In place of no mask, between a model and its blocks: nothing is padded and nothing is packed.
+    """An empty mask that a model passes to its blocks in place of None: no padding, no packed sequences.
 
-    Where there is no mask transformers looks for packed sequences in the positions, which waits for the device, and
-    under torch.compile makes a mask for them as if there were some. A mask with four axes it hands on as it is.
+    Without a mask, transformers looks for packed sequences in the positions, which waits for the device, and under
+    torch.compile it always makes a mask for them. A mask with four axes is passed on unchanged.
     """
     return x.new_empty((1, 1, 0, 0), dtype=torch.bool)
 

@@ -1,7 +1,7 @@
-"""The modules that a GPT-2 is made of, over the operations of `ops`.
+"""The modules of a GPT-2, over the operations of `ops`.
 
-Every class here is transformers' or torch's class of the same kind with another forward: same parameters, same names,
-same arguments. `patching` swaps them. Shapes: B batch, T tokens, H heads, D head size, C channels.
+Each class is a subclass of transformers' or torch's class with another forward: the parameters, their names and the
+arguments are the same. `patching` swaps the classes. Shapes: B batch, T tokens, H heads, D head size, C channels.
 """
 
 from typing import Any
@@ -80,7 +80,7 @@ class GPT2Attention(hf.GPT2Attention):
 
         qkv = self.c_attn(hidden_states)
         qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
-        # Each (B, H, T, D), read in place; taken apart along the packed axis, for backward stacks gradients along it.
+        # Views (B, H, T, D). Unbind along the packed axis, because backward then stacks the gradients along it.
         query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
@@ -89,7 +89,7 @@ class GPT2Attention(hf.GPT2Attention):
             key, value = past.update(key, value, self.layer_idx)  # (B, H, past + T, D)
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        # As in transformers, whose masks are causal whatever the module says: it decides where no mask is needed.
+        # As in transformers: masks are always causal, and module.is_causal counts only where there is no mask.
         is_causal = self.is_causal or attention_mask is not None or key.shape[2] != T
         attended = attend(
             query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
@@ -103,7 +103,7 @@ class GPT2Attention(hf.GPT2Attention):
 
 @replaces(hf.GPT2MLP)
 class GPT2MLP(hf.GPT2MLP):
-    """The MLP in one operation where both products are plain, the residual sum included where its block asks for it."""
+    """The MLP in one operation if both products are plain; it adds the residual if the block passes it."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
@@ -125,7 +125,7 @@ declare(GPT2MLP(1, GPT2Config(n_embd=1)))
 
 @replaces(hf.GPT2Block)
 class GPT2Block(hf.GPT2Block):
-    """One layer; the residual sum and the second LayerNorm are one operation."""
+    """One layer; one operation computes the residual sum and the second LayerNorm."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""What ids and labels must be, checked where looking at them is possible."""
+"""Range checks of ids and labels, where their values can be read."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from .. import ops
 
 
 def check_range(ids: Tensor, limit: int, message: str) -> None:
-    """Raise ValueError on an id outside [0, limit). message: what to say, with {value} and {limit}."""
-    # A captured or traced step cannot look at values.
+    """Raise ValueError on an id outside [0, limit). message: a template with {value} and {limit}."""
+    # A captured or traced step cannot read values.
     if ids.numel() == 0 or ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
     if isinstance(ids, FakeTensor) or ops.is_transformed():
         return
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    lowest, highest = torch.stack(torch.aminmax(ids)).tolist()  # together: on a GPU each look waits for the device
+    lowest, highest = torch.stack(torch.aminmax(ids)).tolist()  # on a GPU each read waits: read both at once
     if lowest < 0 or highest >= limit:
         raise ValueError(message.format(value=lowest if lowest < 0 else highest, limit=limit))
 

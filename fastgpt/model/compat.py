@@ -1,4 +1,4 @@
-"""What the versions of transformers that fastgpt runs with name differently."""
+"""Names that differ between the supported versions of transformers."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 def take_cache(given: Any, options: dict[str, Any]) -> Any:
-    """The cache that a block or its attention was called with: given by position, or taken out of options by name.
+    """The cache passed to a block or its attention by position, or by name, in which case it is taken out of options.
 
-    Before 5.24 options may hold another thing called "cache", the pages of continuous batching, which stays there.
+    Before 5.24, options may also hold a "cache" of another kind, the pages of continuous batching, which stays there.
     """
     given = options.pop("past_key_values", given)
     return options.pop(CACHE, given)

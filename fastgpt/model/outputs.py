@@ -1,8 +1,8 @@
 """The logits of a training step: a tensor whose values are computed when an operation first needs them.
 
-The loss needs no logits. Whoever reads them gets what transformers would have computed in forward, whatever has become
-of the weights since: the head's weight is copied, (V, C), for as long as the logits are neither read nor dropped. No
-cheaper check tells whether a weight has changed: `.data`, fused optimisers and shared memory count no version.
+The loss needs no logits. A reader gets the logits that transformers would have computed in forward, even if the weights
+have changed since: a copy of the head's weight, (V, C), lives until the logits are read or dropped. No cheaper check
+shows that a weight has changed, because `.data`, fused optimisers and shared memory do not count versions.
 Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
@@ -20,7 +20,7 @@ _NO_PATH = f"the gradient of this loss does not pass through output.logits: {_CU
 
 
 class _Product:
-    """hidden_states @ weight^T, computed once, in the first of `dtypes` and then rounded to each of the others."""
+    """hidden_states @ weight^T, computed once in the first of `dtypes`, then rounded to each of the others in turn."""
 
     def __init__(self, hidden_states: Tensor, weight: Tensor, dtype: torch.dtype):
         self.shape, self.device, self.dtypes = (*hidden_states.shape[:-1], weight.shape[0]), weight.device, (dtype,)
@@ -29,13 +29,13 @@ class _Product:
         self.value: Tensor | None = None
 
     def rounded_to(self, dtype: torch.dtype) -> "_Product":
-        """Another product, which shares no memory with this one."""
+        """Another product, whose value has its own memory."""
         rounded = copy.copy(self)
         rounded.dtypes = (*self.dtypes, dtype)
         return rounded
 
     def read(self) -> Tensor:
-        """The value, always the same memory."""
+        """The value, always in the same memory."""
         if self.value is None:
             self.value, self.factors = self.compute(), None
         return self.value
@@ -55,14 +55,14 @@ class _Product:
 
 
 class _GradientWanted:
-    """What a user has attached to logits that a fused loss does not pass through."""
+    """Hooks and retain_grad on logits, through which a fused loss has no gradient."""
 
     def __init__(self) -> None:
         self.retained = False
         self.hooks: dict[int, Callable] = {}
 
     def refuse(self, *_: Any) -> None:
-        # FSDP's hooks only want to know when backward begins, for which it has another on the loss.
+        # FSDP's hooks only detect the start of backward, and it has another one on the loss for that.
         if self.retained or not all(map(_is_of_torch, self.hooks.values())):
             raise RuntimeError(_NO_PATH)
 
@@ -75,8 +75,8 @@ def _is_of_torch(hook: Callable) -> bool:
 class TrainingLogits(Tensor):
     """Logits (B, T, V) that are computed, with their graph, when an operation first needs their values.
 
-    Above autograd this is an ordinary tensor with a graph of its own; what reaches the values below it gets a plain
-    tensor. Shape, dtype, device, hooks, `detach()` and conversions to another dtype compute nothing.
+    To autograd this is an ordinary tensor with its own graph; operations below autograd get a plain tensor with the
+    values. Shape, dtype, device, hooks, `detach()` and conversions to another dtype compute nothing.
     """
 
     _product: _Product
@@ -121,10 +121,10 @@ class TrainingLogits(Tensor):
 
 
 def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> TrainingLogits:
-    """What transformers' head would give, F.linear(hidden_states, weight), but computed when it is read.
+    """The result of transformers' head, F.linear(hidden_states, weight), but computed when it is read.
 
-    hidden_states: (B, T, C). weight: (V, C). loss: the fused loss, which has no path to these logits: its backward
-    raises RuntimeError where a gradient of theirs is waited for.
+    hidden_states: (B, T, C). weight: (V, C). loss: the fused loss, whose graph does not contain these logits: its
+    backward raises RuntimeError if somebody waits for their gradient.
     """
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
@@ -139,7 +139,7 @@ def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> Trai
 
 
 class _Head(torch.autograd.Function):
-    """The product as autograd sees it: its values may come later."""
+    """The product for autograd; its values may be computed later."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, product: _Product) -> Tensor:
@@ -162,13 +162,13 @@ class _Head(torch.autograd.Function):
 
 
 def _plain(logits: TrainingLogits) -> Tensor:
-    """The values as a plain tensor, with the graph of the logits, whose memory it shares."""
+    """The values as a plain tensor that shares the graph and the memory of the logits."""
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
         return torch.ops.aten.alias.default(logits)
 
 
 def _refuse_gradients(outputs: Iterable[Any], inputs: Iterable[Any] | None = None, **_: Any) -> None:
-    """Raise where logits are among the inputs and their loss among the outputs, because no graph joins the two."""
+    """Raise if the inputs contain logits and the outputs their loss, because no graph connects the two."""
     wanted = [x._wanted for x in inputs or () if isinstance(x, TrainingLogits) and x._wanted is not None]
     waiting: list[Any] = [x.grad_fn if isinstance(x, Tensor) else x.node for x in outputs] if wanted else []
     seen: set[Any] = {None}
@@ -182,7 +182,7 @@ def _refuse_gradients(outputs: Iterable[Any], inputs: Iterable[Any] | None = Non
         waiting += [following for following, _ in node.next_functions]
 
 
-# --- what needs no values -------------------------------------------------------------------------------------------
+# --- operations without values --------------------------------------------------------------------------------------
 
 
 def _same_memory(logits: Tensor, size: Iterable[int] | None = None) -> TrainingLogits | None:
@@ -199,10 +199,10 @@ def _converted(logits: Tensor, *, dtype: torch.dtype | None = None, **options: A
     return TrainingLogits(logits._product.rounded_to(dtype or logits._product.dtypes[-1]))
 
 
-# Below autograd: operations whose result is computed as late as their argument, or None where it is needed now.
+# Below autograd: these return logits that are still not computed, or None if the values are needed now.
 _LATER: dict[Any, Callable[..., TrainingLogits | None]] = {
     torch.ops.aten.detach.default: _same_memory,
-    torch.ops.aten.view.default: _same_memory,  # of the same shape: what autograd makes of an output that is an input
+    torch.ops.aten.view.default: _same_memory,  # to the same shape: how autograd returns an input
     torch.ops.aten.clone.default: _converted,
     torch.ops.aten._to_copy.default: _converted,
 }

@@ -1,7 +1,7 @@
-"""Changing sides: a GPT-2 runs on fastgpt when its modules have fastgpt's classes.
+"""Patching: a GPT-2 runs on fastgpt when its modules have fastgpt's classes.
 
-The classes add no state to transformers' own, so assigning `__class__` is the whole change: parameters, hooks,
-adapters and settings stay where they are.
+The classes add no state to transformers' own, so assigning `__class__` is the whole change. Parameters, hooks, adapters
+and settings stay.
 """
 
 import inspect
@@ -25,7 +25,7 @@ Class = TypeVar("Class", bound=type[nn.Module])
 Replacements = dict[type[nn.Module], type[nn.Module]]
 
 _TO_FASTGPT: Replacements = {}
-# Classes that other models use too change only as attributes of a GPT-2 module: name -> (theirs, ours).
+# Classes that other models also use are swapped only as attributes of a GPT-2 module: name -> (theirs, ours).
 _PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
@@ -48,7 +48,7 @@ def replaces(theirs: type[nn.Module], parts: tuple[str, ...] = ()) -> Callable[[
 
 
 class _Signature(inspect.Signature):
-    """The signature of the forward that a class has now: from it transformers and its Trainer choose the inputs."""
+    """The signature of a class's current forward, from which transformers and its Trainer choose the inputs."""
 
     def __init__(self, kind: type[nn.Module]):
         super().__init__()
@@ -66,7 +66,7 @@ _signature_of = lru_cache(maxsize=16)(inspect.signature)
 
 
 def forward_of(theirs: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Give a forward the name and documentation of that of `theirs`, and its signature, whoever replaces it there."""
+    """Give a forward the name and docstring of that of `theirs`, and the signature that that one has at any time."""
 
     def change(ours: Callable) -> Callable:
         ours = wraps(theirs.forward)(ours)
@@ -82,7 +82,7 @@ def replacement(theirs: type[nn.Module]) -> type[Any]:
 
 
 def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:
-    """Change the class of every GPT-2 module in `model` and of its parts: all of them or none.
+    """Change the class of every GPT-2 module in `model` and of its parts, or of none if one fails.
 
     Returns how many modules changed.
     """
@@ -117,7 +117,7 @@ def _set(target: Any, name: str, value: Any, undo: Undo) -> None:
 
 @contextmanager
 def _all_or_nothing() -> Iterator[Undo]:
-    """Collects what changes before it changes, and puts it back when the block is left by an exception."""
+    """Collect the old value of every change, and restore them all if the block raises."""
     undo: Undo = []
     try:
         yield undo
@@ -131,10 +131,10 @@ def _all_or_nothing() -> Iterator[Undo]:
 def patch(model: Module) -> Module:
     """Make a transformers GPT-2, or a model that contains one, run on fastgpt; in place.
 
-    Weights, hooks, adapters and settings stay as they are. transformers' default attention ("sdpa") gives way to
-    ours; one that was chosen ("eager", "flex_attention", ...) is kept. Undone by `unpatch`.
-    Returns the model; one that runs on fastgpt already stays as it is. Raises ValueError when it holds no GPT-2. On any
-    error the model is untouched.
+    Weights, hooks, adapters and settings stay. transformers' default attention ("sdpa") is replaced by ours; another
+    choice ("eager", "flex_attention", ...) is kept. `unpatch` undoes it.
+    Returns the model, unchanged if it already runs on fastgpt. Raises ValueError when it contains no GPT-2. On any
+    error the model is unchanged.
     """
     runs_already = any(type(module) in _TO_FASTGPT.values() for module in model.modules())
     with _all_or_nothing() as undo:
@@ -147,9 +147,9 @@ def patch(model: Module) -> Module:
 
 
 def unpatch(model: Module) -> Module:
-    """Give a model that runs on fastgpt its transformers classes and transformers' default attention back; in place.
+    """Restore the classes of transformers and its default attention in a model that runs on fastgpt; in place.
 
-    Returns the model. Raises ValueError, the model untouched, when nothing in it runs on fastgpt.
+    Returns the model. Raises ValueError, and leaves the model unchanged, when nothing in it runs on fastgpt.
     """
     with _all_or_nothing() as undo:
         if not _swap_classes(model, undo, to_fastgpt=False):

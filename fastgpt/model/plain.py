@@ -1,8 +1,8 @@
-"""What may be read directly: a module that is as its constructor made it, of a class that is as it was at import.
+"""Which modules are plain: unchanged since their constructor, and of a class that is unchanged since import.
 
-Fused code reads the weights of a module that transformers would call. That gives the same only where calling the
-module does what its class says and nothing else, so everything that calling depends on is compared with an example
-that was just made. What differs is called, whatever the difference is.
+Fused code reads the weights of modules that transformers would call. The results agree only if calling the module runs
+its class's code and nothing else, so everything that a call depends on is compared with a newly made example. A module
+that differs in any way is called instead of read.
 """
 
 import os
@@ -22,14 +22,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-# What `module(...)` runs, as far as it is the class that says so.
+# The attributes of a class that decide what `module(...)` runs.
 CALLED = "__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__", "__getattribute__"
 _called = attrgetter(*CALLED)
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 hooks = attrgetter(*HOOKS)
-# transformers marks modules whose weights it has initialised; nothing that runs reads the mark.
+# transformers marks modules whose weights it has initialised; no forward reads the mark.
 MARKS = {"_is_hf_initialized"}
-# Where code that belongs to a class comes from; a function from elsewhere was put there by someone.
+# Folders with the code of torch, transformers, fastgpt and Python. A function from elsewhere was put into a class.
 _HOMES = tuple(
     f"{Path(folder).resolve()}{os.sep}"
     for folder in (
@@ -53,13 +53,13 @@ def _is_from_elsewhere(value: Any) -> bool:
 
 def _is_at_home(file: str) -> bool:
     home = max((home for home in _HOMES if file.startswith(home)), key=len, default=None)
-    # What is installed lies below the standard library, and is none of it.
+    # Installed packages lie below the standard library but do not belong to it.
     return home is not None and not any(folder in file[len(home) - 1 :] for folder in _INSTALLED)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A class at import: all its attributes, and the names of functions that others had put there by then."""
+    """A class at import: its attributes, and the names of functions that others had already put into it."""
 
     attributes: dict[str, Any]
     foreign: tuple[str, ...]
@@ -71,7 +71,7 @@ _forward_at_import: dict[type, Any] = {}
 
 
 def watch(kind: type[nn.Module]) -> None:
-    """Remember a class and its bases as they are now."""
+    """Record a class and its bases as they are now."""
     for base in kind.__mro__:
         if base not in _seen and base is not object:
             attributes = dict(vars(base))
@@ -85,12 +85,12 @@ def watch(kind: type[nn.Module]) -> None:
 def is_as_imported(kind: type[nn.Module]) -> bool:
     """Whether calling a module of this class runs the functions that it ran when fastgpt was imported."""
     if torch.compiler.is_compiling():
-        return kind.forward is _forward_at_import[kind]  # what Dynamo can follow, and it looks into the rest itself
+        return kind.forward is _forward_at_import[kind]  # Dynamo can follow this, and traces the rest itself
     return _called(kind) == _called_at_import[kind]
 
 
 def changes_of_class(kind: type) -> Iterator[str]:
-    """Functions of a class or its bases that are no longer those seen at import, or were not their own even then."""
+    """Functions of a class or its bases that were replaced since import, or that others had replaced before."""
     for base in kind.__mro__[:-1]:
         seen, now = _seen[base], vars(base)
         if now == seen.attributes and not seen.foreign:
@@ -105,8 +105,8 @@ def changes_of_class(kind: type) -> Iterator[str]:
                 yield f"{base.__name__}.{name} was replaced"
 
 
-# Not what a module does when it is called. Modules are compared as they are, however they were made: the first
-# torch.compile of a process wraps the two functions that make them. Python adds the others when someone asks for them.
+# These do not affect a call. The first torch.compile of a process wraps the two functions that make modules, but
+# the modules themselves are compared. Python adds the other attributes on first access.
 _MAKING = {"__init__", "__setstate__"}
 _NOT_CODE = {*_MAKING, "__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__abstractmethods__"}
 
@@ -115,7 +115,7 @@ _NOT_CODE = {*_MAKING, "__annotations__", "__annotate__", "__annotate_func__", "
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a module must be to be read directly. fixed: its attributes, sizes apart. parameters: their names."""
+    """What makes a module plain. fixed: its attributes except sizes. parameters: their names."""
 
     read_fixed: Callable[[Any], Any]
     fixed: Any
@@ -128,10 +128,10 @@ _hides_nothing = frozenset(CALLED).isdisjoint
 
 
 def declare(example: nn.Module, sizes: Sequence[str] = (), shapes: Callable[[Any], tuple] = lambda _: ()) -> None:
-    """Modules of this example's class may be read directly where they differ from it in sizes alone.
+    """Declare that modules of this example's class are plain if they differ from it only in sizes.
 
-    sizes: attributes that a user chooses. shapes: of the parameters, in order, given a module; None for a bias that it
-    may not have.
+    sizes: attributes that a user chooses. shapes: given a module, the shapes of its parameters in order; None for a
+    bias that must be absent.
     """
     watch(type(example))
     fixed = sorted(vars(example).keys() - vars(nn.Module()).keys() - set(sizes))
@@ -141,16 +141,16 @@ def declare(example: nn.Module, sizes: Sequence[str] = (), shapes: Callable[[Any
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly `kind`, as its constructor made it, and calling it does nothing else.
+    """Whether `module` is exactly of class `kind`, unchanged since its constructor, and nothing surrounds its call.
 
-    LoRA and quantisation replace the class, hooks and device dispatch surround the call, FSDP2 and tensor
-    parallelism replace the parameters, users replace anything: all of these must go through the module's own call.
+    LoRA and quantisation replace the class, hooks and device dispatch surround the call, FSDP2 and tensor parallelism
+    replace the parameters, and users replace anything. All of these need the module's own call.
     """
     if torch.compiler.is_compiling():
         return _is_plain_to_dynamo(module, kind)
     if type(module) is not kind or any(hooks(module)) or _has_any_global_hook():
         return False
-    # Of other names in the module, what its class runs reads none.
+    # The code of its class reads no other name that a module may hold.
     if not _hides_nothing(module.__dict__) or _called(kind) != _called_at_import[kind]:
         return False
     rule, parameters = _kinds[kind], module._parameters
@@ -162,7 +162,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if list(parameters) == rule.parameters:
         held = parameters.values()
     elif parameters.keys() <= set(rule.parameters):
-        # FSDP1 puts tensors that it has gathered into the module itself, or back in another order.
+        # FSDP1 sets gathered tensors as attributes of the module, or restores the parameters in another order.
         held = [getattr(module, name, None) for name in rule.parameters]
     else:
         return False
@@ -177,12 +177,12 @@ def _fits(parameter: Tensor | None, shape: tuple[int, ...] | None) -> bool:
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Whether it is a tensor of torch itself, and no subclass that computes otherwise or lies on several devices."""
+    """Whether its type is torch's own. A subclass may compute differently or lie on several devices."""
     return type(tensor) in _TENSORS
 
 
 def _is_plain_to_dynamo(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """The part of the rule that Dynamo can follow; it guards what it read, and compiles again when that changes."""
+    """The part of the rule that Dynamo can follow: it guards what it reads, and recompiles when that changes."""
     return (
         type(module) is kind
         and "forward" not in module.__dict__
@@ -204,7 +204,7 @@ def same(value: Any, other: Any) -> bool:
 def fused_activation(act: nn.Module) -> str | None:
     """The name under which `gelu_mlp` knows this activation module."""
     name = _ACTIVATIONS.get(type(act))
-    is_python_twin = isinstance(getattr(act, "act", None), MethodType)  # gelu_python: unfused, as its user asked
+    is_python_twin = isinstance(getattr(act, "act", None), MethodType)  # gelu_python: unfused at the user's request
     return None if name is None or is_python_twin or not is_plain(act, type(act)) else name
 
 

@@ -1,7 +1,7 @@
-"""Whether a language model is, as a whole, what its configuration describes: then the engine may stand in for it.
+"""Whether a language model is exactly what its configuration describes, so that the engine may replace its forward.
 
-The model is compared with a twin that is built from the same configuration without weights. What was found equal is
-remembered, and a later call only looks whether anything has changed since.
+The model is compared with a twin that is built from the same configuration without weights. A model found equal is
+remembered, and later calls only check whether anything has changed since.
 """
 
 import copy
@@ -23,7 +23,7 @@ from .patching import replacement
 
 
 def difference(model: nn.Module) -> str | None:
-    """What distinguishes a model from fastgpt's GPT2LMHeadModel just made, in eval mode; None if nothing."""
+    """How a model differs from a newly made GPT2LMHeadModel of fastgpt in eval mode; None if it does not."""
     proof = _proofs.get(model)
     if proof is not None and type(model) is replacement(hf.GPT2LMHeadModel) and proof.holds(model):
         return None
@@ -37,7 +37,7 @@ def difference(model: nn.Module) -> str | None:
 
 
 def differences(model: nn.Module) -> Iterator[str]:
-    """All that `difference` could name, in one line each."""
+    """All differences of the model, one line each."""
     if type(model) is not replacement(hf.GPT2LMHeadModel):
         yield f"the model is not a plain module: {type(model).__name__}"
         return
@@ -46,7 +46,7 @@ def differences(model: nn.Module) -> Iterator[str]:
         yield "a hook is set on every module"
     try:
         twin = _twin(model.config)
-    except Exception as error:  # the configuration was changed into one that describes no model
+    except Exception as error:  # the configuration was changed and describes no model any more
         yield f"its configuration describes no model: {error}"
         return
     parts, twins = (dict(it.named_modules(remove_duplicate=False)) for it in (model, twin))
@@ -91,7 +91,7 @@ def _module_differences(
     ours, theirs = vars(module), vars(twin)
     for name in (ours.keys() | theirs.keys()) - _NOT_COMPARED:
         if isinstance(module, PreTrainedModel):
-            # Libraries leave notes on a model; only what hides an attribute of its class is read by what runs.
+            # Libraries leave notes on a model. Code reads such an attribute only if it hides one of the class.
             hidden = getattr(type(module), name, ours.get(name))
             is_different = name not in theirs and not plain.same(ours[name], hidden)
         elif isinstance(ours.get(name), PreTrainedConfig):
@@ -106,7 +106,7 @@ def _module_differences(
         yield "is not a plain module: it has buffers"
 
 
-# Of these, what runs reads neither the mark nor the tags, which are for model cards.
+# Compared elsewhere, except the mark and the tags of model cards, which no forward reads.
 _NOT_COMPARED = {"training", "_parameters", "_buffers", "_modules", "model_tags", *plain.HOOKS, *plain.MARKS}
 
 
@@ -119,9 +119,10 @@ def _described(item: tuple[str, Tensor | None]) -> tuple[Any, ...]:
 
 
 class _Proof:
-    """A model that was found equal to its twin, and every place where a change since would show.
+    """A record of a model that was found equal to its twin, with every place where a later change would show.
 
-    It holds no module and no parameter, so that what is replaced is freed: with the first of the modules it goes, too.
+    It holds no strong reference to a module or parameter, so that replaced ones are freed, and it is deleted with the
+    first module that is freed.
     """
 
     def __init__(self, model: Any):
