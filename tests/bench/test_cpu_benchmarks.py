@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
 from benchmarks.cpu import lookup
 from benchmarks.report import records, tables
 from fastgpt import generate as engine
 from fastgpt.bench.parity import ParityError
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, file: Path, *arguments: str) -> tuple[dict[str, Any], str]:

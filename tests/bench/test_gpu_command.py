@@ -13,6 +13,7 @@ import fastgpt_kernels
 import pytest
 import torch
 from models import pair, tiny_config, token_ids
+from paths import ROOT
 
 from benchmarks.gpu import cold_start
 from benchmarks.gpu import command as gpu
@@ -24,7 +25,6 @@ from fastgpt.bench import BenchmarkOptions, run_benchmark
 from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import load_base
 
-ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks", "gpu"]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels")),

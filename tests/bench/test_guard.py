@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import typer
+from paths import ROOT
 
 from benchmarks.cpu import guard
 from benchmarks.report.records import benchmarks
-
-ROOT = Path(__file__).parents[2]
 
 
 def result(ratio: float, spread: float = 0.0, baseline: str = "hf-sdpa") -> dict[str, Any]:

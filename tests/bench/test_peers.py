@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from models import lively, token_ids
+from paths import ROOT
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -24,7 +25,6 @@ from fastgpt.accounting import Shape
 from fastgpt.bench import BenchmarkOptions, workloads
 from fastgpt.bench.parity import ParityError
 
-ROOT = Path(__file__).parents[2]
 SHAPE = Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)
 OPTIONS = BenchmarkOptions(
     model="demo", prompt_tokens=12, new_tokens=4, runs=5, device="cpu", dtype="float32", baselines=["hf-sdpa"]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from benchmarks.report import command as report
 from benchmarks.report import paper, plots, records
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, count_parameters
 
-ROOT = Path(__file__).parents[2]
 FLOAT32 = Path("benchmarks/results/cpu/2026-11-24-gpt2-float32-peers.json")
 
 

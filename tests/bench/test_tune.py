@@ -13,14 +13,13 @@ import torch
 import typer
 from fastgpt_kernels.operations.attention import tiles as attention_tiles
 from fastgpt_kernels.operations.layer_norm import tiles as layer_norm_tiles
+from paths import ROOT
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.tune import Finding, Timing
 from benchmarks.operations import timing as operations
 from benchmarks.operations.timing import TINY
 from fastgpt.ops import backend
-
-ROOT = Path(__file__).parents[2]
 
 
 def layer_norm_case() -> operations.Case:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from models import HEADS
+from paths import ROOT
 
 import fastgpt
 from fastgpt import accounting, cli
@@ -21,7 +22,6 @@ from fastgpt import text as generation
 from fastgpt.bench import workloads
 from fastgpt.verify import verify_checkpoint
 
-ROOT = Path(__file__).parents[2]
 AUTO_MAP = {
     "AutoConfig": "planted.PlantedConfig",
     "AutoModel": "planted.PlantedModel",

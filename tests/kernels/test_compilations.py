@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import fastgpt_kernels
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Batches and lengths: one, odd and divisible by 16, in training and in prefill.
 SHAPES = [(2, 16), (1, 1), (1, 33), (3, 16), (1, 16), (5, 7), (2, 1), (1, 128), (4, 31), (1, 2), (16, 16), (3, 3)]
 # Prints for every operation how many kernels its first shape compiles, and how many all shapes.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = Path("kernels", "fastgpt_kernels")
 # The tests that watch over a file of the kernels' package, or of fastgpt.
 TESTS = {

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fastgpt_kernels
@@ -15,7 +14,6 @@ from fastgpt_kernels import KernelUnavailableError, operations, reference
 import fastgpt
 from fastgpt import ops
 
-ROOT = Path(__file__).parents[2]
 LABELS = torch.tensor([0, 4, -100])
 
 

@@ -6,8 +6,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PARENTS = {"fastgpt": ROOT, "fastgpt_kernels": ROOT / "kernels", "benchmarks": ROOT}
 # What need not be installed is imported where it is used, and so are the modules that import triton.
 OPTIONAL = {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from interpreter import releases
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "machines.md"
 pytest.importorskip("triton")
 

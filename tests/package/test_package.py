@@ -11,8 +11,8 @@ from pathlib import Path
 from shutil import copytree, ignore_patterns
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = {"fastgpt": ROOT / "fastgpt", "fastgpt_kernels": ROOT / "kernels" / "fastgpt_kernels"}
 FILES = {package: sorted(root.rglob("*.py")) for package, root in SOURCE_ROOTS.items()}
 ALL_FILES = [file for files in FILES.values() for file in files]

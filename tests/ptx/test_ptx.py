@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fastgpt_kernels.audit import shipped
 from fastgpt_kernels.common import chip
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Of every operation one call, the one with the most in it among those that take seconds.
 CALLS = {
     "layer_norm": "bf16 C=768",

@@ -13,8 +13,8 @@ import fastgpt_kernels
 import pytest
 from fastgpt_kernels import audit
 from fastgpt_kernels.audit.__main__ import main
+from paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 LAUNCH = audit.Launch("layer_norm", "bf16 C=768", "", "_layer_norm_fwd_kernel", "{}")
 FINDING = audit.Finding("layer_norm", "layer_norm_fwd_kernel", "bf16 C<=1024", "sm_90", registers=56)
 # Every launch that ships for every chip, as JSON.

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,6 +30,7 @@ from hypothesis import strategies as st
 from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run
 from interpreter.cooperative import cooperative_grid
 from models import look_trained, pair, tiny_config, token_ids
+from paths import ROOT
 from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from triton import knobs
@@ -48,7 +48,6 @@ PROFILE = settings.get_current_profile_name()
 # A case takes a second or more: 3 of them, and 78 with the thorough profile.
 FEW_CASES = settings(max_examples=max(1, settings.get_profile(PROFILE).max_examples // 8))
 
-ROOT = Path(__file__).parents[3]
 # Prints the code of one configuration for sm_90.
 COMPILE = """
 from fastgpt_kernels import audit
