@@ -1,1 +1,1 @@
-"""The two products of an MLP with what lies between and after them, forward and backward."""
+"""The two products of an MLP with everything else in their epilogues, forward and backward."""

@@ -1,12 +1,12 @@
-"""The kernels behind `gelu_mlp.gelu_mlp`: three products with what follows them in the epilogue, and one row pass.
+"""The kernels of gelu_mlp: three products with fused epilogues, and one pass over the rows of dout.
 
-Arguments named `_ref` are matrices with dense rows: pointers, or with DESCRIPTORS tensor descriptors made by the
-launcher, through which Hopper copies whole tiles. A grid may have any size, for each program takes every n-th tile:
-one tile each with pointers, many with descriptors, where the loads of the next tile overlap the epilogue of the last.
+Arguments named `_ref` are matrices with dense rows. They are pointers, or with DESCRIPTORS tensor descriptors made by
+the launcher, through which Hopper copies whole tiles. A grid may have any size, because each program takes every n-th
+tile. With pointers that is one tile; with descriptors many, and loads of the next tile overlap the last one's epilogue.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
+# Triton types compile-time parameters as constexpr, which no literal is, and its ranges as not iterable.
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ from ...common.activation_kernels import activation_and_derivative
 from ...common.arithmetic import rounded_product
 from ...common.dropout_kernels import dropout_keep, dropout_scale
 
-# Row tiles that are walked before the next column of tiles: neighbours share their operands in the cache.
+# Row tiles to visit before the next column of tiles, so that neighbours share their operands in the cache.
 _GROUP_ROWS = tl.constexpr(8)
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ _GROUP_ROWS = tl.constexpr(8)
 
 @triton.jit
 def _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """First row and first column of a tile, in groups of _GROUP_ROWS row tiles, down before right."""
+    """First row and column of a tile. Numbers go down each group of _GROUP_ROWS row tiles first, then to the right."""
     tiles_per_group = _GROUP_ROWS * n_col_tiles
     first_row_tile = tile // tiles_per_group * _GROUP_ROWS
     group_rows = tl.minimum(n_row_tiles - first_row_tile, _GROUP_ROWS)
@@ -35,9 +35,9 @@ def _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS: tl.constexpr, BLOCK_
 def _tile_pointers(
     ptr, row, col, n_rows, n_cols, row_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):  # fmt: skip
-    """Pointers to the tile at (row, col), and which of them lie in the matrix (n_rows, n_cols)."""
+    """Pointers to the tile at (row, col), and the mask of those inside the matrix (n_rows, n_cols)."""
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
-    # The tile's place is one scalar sum: what a loop along either axis has to add.
+    # The tile's offset is one scalar, so that a loop along either axis changes only that.
     start_ptr = ptr + (tl.cast(row, tl.int64) * row_stride + col)
     inside = (rows < n_rows - row)[:, None] & (cols < n_cols - col)[None, :]
     return start_ptr + (rows.to(tl.int64)[:, None] * row_stride + cols[None, :]), inside
@@ -61,7 +61,7 @@ def _store_tile(
     ref, tile, row, col, n_rows, n_cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Into a dense matrix, in its dtype."""
+    """Store a tile into a dense matrix, in the matrix's dtype."""
     if DESCRIPTORS:
         ref.store([row, col], tile.to(ref.dtype))
     else:
@@ -102,7 +102,7 @@ def _column_halves(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 @triton.jit
 def _column_quarters(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """What an epilogue takes at a time: a whole tile of intermediate values spills, or fills the shared memory."""
+    """Split the tile into four column quarters: a whole tile of intermediates would spill registers."""
     left, right = _column_halves(tile, BLOCK_ROWS, BLOCK_COLS)
     return _column_halves(left, BLOCK_ROWS, BLOCK_COLS // 2) + _column_halves(right, BLOCK_ROWS, BLOCK_COLS // 2)
 
@@ -135,7 +135,7 @@ def _gelu_mlp_fwd_hidden_kernel(
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
             quarter_col = col + i * QUARTER
-            # Activated as it is stored, for backward activates what it reads.
+            # Apply the activation to the rounded value, because backward recomputes it from the stored one.
             pre = (quarters[i] + _load_bias(bias_ptr, quarter_col, n_cols, QUARTER, ACCUMULATOR)).to(
                 bias_ptr.dtype.element_ty
             )
@@ -195,7 +195,7 @@ def _gelu_mlp_bwd_pre_kernel(
 ):  # fmt: skip
     """dpre (n_rows, n_cols) = (dproduct (n_rows, n_inner) @ weight) * activation'(pre), and its sum over each row tile.
 
-    weight is that of the second layer, transposed. hidden = activation(pre) once more, for the gradient of that weight.
+    weight: the second layer's, transposed. hidden = activation(pre) is recomputed for the gradient of that weight.
     """
     n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
@@ -210,7 +210,7 @@ def _gelu_mlp_bwd_pre_kernel(
             quarter_col = col + i * QUARTER
             pre = _load_tile(pre_ref, row, quarter_col, n_rows, n_cols, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
             hidden, derivative = activation_and_derivative(pre.to(ACCUMULATOR), ACTIVATION)
-            # Rows past the end have no part in the sum: their product is zero.
+            # Rows past the end add nothing to the sum below, because their product is zero.
             dpre = rounded_product(quarters[i], derivative)
             _store_tile(dpre_ref, dpre, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
             if STORE_HIDDEN:
@@ -229,7 +229,7 @@ def _gelu_mlp_bwd_product_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, STORE_DPRODUCT: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """dproduct = dropout's gradient of dout (n_rows, n_cols), and its sum over the rows that one program takes.
+    """dproduct = dout (n_rows, n_cols) through dropout, and the sum of dproduct over the rows of each program.
 
     A program takes BLOCK_COLS columns of every n-th tile of rows.
     """

@@ -1,7 +1,7 @@
 """gelu_mlp on fused products: the public function, launchers, autograd and registration with torch.
 
-Between forward and backward lives `pre` (N, F), what the first layer gives its activation; the hidden values, as large
-again, are computed from it once more. Products with nothing to fuse behind them are left to torch.
+Forward saves `pre` (N, F), the input of the activation; backward recomputes the hidden values, as large again, from it.
+Products with nothing to fuse after them are left to torch.
 """
 
 import math
@@ -9,13 +9,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...common import chip
 from ...common.dropout import dropout_threshold, seed_tensor
-from ...common.launch import FP_FUSION, cdiv, eager_or_registered, launch, on_device
+from ...common.launch import (
+    FP_FUSION,
+    accumulator,
+    cdiv,
+    eager_or_registered,
+    launch,
+    on_device,
+    triton_accumulator,
+)
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import (
@@ -44,11 +51,11 @@ def gelu_mlp(
 ) -> Tensor:
     """residual + dropout(activation(x @ fc_weight + fc_bias) @ proj_weight + proj_bias), rounded once at the end.
 
-    x, fc_weight, fc_bias, proj_weight, proj_bias: all in float32, bfloat16, float16 or float64, under autocast in its
-    dtype; of any strides, but a weight of which neither axis is dense is copied first. The rest as in
-    `reference.gelu_mlp`, dropout to the bit.
+    x, fc_weight, fc_bias, proj_weight, proj_bias: all in float32, bfloat16, float16 or float64; autocast casts them to
+    its dtype. Any strides, but a weight without a dense axis is copied first. The rest as in `reference.gelu_mlp`, with
+    bitwise the same dropout.
     Returns (..., C), dense.
-    Raises ValueError when shapes, dtypes or devices do not fit, on an unknown activation and for other dtypes.
+    Raises ValueError when shapes, dtypes or devices do not fit, and for unknown activations or other dtypes.
     Source: Language Models are Unsupervised Multitask Learners; GELU, arXiv 1606.08415.
     """
     tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
@@ -90,31 +97,23 @@ def _check_kernel_arguments(tensors: tuple[Tensor, ...], residual: Tensor | None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x (..., C) as (N, C) with a dense last axis, also where N is 0."""
+    """x (..., C) as (N, C) with a dense last axis; N may be 0."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _weight_rows(weight: Tensor) -> tuple[Tensor, bool]:
-    """A weight (in, out) as it lies in memory, and whether that is transposed."""
+    """A weight (in, out) as dense rows, without a copy where possible, and whether these rows are its columns."""
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         return weight.t(), True
     return (weight if weight.stride(1) == 1 else weight.contiguous()), False
 
 
 def _is_describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor takes it: rows start at multiples of 16 bytes and do not overlap."""
+    """Whether a tensor descriptor can hold the matrix: rows start at multiples of 16 bytes and do not overlap."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     starts_aligned = matrix.data_ptr() % 16 == row_bytes % 16 == 0
     return matrix.stride(1) == 1 and starts_aligned and matrix.stride(0) >= matrix.shape[1]
-
-
-def _triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _product_tile(*matrices: Tensor | None) -> tiles.ProductTile:
@@ -127,9 +126,9 @@ def _launch_product(
     kernel: Any, tile: tiles.ProductTile, x: Tensor, weight: Tensor, transposed: bool,
     others: tuple[Tensor | None, ...], strides: tuple[int, ...] = (), **arguments: Any,
 ) -> None:  # fmt: skip
-    """Run a kernel that begins with the product of x (N, K) and weight, as `_weight_rows` gives it.
+    """Run a kernel that starts with the product of x (N, K) and weight, as `_weight_rows` returns it.
 
-    others: the pointers after these two; a persistent kernel takes those with two axes, (N, M), as descriptors.
+    others: the arguments after these two; where programs stay resident, matrices (N, M) become descriptors.
     strides: those after x's and weight's.
     """
     n_rows, n_inner = x.shape
@@ -151,7 +150,7 @@ def _launch_product(
         kernel[(n_programs,)](
             *refs, x.stride(0), weight.stride(0), *strides, n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_INNER=tile.block_inner,
-            WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=_triton_accumulator(x.dtype),
+            WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=triton_accumulator(x.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **arguments, **FP_FUSION,
         )  # fmt: skip
 
@@ -173,7 +172,7 @@ def gelu_mlp_fwd(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
     residual: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, save_pre: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (..., C), and pre (N, F), or without save_pre no rows of it."""
+    """out (..., C), and pre (N, F), which has no rows without save_pre."""
     out, pre, rows = _new_out(x, proj_weight, residual), _new_pre(x, fc_weight, save_pre), _rows(x)
     hidden = x.new_empty((rows.shape[0], fc_weight.shape[1]))
     saved = pre if save_pre else None
@@ -198,7 +197,7 @@ def gelu_mlp_fwd(
 def _product_bwd(
     dout: Tensor, seed: Tensor | None, dropout_p: float, dtype: torch.dtype, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the second product (N, C) in its dtype, and its sum over the rows, empty unless it is wanted."""
+    """The gradient of the second product (N, C) in `dtype`, and its sum over the rows, empty where it is not needed."""
     dout = _rows(dout)
     n_rows, n_cols = dout.shape
     stores = seed is not None or dout.dtype != dtype
@@ -208,13 +207,13 @@ def _product_bwd(
     tile = tiles.GELU_MLP_BWD_PRODUCT
     n_col_tiles = cdiv(n_cols, tile.block_cols)
     n_row_programs = tiles.gelu_mlp_row_programs(dout.device, cdiv(n_rows, tile.block_rows), n_col_tiles)
-    partials = dout.new_empty((n_row_programs, n_cols), dtype=_accumulator(dtype))
+    partials = dout.new_empty((n_row_programs, n_cols), dtype=accumulator(dtype))
     launch(
         _gelu_mlp_bwd_product_kernel, n_row_programs * n_col_tiles,
         dout, seed, dproduct if stores else None, partials,
         dout_row_stride=dout.stride(0), n_rows=n_rows, n_cols=n_cols,
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, STORE_DPRODUCT=stores,
-        ACCUMULATOR=_triton_accumulator(dtype), num_warps=tile.num_warps, **_dropout(seed, dropout_p),
+        ACCUMULATOR=triton_accumulator(dtype), num_warps=tile.num_warps, **_dropout(seed, dropout_p),
     )  # fmt: skip
     return dproduct, partials.sum(0).to(dtype)
 
@@ -223,19 +222,19 @@ def gelu_mlp_bwd(
     dout: Tensor, x: Tensor, fc_weight: Tensor, proj_weight: Tensor, pre: Tensor, seed: Tensor | None,
     activation: str, dropout_p: float, wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, fc_weight, fc_bias, proj_weight and proj_bias: those that are not wanted are empty."""
+    """The gradients of x, fc_weight, fc_bias, proj_weight and proj_bias; unwanted ones are empty."""
     wants_x, wants_fc_weight, wants_fc_bias, wants_proj_weight, wants_proj_bias = wants
     dx, dfc_weight, dfc_bias, dproj_weight = (x.new_empty(0) for _ in range(4))
     dproduct, dproj_bias = _product_bwd(dout, seed, dropout_p, x.dtype, wants_proj_bias)
     if not any(wants[:4]):
         return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
-    pre = pre.contiguous()  # A saved-tensor hook may have packed it in another layout.
+    pre = pre.contiguous()  # A saved-tensor hook may have returned it in another layout.
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
     weight, transposed = _weight_rows(proj_weight.t())
     tile = _product_tile(dproduct, weight, pre, dpre, hidden)
     n_row_tiles = cdiv(dproduct.shape[0], tile.block_rows)
-    partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=_accumulator(pre.dtype))
+    partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=accumulator(pre.dtype))
     _launch_product(
         _gelu_mlp_bwd_pre_kernel, tile, dproduct, weight, transposed, (pre, dpre, hidden, partials.view(-1)),
         ACTIVATION=activation, STORE_HIDDEN=wants_proj_weight,
@@ -293,7 +292,7 @@ def _gradients_with_graph(ctx: Any, dout: Tensor | None) -> Gradients:
     if dout is None:
         return (None,) * 10
     x, fc_weight, proj_weight, _, seed, fc_bias = ctx.saved_tensors
-    # No gradient depends on the value of the second bias.
+    # No gradient depends on the values of the second bias.
     proj_bias = proj_weight.new_zeros(proj_weight.shape[1], requires_grad=ctx.needs_input_grad[4])
     options: dict[str, Any] = {} if seed is None else {"dropout_p": ctx.dropout_p, "seed": seed}
     inputs = x, fc_weight, fc_bias, proj_weight, proj_bias

@@ -22,9 +22,9 @@ def gelu_mlp(
     """residual + dropout(activation(x @ fc_weight + fc_bias) @ proj_weight + proj_bias).
 
     x: (..., C). fc_weight: (C, F), fc_bias: (F,), proj_weight: (F, C), proj_bias: (C,): (in, out), as Conv1D stores
-    them. activation: a key of `ACTIVATIONS`. residual: of the result's shape, nothing when None.
-    dropout_p: share of the elements that are zeroed, in steps of 1/65536. seed: 64-bit integer, or a tensor holding
-    one, that fixes which (`dropout_keep_mask` of (1, 1, N, C)); drawn from torch's generator when None.
+    them. activation: a key of `ACTIVATIONS`. residual: has the result's shape; None adds nothing.
+    dropout_p: share of the elements that are zeroed, in multiples of 1/65536. seed: 64-bit integer, or a tensor
+    holding one, that fixes which (`dropout_keep_mask` of (1, 1, N, C)); drawn from torch's generator when None.
     Returns (..., C), in the dtype to which residual and the product promote.
     Raises ValueError on an unknown activation, when the shapes do not fit and when dropout_p is outside [0, 1).
     Source: Language Models are Unsupervised Multitask Learners; GELU, arXiv 1606.08415.
@@ -50,7 +50,7 @@ def check_mlp_arguments(
     residual: Tensor | None,
     dropout_p: float,
 ) -> None:
-    """Raise ValueError, naming what does not fit, on arguments that `gelu_mlp` cannot take."""
+    """Raise ValueError, which names what does not fit, for arguments that `gelu_mlp` cannot take."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"gelu_mlp: unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     n_hidden, n_out = proj_weight.shape[0], proj_weight.shape[-1]

@@ -8,10 +8,10 @@ from ...common.chip import resident_programs
 
 
 class ProductTile(NamedTuple):
-    """A program's tile of a product, and how far it goes along the inner axis at a time.
+    """A program's tile of a product, and its block of the inner axis.
 
-    block_cols: at least 64, for an epilogue takes quarters of 16 columns or more. n_resident: programs that share a
-    multiprocessor and walk the tiles through tensor descriptors; 0 for one program a tile, with pointers.
+    block_cols: at least 64, because epilogues work on quarters of at least 16 columns. n_resident: programs that share
+    a multiprocessor and walk the tiles through tensor descriptors; 0 for one program per tile, with pointers.
     """
 
     block_rows: int
@@ -22,28 +22,28 @@ class ProductTile(NamedTuple):
     n_resident: int = 0
 
 
-# Two programs of up to 128 registers and 112 KiB fill a multiprocessor: one multiplies while the other is in its
-# epilogue. Compiled, unmeasured.
+# Two programs with up to 128 registers per thread and 112 KiB each fill a multiprocessor: one multiplies while the
+# other runs its epilogue. Compiled, not timed.
 _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
-# By bytes of an element, compiled without spills for every audited GPU, unmeasured: 32 inner elements in half precision
-# keep three stages within the 64 KiB of gfx942, and float32 and float64 have no tensor-core product here; with more
-# stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
+# By bytes per element; compiled without spills for every audited GPU, not timed. In half precision 32 inner elements
+# keep three stages within the 64 KiB of gfx942. float32 and float64 use no tensor cores here; with more stages in
+# float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
-# For rows that do not start at multiples of 16 bytes, whose elements are addressed one by one.
+# For rows that do not start at multiples of 16 bytes, whose elements are loaded one by one.
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3), 4: ProductTile(32, 64, 32, 8, 1)}
-# In the interpreter a column of a tile is summed row after row, not as a tree: short ones err as little as eager does.
+# The interpreter sums a column of a tile row by row, not as a tree: with few rows it errs as little as eager torch.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
 
 class RowsTile(NamedTuple):
-    """A program's tile of a matrix it reads once."""
+    """A program's tile of a matrix that it reads once."""
 
     block_rows: int
     block_cols: int
     num_warps: int
 
 
-# Eight elements a thread, in one row: compiled, unmeasured.
+# Each thread holds eight elements of one row: compiled, not timed.
 GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 8)
 _ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -61,5 +61,5 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
 
 
 def gelu_mlp_row_programs(device: torch.device, n_row_tiles: int, n_col_tiles: int) -> int:
-    """How many programs share the rows of a column tile: the number of partial sums of the bias gradient."""
+    """How many programs share the rows of a column tile, which is the number of partial bias gradients."""
     return min(n_row_tiles, -(-resident_programs(device, _ROW_PROGRAMS_PER_MULTIPROCESSOR) // n_col_tiles))

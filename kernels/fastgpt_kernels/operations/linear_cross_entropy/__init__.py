@@ -1,1 +1,1 @@
-"""The head and its cross-entropy in chunks of rows, forward and backward."""
+"""The head and its cross-entropy, in chunks of rows, forward and backward."""

@@ -1,7 +1,7 @@
-"""The kernel of linear_cross_entropy, which stands between plain matrix products, and the forms in which it ships."""
+"""The kernel of linear_cross_entropy. It runs between plain matrix products."""
 
 # pyright: reportGeneralTypeIssues=false
-# By the declarations of triton 3.7 some jit functions return nothing.
+# Triton 3.7 declares that some jit functions return None.
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns (LANES, VECTOR) of a tile: a lane takes VECTOR neighbours, which one access of 16 bytes moves."""
+    """The columns (LANES, VECTOR) of a tile: each lane takes VECTOR neighbours, moved by one access of 16 bytes."""
     return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
@@ -17,8 +17,8 @@ def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
 def _load_logits(row_ptr, cols, n_cols, n_padded_cols, ACCUMULATOR: tl.constexpr):
     """The logits of a row at cols, -inf past its end.
 
-    The mask of the load ends where the memory does, at a multiple of 16 bytes: behind one that ends with the
-    vocabulary the compiler would read elements one by one.
+    The load's mask ends at n_padded_cols, a multiple of 16 bytes. With a mask that ends at the odd vocabulary size, the
+    compiler would load elements one by one.
     """
     logits = tl.load(row_ptr + cols, mask=cols < n_padded_cols, other=0.0).to(ACCUMULATOR)
     return tl.where(cols < n_cols, logits, float("-inf"))
@@ -30,7 +30,7 @@ def _softmax_statistics(
 ):
     """The largest logit of a row, and the sum of exp(logit - largest).
 
-    Every lane keeps a maximum and a sum of its own, so that threads exchange nothing before the end of the row.
+    Every lane keeps its own maximum and sum, so that threads exchange nothing before the end of the row.
     """
     lane_largest = tl.full((LANES,), float("-inf"), dtype=ACCUMULATOR)
     lane_total = tl.zeros((LANES,), dtype=ACCUMULATOR)
@@ -38,7 +38,7 @@ def _softmax_statistics(
         logits = _load_logits(row_ptr, start + _tile_cols(LANES, VECTOR), n_cols, n_padded_cols, ACCUMULATOR)
         previous = lane_largest
         lane_largest = tl.maximum(previous, tl.max(logits, axis=1))
-        # A lane that has seen -inf alone, past the end of the row, must not take it off from itself.
+        # A lane that has seen only -inf, past the end of the row, must not compute -inf - -inf.
         shift = tl.where(lane_largest == float("-inf"), 0.0, lane_largest)
         lane_total = lane_total * tl.exp(previous - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
@@ -52,10 +52,10 @@ def _linear_cross_entropy_kernel(
     LANES: tl.constexpr, VECTOR: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """One program turns a row of logits into its loss and, in place, into row_scale times the gradient of its loss.
+    """One program computes the loss of a row and overwrites its logits with row_scale times the gradient of the loss.
 
-    A row of logits has n_cols columns and is padded to logits_row_stride. What the padding holds does not matter; it is
-    left at zero, for bfloat16 products on CPUs with AMX read past a row and multiply what they find by zero.
+    A row of logits has n_cols columns and is padded to logits_row_stride. The padding may hold anything; it is set to
+    zero, because bfloat16 products on CPUs with AMX read past a row and multiply what they read by zero.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_row_stride
@@ -64,7 +64,7 @@ def _linear_cross_entropy_kernel(
     if (label >= 0) & (label < n_cols) & (label != ignore_index):
         target = tl.load(row_ptr + label).to(ACCUMULATOR)
         largest, total = _softmax_statistics(row_ptr, n_cols, logits_row_stride, LANES, VECTOR, ACCUMULATOR)
-        # In this order, because the log-sum-exp alone would be rounded at the size of the logits.
+        # Subtract first, because largest + log(total) would round to the ulp of the largest logit.
         tl.store(loss_ptr + row, (largest - target) + tl.log(total))
         if HAS_GRADIENT:
             target_col = label.to(tl.int32)
@@ -77,7 +77,7 @@ def _linear_cross_entropy_kernel(
                     dlogits *= tl.load(row_scale_ptr + row)
                 tl.store(row_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < logits_row_stride)
     else:
-        # Nothing is read: a row that does not count has a loss and a gradient of zero, a wrong label gives NaN.
+        # No logits are read: an ignored row has a loss and gradient of zero, a label out of range gives NaN.
         constant = tl.where(label == ignore_index, 0.0, float("nan"))
         tl.store(loss_ptr + row, constant.to(ACCUMULATOR))
         if HAS_GRADIENT:

@@ -1,24 +1,23 @@
 """linear_cross_entropy in chunks of rows: the public function, launchers, autograd and registration with torch.
 
-The products are torch's. Between them one kernel turns the logits of a chunk, in place, into the gradient of their
-loss, so that the (N, V) logits never exist; for a summed loss no product is computed twice.
+Torch computes the products. Between them one kernel overwrites the logits of a chunk with the gradient of their loss,
+so that the (N, V) logits never exist. For a summed loss no product is computed twice.
 """
 
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ...common.launch import launch
+from ...common.launch import accumulator, launch, triton_accumulator
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _linear_cross_entropy_kernel
 from .reference import check_loss_arguments, row_losses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Rows of logits start at multiples of this many elements. V = 50257 is odd: in a dense matrix, no row but the first
-# could be read 16 bytes at a time.
+# Rows of logits start at multiples of this many elements. V = 50257 is odd: in a dense matrix, most rows could not be
+# read 16 bytes at a time.
 _ROW_MULTIPLE = 64
 
 
@@ -27,11 +26,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
-    hidden: (N, C), weight: (V, C), in one of float32, bfloat16, float16 and float64, of any strides; under autocast
-    the logits are computed in its dtype. labels: (N,) int64. The rest as in `reference.linear_cross_entropy`.
+    hidden: (N, C), weight: (V, C), both in float32, bfloat16, float16 or float64, with any strides; under autocast the
+    logits are computed in its dtype. labels: (N,) int64. The rest as in `reference.linear_cross_entropy`.
     Returns a scalar, or (N,) with zeros at ignored labels for none, in float32 (float64 for float64 inputs).
-    Raises ValueError when shapes, dtypes or devices do not fit and when a label is out of range (off the CPU, its loss
-    and its gradients are NaN instead).
+    Raises ValueError when shapes, dtypes or devices do not fit, and when a label is out of range (on a GPU its loss and
+    gradients are NaN instead).
     Source: Cut Your Losses, arXiv 2411.09009.
     """
     check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
@@ -46,7 +45,7 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     n_counted = (labels != ignore_index).sum()
-    # As in torch, a batch in which no label counts has gradients of zero, so that it does not spoil the weights.
+    # As in torch, a batch whose labels are all ignored has gradients of zero, so that it does not spoil the weights.
     return torch.where(n_counted > 0, total / n_counted.clamp(min=1), float("nan"))
 
 
@@ -56,7 +55,7 @@ def supports(hidden: Tensor) -> bool:
 
 
 def _logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """That of hidden, or under autocast what it makes of a product."""
+    """hidden's dtype, or under autocast the dtype of a product."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device_type)
@@ -81,12 +80,8 @@ def _check_kernel_arguments(hidden: Tensor, weight: Tensor, labels: Tensor) -> N
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _as_matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype and a layout that a product reads in place, and not anew for every chunk."""
+    """x in a dtype and a layout that products read in place, so that it is copied once and not for every chunk."""
     x = x.to(dtype)
     return x if 1 in x.stride() else x.contiguous()
 
@@ -97,17 +92,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         total.addmm_(a, b, beta=beta)
     elif a.is_cuda and not torch.version.hip:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # The exact products of half-precision values, for torch has no such overload here.
+    else:  # Torch has no such overload here. Products of half-precision values are exact in float32.
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def _gradient_buffers(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """For dhidden in dtype and dweight in its accumulator; without elements where not wanted."""
+    """Memory for dhidden in dtype and dweight in its accumulator; no elements where a gradient is not wanted."""
     return (
         hidden.new_empty(hidden.shape if wants_hidden else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if wants_weight else (0,), dtype=_accumulator(dtype)),
+        weight.new_empty(weight.shape if wants_weight else (0,), dtype=accumulator(dtype)),
     )
 
 
@@ -119,7 +114,7 @@ def _losses_and_gradients(
     dhidden, dweight = _gradient_buffers(hidden, weight, dtype, wants_hidden, wants_weight)
     hidden, weight, labels = _as_matrix(hidden, dtype), _as_matrix(weight, dtype), labels.contiguous()
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
-    losses = hidden.new_empty(n_rows, dtype=_accumulator(dtype))
+    losses = hidden.new_empty(n_rows, dtype=accumulator(dtype))
     if n_rows == 0:
         return losses, dhidden, dweight.zero_()
 
@@ -138,10 +133,10 @@ def _losses_and_gradients(
             logits_row_stride=n_padded_cols, n_cols=n_cols, ignore_index=ignore_index,
             LANES=tiles.LINEAR_CROSS_ENTROPY_LANES, VECTOR=16 // dtype.itemsize,
             HAS_GRADIENT=wants_hidden or wants_weight, HAS_ROW_SCALE=row_scale is not None,
-            ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
+            ACCUMULATOR=triton_accumulator(dtype),
             num_warps=tiles.LINEAR_CROSS_ENTROPY_WARPS,
         )  # fmt: skip
-        dlogits = logits  # in place
+        dlogits = logits  # The kernel has overwritten them.
         if wants_hidden:
             torch.mm(dlogits, weight, out=dhidden[rows])
         if wants_weight:
@@ -169,7 +164,7 @@ def row_losses_bwd(
     dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dhidden and dweight in the dtypes of hidden and weight, from logits that are computed again."""
+    """dhidden and dweight in the dtypes of hidden and weight, from recomputed logits."""
     unit = _power_of_two(dlosses)
     _, dhidden, dweight = _losses_and_gradients(
         hidden, weight, labels, ignore_index, dtype, wants_hidden, wants_weight, dlosses / unit
@@ -178,15 +173,15 @@ def row_losses_bwd(
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """A scalar that brings every finite x below 2, so that float16 holds its gradients under any loss scale."""
+    """A scalar: x divided by it is below 2 where finite, so that float16 holds the gradients under any loss scale."""
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
-    # The exponent of what is not finite is undefined; every such row spoils only itself.
+    # frexp leaves the exponent of NaN and inf undefined; such a row spoils only its own gradient.
     _, exponent = torch.frexp(largest.nan_to_num(nan=1.0, posinf=1.0))
     return torch.exp2(exponent.to(x.dtype) - 1)
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in dtype. The scale is not rounded to it: in float16 a loss scale of 65536 is infinite."""
+    """gradient * scale in dtype. The scale is not rounded to dtype: in float16 a loss scale of 65536 is infinite."""
     return torch.mul(gradient.to(scale.dtype), scale, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
@@ -194,14 +189,14 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _with_graph(ctx: Any, dlosses: Tensor) -> list[Tensor | None]:
-    """dhidden and dweight with their graph, from logits that are computed again, all at once."""
+    """dhidden and dweight with their graph. The logits are recomputed, all rows at once."""
     hidden, weight, labels = ctx.saved_tensors[:3]
     formula = lambda hidden, weight: row_losses(hidden.to(ctx.dtype), weight, labels, ctx.ignore_index)  # noqa: E731
     return formula_gradients(formula, (hidden, weight), dlosses)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The summed loss, its gradients computed in the same pass: a scalar's backward only scales them."""
+    """The summed loss. Forward also computes its gradients, because the backward of a scalar only scales them."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -218,7 +213,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _RowLosses(torch.autograd.Function):
-    """A loss for every row: backward knows only then how much each of them weighs."""
+    """A loss for every row. Only backward knows the weight of each, so it recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -268,13 +263,13 @@ def _(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total = hidden.new_empty((), dtype=_accumulator(dtype))
+    total = hidden.new_empty((), dtype=accumulator(dtype))
     return total, *_gradient_buffers(hidden, weight, dtype, wants_hidden, wants_weight)
 
 
 @_row_losses_op.register_fake
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    return hidden.new_empty(hidden.shape[:1], dtype=_accumulator(dtype))
+    return hidden.new_empty(hidden.shape[:1], dtype=accumulator(dtype))
 
 
 @_row_losses_backward_op.register_fake

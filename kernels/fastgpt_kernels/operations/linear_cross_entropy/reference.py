@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...common.second_order import formula_gradients, twice_differentiable
 
-# Logits of one chunk of rows: large enough for a good matrix product, small beside the weights.
+# Logits of one chunk of rows: large enough for an efficient matrix product, small compared with the weights.
 _CHUNK_LOGITS = 2**25
 
 
@@ -18,16 +18,16 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
     hidden: (N, C). weight: (V, C). labels: (N,) int64 in [0, V) or ignore_index. reduction: mean (over the labels that
-    count; NaN, with gradients of zero, when none does), sum, or none. Logits are rounded to hidden's dtype, as a
-    separate head would leave them, and the loss is computed in float32 (float64 for float64 inputs).
+    are not ignored; NaN with gradients of zero when all are), sum, or none. Logits are rounded to hidden's dtype, as by
+    a separate head, and the loss is computed in float32 (float64 for float64 inputs).
     Returns a scalar, or (N,) with zeros at ignored labels for none.
-    Raises ValueError when shapes do not fit or a label is out of range (off the CPU, its loss is NaN instead).
+    Raises ValueError when shapes do not fit or a label is out of range (on a GPU its loss is NaN instead).
     Source: Cut Your Losses, arXiv 2411.09009.
     """
     check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
     n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
     if reduction == "none":
-        wide_weight = _accumulator(weight)  # in which autograd sums the gradients of the chunks
+        wide_weight = _widened(weight)  # Autograd sums the gradients of the chunks in this dtype.
         chunks = [
             checkpoint(row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
             for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
@@ -37,7 +37,7 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     n_counted = (labels != ignore_index).sum()
-    # As in torch, a batch in which no label counts has gradients of zero, so that it does not spoil the weights.
+    # As in torch, a batch whose labels are all ignored has gradients of zero, so that it does not spoil the weights.
     return torch.where(n_counted > 0, total / n_counted.clamp(min=1), float("nan"))
 
 
@@ -58,13 +58,13 @@ def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
             raise ValueError(f"label {int(wrong[0])} is outside the vocabulary: it must be in [0, {weight.shape[0]})")
 
 
-def _accumulator(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """(N,) losses of one chunk, differentiable by autograd."""
-    logits = _accumulator(hidden @ weight.to(hidden.dtype).t())
+    logits = _widened(hidden @ weight.to(hidden.dtype).t())
     counts, in_range = labels != ignore_index, (labels >= 0) & (labels < weight.shape[0])
     picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
     losses = torch.where(in_range, logits.logsumexp(1) - picked, float("nan"))
@@ -72,18 +72,18 @@ def row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
-    """The summed loss, its gradients computed in the same pass: a scalar's backward only scales them."""
+    """The summed loss. Forward also computes its gradients, because the backward of a scalar only scales them."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, n_chunk_rows: int) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        total = _accumulator(hidden.new_zeros(()))
+        total = _widened(hidden.new_zeros(()))
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=total.dtype) if wants_weight else None
         for start in range(0, hidden.shape[0], n_chunk_rows):
             rows = slice(start, start + n_chunk_rows)
             logits = hidden[rows] @ weight.t()
-            dlogits, losses = _softmax_minus_one_hot(_accumulator(logits), labels[rows], ignore_index)
+            dlogits, losses = _softmax_minus_one_hot(_widened(logits), labels[rows], ignore_index)
             total = total + losses.sum()
             dlogits = dlogits.to(logits.dtype)
             if dhidden is not None:
@@ -102,8 +102,8 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         (dtotal,) = grads
         _, weight, _, dhidden, dweight = ctx.saved_tensors
         return (
-            # dtotal in half precision would overflow under loss scaling and shift every gradient alike.
-            None if dhidden is None else (_accumulator(dhidden) * dtotal).to(dhidden.dtype),
+            # Not multiplied in half precision, where dtotal could overflow under loss scaling or lose digits.
+            None if dhidden is None else (_widened(dhidden) * dtotal).to(dhidden.dtype),
             None if dweight is None else (dweight * dtotal).to(weight.dtype),
             None,
             None,
@@ -112,14 +112,14 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _summed_with_graph(ctx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients with their graph, from logits that are computed again, all at once."""
+    """The gradients with their graph. The logits are recomputed, all rows at once."""
     hidden, weight, labels = ctx.saved_tensors[:3]
     formula = partial(row_losses, labels=labels, ignore_index=ctx.ignore_index)
     return *formula_gradients(formula, (hidden, weight), dtotal.expand(len(labels))), None, None, None
 
 
 def _softmax_minus_one_hot(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """dloss/dlogits (N, V) and the losses (N,); rows that do not count are zero, rows with a wrong label NaN."""
+    """dloss/dlogits (N, V) and the losses (N,); ignored rows are zero, rows with a label out of range NaN."""
     counts, in_range = labels != ignore_index, (labels >= 0) & (labels < logits.shape[1])
     safe_labels = torch.where(in_range, labels, 0)[:, None]
     log_sum_exp = logits.logsumexp(1, keepdim=True)
