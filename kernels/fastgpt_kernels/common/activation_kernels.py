@@ -9,7 +9,8 @@ tanh(u) = 2 sigmoid(2u) - 1 makes the tanh form of GELU x * sigmoid(2u), and SiL
 import triton
 import triton.language as tl
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+from .arithmetic import LOG2_E
+
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -21,7 +22,7 @@ _LARGEST_EXPONENTIAL = tl.constexpr(2.0**120)
 @triton.jit
 def _sigmoid(x):
     """sigmoid(x) and 1 - sigmoid(x), each with a small relative error, and finite wherever x is a number."""
-    exponential = tl.exp2(x * -_LOG2_E)
+    exponential = tl.exp2(x * -LOG2_E)
     # The square of an inverse square root takes fewer instructions than a division.
     root = tl.rsqrt(exponential + 1.0)
     gate = root * root
@@ -36,7 +37,7 @@ def activation_and_derivative(x, ACTIVATION: tl.constexpr):
         return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         gate = tl.erf(x * _SQRT_HALF) * 0.5 + 0.5
-        density = tl.exp2(x * x * (-0.5 * _LOG2_E)) * _INVERSE_SQRT_2_PI
+        density = tl.exp2(x * x * (-0.5 * LOG2_E)) * _INVERSE_SQRT_2_PI
         return x * gate, gate + x * density
     elif ACTIVATION == "silu":
         gate, complement = _sigmoid(x)

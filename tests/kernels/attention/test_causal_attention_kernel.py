@@ -8,6 +8,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
+import triton.language as tl
 from accuracy import LAYOUTS, assert_parity, forward, gradients, max_error, random, relayout
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
@@ -112,7 +113,7 @@ def test_bug_float32_gradients_when_one_key_has_the_weight(head_dim: int, dropou
 def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(1, 1, 17, 17, 16, dtype=torch.bfloat16)
     assert_attention_parity(inputs)
-    monkeypatch.setattr(attention, "LOG2_E", 1.40)
+    monkeypatch.setattr(attention, "LOG2_E", tl.constexpr(1.40))
     with pytest.raises(AssertionError, match="error"):
         assert_attention_parity(inputs)
 

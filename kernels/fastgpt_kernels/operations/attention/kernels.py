@@ -14,10 +14,9 @@ or float64 for float64 inputs, which the tests of the gradient take.
 import triton
 import triton.language as tl
 
-from ...common.arithmetic import rounded_product
+from ...common.arithmetic import LOG2_E, rounded_product
 from ...common.dropout_kernels import dropout_keep
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 # Sizes that vary from call to call; so does the alignment of the second half of the statistics.
 _VARYING = ["n_batch_heads", "n_queries", "n_keys", "threshold"]
 
@@ -51,7 +50,7 @@ def _store_rows(ptr, value, rows, row_in, token_stride, HEAD_DIM: tl.constexpr, 
 @triton.jit
 def _exp(x, IS_WIDE: tl.constexpr):
     """exp of scores that have their row's largest taken off: in natural units in wide dtypes, else in units of log2."""
-    return tl.exp2(x * _LOG2_E if IS_WIDE else x)
+    return tl.exp2(x * LOG2_E if IS_WIDE else x)
 
 
 @triton.jit

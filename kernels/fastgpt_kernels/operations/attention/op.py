@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...common import chip
+from ...common.arithmetic import LOG2_E
 from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import FP_FUSION, cdiv, eager_or_registered, on_device
 from ...common.second_order import formula_gradients, twice_differentiable
@@ -26,7 +27,6 @@ from .kernels import (
 from .reference import causal_attention as formula
 from .reference import check_attention_arguments
 
-LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 
@@ -121,7 +121,7 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
 def _scores(q: Tensor, scale: float, dropout_p: float) -> dict[str, Any]:
     threshold = dropout_threshold(dropout_p)
     return {
-        "score_scale": scale * LOG2_E if q.element_size() == 2 else scale,
+        "score_scale": scale * LOG2_E.value if q.element_size() == 2 else scale,
         "threshold": threshold,
         "keep_scale": 65536 / (65536 - threshold),
     }

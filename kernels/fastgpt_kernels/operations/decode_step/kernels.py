@@ -1,31 +1,29 @@
 """The kernels of one decode step: everything that GPT-2 does for the newest token of each of a few rows.
 
-Each matrix is read once, by as many programs as stream it well, and every program repeats the little work on the rows
-that its slice of the matrix needs: the norm, or merging the splits of attention. The residual stream stays in float32.
-A product into the stream leaves partial sums, which whoever reads the stream next adds up in a fixed order.
+Each matrix is read once, by enough programs to use the memory's bandwidth. Every program repeats the little work on the
+rows that its slice of the matrix needs: the norm, or merging the splits of attention. The residual stream stays in
+float32. A product into the stream is split-K: it leaves partial sums, which the next kernels add in a fixed order.
 
 With OVERLAP a kernel starts while the one before it still runs, loads its slice of the weights, and then waits.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has, and its ranges as no iterators.
+# Triton types compile-time parameters as constexpr, which no literal is, and its ranges as not iterable.
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...common.activation_kernels import activation_and_derivative
-from ...common.arithmetic import rounded_product
+from ...common.arithmetic import LOG2_E, rounded_product
 from ..layer_norm.kernels import _normalise
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _await_previous_launch(OVERLAP: tl.constexpr):
-    """What was written before this launch may be read from here on; the next launch may begin."""
+    """Wait until the writes of the launch before are visible, and let the next launch begin."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -48,7 +46,7 @@ def _rows_times(x, weight):
 def _load_residual(
     stream_ptr, partial_ptr, bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS: tl.constexpr
 ):  # fmt: skip
-    """The stream (n_rows, n_cols) with the product added whose sums lie in partial (N_PARTIALS, n_rows, n_cols)."""
+    """The stream (n_rows, n_cols) plus bias and the partial sums (N_PARTIALS, n_rows, n_cols) of the last product."""
     offsets = rows[:, None] * n_cols + cols[None, :]
     x = tl.load(stream_ptr + offsets, mask=inside, other=0.0)
     if N_PARTIALS > 0:
@@ -60,9 +58,9 @@ def _load_residual(
 
 @triton.jit
 def _attend_block(query, keys, values, is_seen, peak, total, mixed):
-    """What attention knows (largest score, sum of weights, values mixed) with a block of keys (n, D) taken in.
+    """Online softmax over a block of keys (n, D): the new largest score, sum of weights and weighted sum of values.
 
-    query: (D,), with the scale of the scores and log2(e) in it. is_seen: (n,), of which one is true.
+    query: (D,), multiplied by the scale of the scores and log2(e). is_seen: (n,), true for at least one key.
     """
     scores = tl.where(is_seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=0))
@@ -76,7 +74,7 @@ def _attend_block(query, keys, values, is_seen, peak, total, mixed):
 def _merge_splits(
     mixed_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS: tl.constexpr
 ):  # fmt: skip
-    """What attention gives, from what its splits left. Every peak is finite, and split 0 has seen a key."""
+    """The output of attention from its splits. Every peak is finite, and split 0 has seen a key."""
     offsets = rows[:, None] * n_cols + cols[None, :]
     heads = rows[:, None] * n_heads + (cols // head_dim)[None, :]
     mixed = tl.load(mixed_ptr + offsets, mask=inside, other=0.0)
@@ -102,7 +100,7 @@ def _decode_embed_kernel(
     tokens_ptr, positions_ptr, wte_ptr, wpe_ptr, stream_ptr, n_tokens, n_positions, n_cols,
     BLOCK_COLS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program starts the stream (B, n_cols) of one row. Ids outside their table take its nearest row."""
+    """One program fills the stream (B, n_cols) of one row. Ids outside a table take its nearest row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)
     in_row = cols < n_cols
@@ -125,7 +123,7 @@ def _decode_norm_product_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
 
-    weight: (n_cols, n_out). The first program also writes the stream with its partial sums added.
+    weight: (n_cols, n_out). The first program also stores the stream with the partial sums added.
     """
     program = tl.program_id(0)
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
@@ -192,12 +190,12 @@ def _decode_attention_kernel(
 ):  # fmt: skip
     """One program attends to one split of the keys of one head of one row.
 
-    qkv: (B, 3, H, D) of the newest tokens, which go to their slots of keys and values (B, H, n_slots, D) if there are
-    such; split 0 does that and takes new keys from qkv. Splits are whole blocks: short contexts fill few.
-    BLOCK_NEW: 0 where every row has a sequence of its own. Else the rows, at most so many, are the newest tokens of one
-    sequence in their order, with one cache (H, n_slots, D), and each also sees those before it.
-    Leaves with one split the result in mixed (B, H, D), else unnormalised ones (N_SPLITS, B, H, D) with their peak
-    and total (N_SPLITS, B, H).
+    qkv: (B, 3, H, D) of the newest tokens. Split 0 stores their keys and values in their slots of the caches
+    (B, H, n_slots, D), if these exist, and reads new keys from qkv. A split is whole blocks: short contexts fill few.
+    BLOCK_NEW: 0 where every row has its own sequence. Otherwise the rows, at most BLOCK_NEW, are consecutive newest
+    tokens of one sequence with one cache (H, n_slots, D), and each also sees those before it.
+    With one split mixed (B, H, D) is the result; otherwise mixed (N_SPLITS, B, H, D) is not normalised and comes with
+    peak and total (N_SPLITS, B, H).
     """
     split, row_head = tl.program_id(0) % N_SPLITS, tl.program_id(0) // N_SPLITS
     row, head = (row_head // n_heads).to(tl.int64), row_head % n_heads
@@ -210,7 +208,7 @@ def _decode_attention_kernel(
 
     slot = tl.load(slots_ptr + row)
     start = tl.load(starts_ptr + row).to(tl.int32)
-    query = tl.load(qkv_ptr + qkv_offsets, mask=in_dim, other=0.0).to(tl.float32) * (scale * _LOG2_E)
+    query = tl.load(qkv_ptr + qkv_offsets, mask=in_dim, other=0.0).to(tl.float32) * (scale * LOG2_E)
     new_key = tl.load(qkv_ptr + qkv_offsets + n_heads * head_dim, mask=in_dim, other=0.0)
     new_value = tl.load(qkv_ptr + qkv_offsets + 2 * n_heads * head_dim, mask=in_dim, other=0.0)
     if split == 0:
@@ -232,7 +230,7 @@ def _decode_attention_kernel(
         new_values = tl.load(qkv_ptr + sibling_offsets + n_heads * head_dim, mask=in_block, other=0.0)
         peak, total, mixed = tl.full((), float("-inf"), tl.float32), 0.0, tl.zeros((BLOCK_DIM,), dtype=tl.float32)
         peak, total, mixed = _attend_block(query, new_keys, new_values, is_seen, peak, total, mixed)
-    # New keys count in split 0 alone. Their largest score may stand for the peak of another: it cancels.
+    # New keys count in split 0 only. Other splits may start from their peak, because any finite peak cancels.
     total = tl.where(split == 0, total, 0.0)
     mixed = tl.where(split == 0, mixed, 0.0)
     end = tl.minimum(cached_end, n_slots).to(tl.int32)
@@ -265,7 +263,7 @@ def _decode_project_kernel(
 ):  # fmt: skip
     """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
 
-    x is what attention left in N_SPLITS splits, or a plain matrix where that is 1. The sums of part p go to
+    x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. The sums of part p go to
     partial[p] (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)

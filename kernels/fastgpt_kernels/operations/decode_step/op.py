@@ -1,7 +1,7 @@
-"""One decode step of GPT-2: logits of the newest token of every row, over a static cache that it is appended to.
+"""One decode step of GPT-2: the logits of the newest token of every row, with keys and values added to a static cache.
 
-A few rows go through five fused kernels a layer, many through torch's products around the same attention. Nothing
-waits for the device, so that a CUDA graph can hold the step.
+A few rows go through five fused kernels per layer, many rows through torch's products around the same attention kernel.
+Nothing waits for the device, so that a CUDA graph can capture the step.
 """
 
 import torch
@@ -27,10 +27,10 @@ MAX_HEAD_DIM = 128
 
 
 class DecodeStep:
-    """The step for batches of one size, with the memory that it works in. It keeps no weights, only their sizes.
+    """The step for one batch size, with its scratch memory. It keeps no weights, only their sizes.
 
     weights: a model's own tensors, dense, of one dtype on one device. n_rows: B. n_slots: T of the caches.
-    one_sequence: the rows are the newest tokens of one sequence, in their order, and the cache is that of one row.
+    one_sequence: the rows are consecutive newest tokens of one sequence, which share the cache of one row.
     """
 
     @staticmethod
@@ -58,11 +58,11 @@ class DecodeStep:
 
         new = weights.wte.new_empty
         self.qkv, self.hidden = new(n_rows, 3 * self.n_channels), new(n_rows, self.n_hidden)
-        # What attention leaves: the result itself, or what its splits have summed.
+        # The output of attention, or the sums of its splits.
         whole = (n_rows, self.n_channels) if self.n_splits == 1 else (self.n_splits, n_rows, self.n_channels)
         self.mixed = new(whole) if self.n_splits == 1 else new(whole, dtype=torch.float32)
         self.peak, self.total = new(2, self.n_splits, n_rows * weights.n_heads, dtype=torch.float32)
-        # The stream in two places: one is read while the other is written.
+        # Two copies of the stream: one is read while the other is written.
         self.streams = new(2, n_rows, self.n_channels, dtype=torch.float32)
         n_parts = max(tiles.decode_parts(n, self.n_channels)[0] for n in (self.n_channels, self.n_hidden))
         self.partial = new(n_parts, n_rows, self.n_channels, dtype=torch.float32)
@@ -73,10 +73,10 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """Fill logits (B, V), float32, and append to the cache (L, 2, B, H, T, D), keys before values.
 
-        tokens, positions, slots: (B,) int64. A token attends to what lies in the slots from its row's start on, up to
-        its own, where its keys and values go, unless that is past the cache. starts: (B,) int64. The slots of one
-        sequence follow each other.
-        Ids and positions outside their tables are clamped, for an engine that runs ahead of what it has looked at.
+        tokens, positions, slots, starts: (B,) int64. The keys and values of a token go to its slot, unless that lies
+        past the cache, and it attends to the slots from its row's start up to its own. With one sequence, slots are
+        consecutive.
+        Ids and positions outside their tables are clamped, because an engine starts steps before it reads the tokens.
         """
         steps = self._decode_fused if self.is_fused else self._decode_with_products
         steps(weights, cache, tokens, positions, slots, starts, logits)
@@ -126,7 +126,7 @@ class DecodeStep:
         self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
         norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, activation: str, y: Tensor,
     ) -> None:  # fmt: skip
-        """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream where partial sums were added."""
+        """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream if partial sums were added."""
         tile, options = self._tile("norm_product", self.n_channels)
         launch(
             _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
@@ -147,7 +147,7 @@ class DecodeStep:
         )  # fmt: skip
 
     def _project(self, x: Tensor, n_splits: int, weight: Tensor) -> int:
-        """Leave x @ weight in `partial`. Returns in how many parts."""
+        """Write x @ weight to `partial` as sums of several parts. Returns the number of parts."""
         n_parts, cols_per_part = tiles.decode_parts(weight.shape[0], weight.shape[1])
         tile, options = self._tile("project", cols_per_part)
         launch(
@@ -196,7 +196,7 @@ class DecodeStep:
 
 
 def _head_product(x: Tensor, weight: Tensor, logits: Tensor) -> None:
-    """Fill logits (B, V), float32, with x @ weight^T, which is nowhere rounded to x's dtype: as with a few rows."""
+    """Fill logits (B, V), float32, with x @ weight^T. As with a few rows, they are never rounded to x's dtype."""
     if x.is_cuda and torch.version.hip is None and x.dtype != torch.float32:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=logits)
     else:

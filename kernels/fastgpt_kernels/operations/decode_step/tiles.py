@@ -6,18 +6,18 @@ import torch
 
 from ...common.chip import resident_programs
 
-# More rows than these, or wider ones, go through torch's products: a program holds all rows of the stream, and passes
-# over its weights once for each.
+# More rows, or wider ones, go through torch's products, because a program holds all rows of the stream and multiplies
+# its weights by one row at a time.
 DECODE_MAX_ROWS, DECODE_MAX_CHANNELS = 4, 2048
-# A program of the two products into the stream takes no more of their inner axis than this.
+# The longest part of the inner axis that a program of the two products into the stream takes.
 _DECODE_PART_COLS = 1024
-# Programs that stream a matrix well, and slots that a program of attention reads at a time: unmeasured.
+# Programs that use the memory's bandwidth, and keys that a program of attention reads at a time: not timed.
 _DECODE_PROGRAMS, DECODE_BLOCK_KEYS, DECODE_ATTENTION_WARPS, DECODE_ATTENTION_STAGES = 128, 32, 4, 2
 _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class DecodeTile(NamedTuple):
-    """What a program of a product takes: all rows, block_cols of the inner axis, block_out columns of the weights."""
+    """A program's share of a product: all rows, block_cols of the inner axis, block_out columns of the weights."""
 
     block_rows: int
     block_cols: int
@@ -31,24 +31,24 @@ def _power_of_two(n: int) -> int:
 
 
 def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
-    """The tile of one of the kernels norm_product, project and head: compiled, unmeasured.
+    """The tile of a kernel, norm_product, project or head: compiled, not timed.
 
-    n_cols: of the inner axis that a program takes. element_size: bytes of the weights' dtype.
+    n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype.
     """
     block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
     is_wide = block_cols > 1024
     num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
-    if architecture == "cpu":  # few programs, which take longer than their work
+    if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
-    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89"):  # where 4 warps spill a word
+    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89"):  # 4 warps spill a register there.
         num_warps = max(num_warps, 8)
-    # One sector of 32 bytes of every row of the weights. The head's rows are read whole.
+    # 32 bytes, one memory sector, of every row of the weights. The head's rows are read whole.
     block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
     return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)
 
 
 def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
-    """Into how many parts the inner axis of a product into the stream is split, and how many columns a part has."""
+    """How many parts split-K divides the inner axis of a product into the stream into, and the columns of a part."""
     n_tiles = -(-n_out // 16)
     n_parts = max(-(-n_cols // _DECODE_PART_COLS), min(-(-_DECODE_PROGRAMS // n_tiles), -(-n_cols // 128)))
     cols = -(-n_cols // n_parts)
@@ -57,11 +57,11 @@ def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
 
 
 def decode_splits(n_row_heads: int, n_slots: int, architecture: str) -> int:
-    """Programs that share the keys of one head of one row."""
+    """How many programs share the keys of one head of one row."""
     n_blocks = -(-n_slots // DECODE_BLOCK_KEYS)
     return max(1, min(3 if architecture == "cpu" else _DECODE_PROGRAMS // n_row_heads, n_blocks))
 
 
 def decode_head_programs(device: torch.device) -> int:
-    """Programs that share the tiles of the head."""
+    """How many programs share the tiles of the head."""
     return resident_programs(device, _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR)

@@ -1,15 +1,15 @@
-"""One kernel for the whole decode step of one row, and the forms in which it ships.
+"""One kernel for the whole decode step of one row.
 
-All programs stay resident, one on a multiprocessor, and meet at grid barriers, five a layer:
+All programs stay resident, one on each multiprocessor, and meet at grid barriers, five per layer:
 
     1  LN1 + QKV, keys and values to the cache        4  LN2 + FC + activation
     2  attention, keys split among the programs       5  projection of the MLP + residual
     3  sum of the splits, projection + residual       after the last layer: LN + head
 
-Every program owns a slice of the outputs of each phase. The weights of its slices lie behind each other in the order in
-which it uses them, in tiles of one size, then come its rows of the head: one loop walks this stream, and since the
-address of a tile depends on nothing but the loop's counter, the compiler fetches tiles through a ring in shared memory
-while the phases before them still compute or wait.
+Every program owns a slice of the outputs of each phase. The weights of its slices are stored in the order in which it
+uses them, in tiles of one size, followed by its rows of the head. One loop walks this stream. The address of a tile
+depends only on the loop's counter, so the compiler prefetches tiles into a ring of buffers in shared memory while
+earlier phases still compute or wait.
 """
 
 from itertools import accumulate
@@ -20,33 +20,33 @@ import triton
 import triton.language as tl
 
 from ...common.activation_kernels import activation_and_derivative
+from ...common.arithmetic import LOG2_E
 from ...common.launch import cdiv
 from . import tiles
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# Below every score, yet a number: the difference of two of them is zero.
+# Below every score, but finite, so that the difference of two of them is zero and not NaN.
 _LOWEST = tl.constexpr(-3.4e38)
 HEAD_DIM = tl.constexpr(64)
-# Parts of a row: each of 8 warps multiplies one of them, and the sums of all meet at the end.
+# Parts of a row: each of 8 warps multiplies one of them, and their sums are added at the end.
 _PARTS = tl.constexpr(8)
 
 
 @triton.jit(noinline=True)
 def _arrive(counter_ptr):
-    """Not inlined, because the compiler gives up the ring where it sees `debug_barrier` in the body of its loop.
+    """Count this program as arrived. Not inlined, because `debug_barrier` in the loop's body would stop the prefetch.
 
-    It must not use shared memory: that of a function which is not inlined is the ring's in triton 3.6.
+    It must not use shared memory: triton 3.6 places the shared memory of functions that are not inlined over the ring.
     """
-    # The stores of all threads come before the release by one of them.
+    # All threads must have stored before one of them releases.
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
 def _grid_barrier(counter_ptr, target):
-    """Until the counter, which is never reset, shows that every program has arrived."""
+    """Wait until the counter, which is never reset, shows that every program has arrived."""
     _arrive(counter_ptr)
-    # One thread polls and tells the others, whose loads thereby come after its acquire.
+    # One thread polls and broadcasts the value, so that the loads of the others come after its acquire.
     seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     while seen < target:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
@@ -54,7 +54,7 @@ def _grid_barrier(counter_ptr, target):
 
 @triton.jit
 def _channels(BLOCK_C: tl.constexpr):
-    """0 .. BLOCK_C - 1 as (parts, BLOCK_C / parts), the form of every row here."""
+    """0 .. BLOCK_C - 1 as (parts, BLOCK_C / parts), the shape of every row in this kernel."""
     return tl.arange(0, _PARTS)[:, None] * (BLOCK_C // _PARTS) + tl.arange(0, BLOCK_C // _PARTS)[None, :]
 
 
@@ -62,7 +62,7 @@ def _channels(BLOCK_C: tl.constexpr):
 def _norm(x, weight, bias, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """The norm of a row of C channels.
 
-    Without the second centring of `layer_norm_kernels`: all programs would wait for it, twice a layer.
+    It omits the second centring of `layer_norm`, for which all programs would wait twice per layer.
     """
     centered = tl.where(_channels(BLOCK_C) < C, x - tl.sum(x) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered) / C + eps)
@@ -71,10 +71,10 @@ def _norm(x, weight, bias, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _operand(x, dtype: tl.constexpr):
-    """Columns x (parts, K, 1 or 8) in float32 as what a tile meets on the tensor cores, (parts, K, 8) in dtype.
+    """Float32 columns x (parts, K, 1 or 8) as the operand (parts, K, 8) in dtype that tensor cores multiply by a tile.
 
-    Column 2q meets the units of quarter q, for which x may have a column of its own, with x rounded to dtype, and
-    column 2q + 1 with what that leaves: together they have twice the bits of dtype.
+    Columns 2q and 2q + 1 serve the weight rows of quarter q, which may have its own x. Column 2q is x rounded to dtype,
+    column 2q + 1 the rounding error: together they have twice the bits of dtype.
     """
     is_rounded = tl.arange(0, 8)[None, None, :] % 2 == 0
     rounded = x.to(dtype)
@@ -84,7 +84,7 @@ def _operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def _norm_of_stream(residual_ptr, norm_ptr, counter_ptr, target, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """`_norm` of the residual stream as all programs have left it, with the weight and bias at norm_ptr."""
+    """Wait for all programs, then return `_norm` of the residual stream with the weight and bias at norm_ptr."""
     cols = _channels(BLOCK_C)
     weight = tl.load(norm_ptr + cols, mask=cols < C, other=0.0)
     bias = tl.load(norm_ptr + C + cols, mask=cols < C, other=0.0)
@@ -98,10 +98,10 @@ def _attend(
     query_ptr, key_ptr, value_ptr, mixed_ptr, peaks_ptr, sums_ptr, scale, head, split, first, end, n_slots,
     C: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One head over the slots first .. end - 1, as split `split`: values mixed, the largest score, sum of weights."""
+    """Attend with one head to slots first .. end - 1. Store the split's weighted values, peak and sum of weights."""
     dims = tl.arange(0, HEAD_DIM)
     head_offset = head.to(tl.int64) * n_slots * HEAD_DIM
-    query = tl.load(query_ptr + head * HEAD_DIM + dims, cache_modifier=".cg") * (scale * _LOG2_E)
+    query = tl.load(query_ptr + head * HEAD_DIM + dims, cache_modifier=".cg") * (scale * LOG2_E)
 
     peak, total = tl.full((), _LOWEST, dtype=tl.float32), 0.0
     mixed = tl.zeros((HEAD_DIM,), dtype=tl.float32)
@@ -129,7 +129,7 @@ def _attend(
 def _combine(
     mixed_ptr, peaks_ptr, sums_ptr, n_splits, C: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr
 ):
-    """What all heads attended to (parts, BLOCK_C / parts), from the first n_splits splits."""
+    """The output of attention for all heads (parts, BLOCK_C / parts), from the first n_splits splits."""
     n_heads: tl.constexpr = C // HEAD_DIM
     heads, dims = tl.arange(0, BLOCK_C // HEAD_DIM), tl.arange(0, HEAD_DIM)
     offsets = heads[:, None] * HEAD_DIM + dims[None, :]
@@ -137,7 +137,7 @@ def _combine(
     peak = tl.full((BLOCK_C // HEAD_DIM,), _LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_C // HEAD_DIM,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_C // HEAD_DIM, HEAD_DIM), dtype=tl.float32)
-    # Unrolled, so that the splits are fetched at once; those that there are not cost no traffic.
+    # Unrolled, so that all splits load at the same time; masked loads of unused splits cost no traffic.
     for split in tl.static_range(MAX_SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
         inside = heads < tl.where(split < n_splits, n_heads, 0)
         split_peak = tl.load(peaks_ptr + split * n_heads + heads, mask=inside, other=_LOWEST, cache_modifier=".cg")
@@ -149,11 +149,11 @@ def _combine(
         total = total * shrink + split_total * split_shrink
         peak = new_peak
 
-    # A row that attends nothing gives zeros.
+    # Zeros where no key is seen.
     return tl.reshape(mixed / tl.where(total == 0.0, 1.0, total)[:, None], (_PARTS, BLOCK_C // _PARTS))
 
 
-# One compiled form for all sizes, and for any element of a larger tensor: decoding must not meet the compiler.
+# One compiled kernel serves all these sizes and any alignment of these tensors, so that decoding never compiles.
 @triton.jit(
     do_not_specialize=["n_layers", "n_slots", "n_vocab", "n_positions"],
     do_not_specialize_on_alignment=["tokens_ptr", "positions_ptr", "slots_ptr", "starts_ptr", "logits_ptr"],
@@ -170,27 +170,27 @@ def _persistent_decode_kernel(
 ):  # fmt: skip
     """logits (V,) of the token that follows tokens[0], whose keys and values go to slot slots[0] of the cache.
 
-    A unit is C weights: a row of a matrix as (out, in), or a quarter of a row of the MLP's projection. A tile is
-    4 * GROUPS units. stream: (L, programs, TILES, units, C), and biases (L, programs, TILES, units) beside it.
-    norms: (2L + 1, 2, C), weight and bias.
+    A weight row is C weights: a row of a matrix as (out, in), or a quarter of a row of the MLP's projection. A tile is
+    TILE_ROWS weight rows. stream: (L, programs, TILES, TILE_ROWS, C). biases: (L, programs, TILES, TILE_ROWS), one per
+    weight row. norms: (2L + 1, 2, C), weight and bias.
     """
-    UNITS: tl.constexpr = 4 * GROUPS
+    TILE_ROWS: tl.constexpr = 4 * GROUPS
     N_HEADS: tl.constexpr = C // HEAD_DIM
 
     program = tl.program_id(0)
-    cols, units = _channels(BLOCK_C), tl.arange(0, UNITS)
+    cols, weight_rows = _channels(BLOCK_C), tl.arange(0, TILE_ROWS)
     in_row = cols < C
     dtype: tl.constexpr = stream_ptr.dtype.element_ty
-    tile_cols, tile_units = cols[:, None, :], units[None, :, None]
-    quarter = tl.arange(0, 8) // 2  # that a column of `_operand` belongs to
-    meets = (units[:, None] % 4 == quarter[None, :])[None, :, :]
+    tile_cols, tile_rows = cols[:, None, :], weight_rows[None, :, None]
+    quarter = tl.arange(0, 8) // 2  # Of each column of `_operand`.
+    serves_row = (weight_rows[:, None] % 4 == quarter[None, :])[None, :, :]
     # The end of this program's slice of each phase.
     qkv_end = tl.minimum((program + 1) * QKV_SLICE, 3 * C)
     out_end = tl.minimum((program + 1) * OUT_SLICE, C)
     fc_end = tl.minimum((program + 1) * FC_SLICE, 4 * C)
     head_slice = tl.cdiv(n_vocab, N_PROGRAMS)
     head_end = tl.minimum((program + 1) * head_slice, n_vocab)
-    # A program that reads the counter late sees less than N_PROGRAMS arrivals at the first barrier: its own is missing.
+    # Round down: other programs may already have arrived at the first barrier, but never all, because this one has not.
     target = tl.load(counter_ptr, volatile=True) // N_PROGRAMS * N_PROGRAMS
 
     token = tl.minimum(tl.maximum(tl.load(tokens_ptr), 0), n_vocab - 1)
@@ -202,7 +202,7 @@ def _persistent_decode_kernel(
     n_splits = tl.minimum(tl.maximum(tl.cdiv(end_key - first_key, KEYS_PER_SPLIT), 1), MAX_SPLITS)
     keys_per_split = tl.cdiv(end_key - first_key, n_splits)
 
-    # Every program writes all of the embedding, the same values: nobody has to wait for it.
+    # Every program stores the whole embedding, with the same values, so that no program waits for another.
     x = tl.load(wte_ptr + token * C + cols, mask=in_row, other=0.0).to(tl.float32)
     x += tl.load(wpe_ptr + position * C + cols, mask=in_row, other=0.0).to(tl.float32)
     tl.store(residual_ptr + cols, x, mask=in_row)
@@ -212,25 +212,26 @@ def _persistent_decode_kernel(
     tl.debug_barrier()
 
     n_stream_tiles = n_layers * TILES
-    for i in tl.range(0, n_stream_tiles + tl.cdiv(head_slice, UNITS), num_stages=N_STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        step = tl.cast(i, tl.int32)  # A Python int in the interpreter.
+    for i in tl.range(0, n_stream_tiles + tl.cdiv(head_slice, TILE_ROWS), num_stages=N_STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        step = tl.cast(i, tl.int32)  # In the interpreter i is a Python int.
         in_head = step >= n_stream_tiles
         layer = step // TILES
         t = tl.where(in_head, TILES, step % TILES)
-        # Of this tile's first unit, counted in its phase; and how many units the phase has.
-        unit = t - tl.where(t < QKV_END, 0, tl.where(t < OUT_END, QKV_END, tl.where(t < FC_END, OUT_END, FC_END)))
-        unit = tl.where(in_head, step - n_stream_tiles, unit) * UNITS
-        n_units = tl.where(t < OUT_END, out_end - program * OUT_SLICE, fc_end - program * FC_SLICE)
-        n_units = tl.where(t < QKV_END, qkv_end - program * QKV_SLICE, n_units)
-        n_units = tl.where(t < FC_END, n_units, 4 * (out_end - program * OUT_SLICE))
-        n_units = tl.where(in_head, head_end - program * head_slice, n_units)
+        # The tile's first weight row, counted from the start of its phase, and the number of weight rows of the phase.
+        first_row = t - tl.where(t < QKV_END, 0, tl.where(t < OUT_END, QKV_END, tl.where(t < FC_END, OUT_END, FC_END)))
+        first_row = tl.where(in_head, step - n_stream_tiles, first_row) * TILE_ROWS
+        n_weight_rows = tl.where(t < OUT_END, out_end - program * OUT_SLICE, fc_end - program * FC_SLICE)
+        n_weight_rows = tl.where(t < QKV_END, qkv_end - program * QKV_SLICE, n_weight_rows)
+        n_weight_rows = tl.where(t < FC_END, n_weight_rows, 4 * (out_end - program * OUT_SLICE))
+        n_weight_rows = tl.where(in_head, head_end - program * head_slice, n_weight_rows)
         place = (layer.to(tl.int64) * N_PROGRAMS + program) * TILES + t
-        head_row = program.to(tl.int64) * head_slice + unit
-        tile_ptr = tl.where(in_head, head_ptr + head_row * C, stream_ptr + place * (UNITS * C))
-        in_tile = (tile_units < n_units - unit) & (tile_cols < C)
-        tile = tl.load(tile_ptr + tile_units * C + tile_cols, mask=in_tile, other=0.0)
-        bias = tl.load(biases_ptr + place * UNITS + units, mask=units < tl.where(in_head, 0, UNITS), other=0.0)
-        products = tl.where(meets, tl.dot(tile, inputs, input_precision="ieee"), 0.0)  # (parts, units, 8)
+        head_row = program.to(tl.int64) * head_slice + first_row
+        tile_ptr = tl.where(in_head, head_ptr + head_row * C, stream_ptr + place * (TILE_ROWS * C))
+        in_tile = (tile_rows < n_weight_rows - first_row) & (tile_cols < C)
+        tile = tl.load(tile_ptr + tile_rows * C + tile_cols, mask=in_tile, other=0.0)
+        has_bias = weight_rows < tl.where(in_head, 0, TILE_ROWS)
+        bias = tl.load(biases_ptr + place * TILE_ROWS + weight_rows, mask=has_bias, other=0.0)
+        products = tl.where(serves_row, tl.dot(tile, inputs, input_precision="ieee"), 0.0)  # (parts, TILE_ROWS, 8)
         sums = tl.sum(tl.sum(products, axis=2), axis=0) + bias
 
         layer_offset = layer.to(tl.int64) * 2 * C * n_slots
@@ -238,7 +239,7 @@ def _persistent_decode_kernel(
         norm_ptr = norms_ptr + layer.to(tl.int64) * 4 * C
 
         if t < QKV_END:
-            rows = program * QKV_SLICE + unit + units
+            rows = program * QKV_SLICE + first_row + weight_rows
             kind, channel = rows // C, rows % C
             cache_offsets = (channel // HEAD_DIM * n_slots.to(tl.int64) + slot) * HEAD_DIM + channel % HEAD_DIM
             tl.store(query_ptr + channel, sums, mask=(rows < qkv_end) & (kind == 0))
@@ -259,7 +260,7 @@ def _persistent_decode_kernel(
                 x = _combine(mixed_ptr, peaks_ptr, sums_ptr, n_splits, C, BLOCK_C, MAX_SPLITS)
                 inputs = _operand(x[:, :, None], dtype)
         elif t < OUT_END:
-            out_rows = program * OUT_SLICE + unit + units
+            out_rows = program * OUT_SLICE + first_row + weight_rows
             before = tl.load(residual_ptr + out_rows, mask=out_rows < out_end, other=0.0, cache_modifier=".cg")
             tl.store(residual_ptr + out_rows, before + sums, mask=out_rows < out_end)
             if t == OUT_END - 1:
@@ -267,7 +268,7 @@ def _persistent_decode_kernel(
                 x = _norm_of_stream(residual_ptr, norm_ptr + 2 * C, counter_ptr, target, eps, C, BLOCK_C)
                 inputs = _operand(x[:, :, None], dtype)
         elif t < FC_END:
-            fc_rows = program * FC_SLICE + unit + units
+            fc_rows = program * FC_SLICE + first_row + weight_rows
             activated, _ = activation_and_derivative(sums, ACTIVATION)
             tl.store(hidden_ptr + fc_rows, activated, mask=fc_rows < fc_end)
             if t == FC_END - 1:
@@ -277,7 +278,7 @@ def _persistent_decode_kernel(
                 hidden = tl.load(hidden_ptr + quarter_cols, mask=in_quarter, other=0.0, cache_modifier=".cg")
                 inputs = _operand(hidden, dtype)
         elif t < TILES:
-            mlp_rows = program * OUT_SLICE + unit // 4 + tl.arange(0, GROUPS)
+            mlp_rows = program * OUT_SLICE + first_row // 4 + tl.arange(0, GROUPS)
             stream = tl.load(residual_ptr + mlp_rows, mask=mlp_rows < out_end, other=0.0, cache_modifier=".cg")
             projected = tl.sum(tl.reshape(sums, (GROUPS, 4)), axis=1)
             tl.store(residual_ptr + mlp_rows, stream + projected, mask=mlp_rows < out_end)
@@ -287,7 +288,7 @@ def _persistent_decode_kernel(
                 x = _norm_of_stream(residual_ptr, norm_ptr + 4 * C, counter_ptr, target, eps, C, BLOCK_C)
                 inputs = _operand(x[:, :, None], dtype)
         else:
-            tl.store(logits_ptr + head_row + units, sums, mask=head_row + units < head_end)
+            tl.store(logits_ptr + head_row + weight_rows, sums, mask=head_row + weight_rows < head_end)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def _persistent_decode_kernel(
 def constants(
     n_channels: int, dtype: torch.dtype, architecture: str, n_programs: int, activation: str
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernel for a model and a GPU that has a ring."""
+    """The kernel's compile-time arguments for a model and a GPU on which `persistent_ring` is not None."""
     ring = tiles.persistent_ring(n_channels, dtype, architecture)
     assert ring is not None
     return {
@@ -314,14 +315,14 @@ def constants(
 
 
 def _tiles(n_channels: int, n_programs: int, groups: int) -> dict[str, int]:
-    """Rows of a program's slice of each matrix, and the first tile behind each phase of a layer."""
+    """Rows of a program's slice of each matrix, and the index of the first tile after each phase of a layer."""
     qkv, out, fc = (cdiv(n * n_channels, n_programs) for n in (3, 1, 4))
-    n_units = qkv, out, fc, 4 * out
-    ends = accumulate(cdiv(n, 4 * groups) for n in n_units)
+    n_weight_rows = qkv, out, fc, 4 * out
+    ends = accumulate(cdiv(n, 4 * groups) for n in n_weight_rows)
     names = "QKV_END", "OUT_END", "FC_END", "TILES"
     return {"QKV_SLICE": qkv, "OUT_SLICE": out, "FC_SLICE": fc, **dict(zip(names, ends, strict=True))}
 
 
-def n_units(n_channels: int, n_programs: int, groups: int) -> int:
-    """Units of a layer in the stream of one program, with those that fill up tiles."""
+def n_weight_rows(n_channels: int, n_programs: int, groups: int) -> int:
+    """Weight rows of a layer in the stream of one program, including those that pad its tiles."""
     return 4 * groups * _tiles(n_channels, n_programs, groups)["TILES"]

@@ -1,4 +1,4 @@
-"""The decode step of one row as one launch: weights packed for `persistent_decode_kernels`, scratch, launcher."""
+"""The decode step of one row as one launch: packed weights, scratch memory, launcher."""
 
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from ...common.activations import ACTIVATIONS
 from ...common.decode_weights import DecodeLayer, DecodeWeights
 from ...common.launch import launch
 from . import tiles
-from .kernels import HEAD_DIM, _persistent_decode_kernel, constants, n_units
+from .kernels import HEAD_DIM, _persistent_decode_kernel, constants, n_weight_rows
 
 _MAX_CHANNELS = 2048
 
@@ -20,12 +20,12 @@ _MAX_CHANNELS = 2048
 class PersistentDecoder:
     """One GPT-2 packed for the persistent kernel: batch 1, head size 64, F = 4C, C <= 2048, one dtype.
 
-    The matrices of the blocks, their biases and the norms are copied as they are now, and again by `pack`; the
-    embeddings and the head are read where they are. A decoder has one set of scratch memory: its steps must follow each
-    other on one stream.
+    The matrices of the blocks, their biases and the norms are copied now, and again by `pack`; the embeddings and the
+    head are read in place. A decoder has one set of scratch memory, so its steps must run one after another on one
+    stream.
     """
 
-    n_bytes: int  # of the copy, which is a second one of the blocks' weights
+    n_bytes: int  # Size of the packed copy of the blocks' weights.
 
     @staticmethod
     def obstacle(
@@ -75,8 +75,8 @@ class PersistentDecoder:
 
         self._tables = tuple(map(_aligned, (wte, weights.wpe, weights.head)))
         self._groups = ring.groups
-        units = n_layers, self._n_programs, n_units(n_channels, self._n_programs, ring.groups)
-        stream, biases = wte.new_zeros(*units, n_channels), wte.new_zeros(units, dtype=torch.float32)
+        weight_rows = n_layers, self._n_programs, n_weight_rows(n_channels, self._n_programs, ring.groups)
+        stream, biases = wte.new_zeros(*weight_rows, n_channels), wte.new_zeros(weight_rows, dtype=torch.float32)
         norms = wte.new_empty(4 * n_layers + 2, n_channels)
         scales = torch.tensor([x.scale for x in weights.layers], dtype=torch.float32, device=device)
         self._packed = stream, biases, norms, scales
@@ -84,7 +84,7 @@ class PersistentDecoder:
         self.pack(weights)
 
         max_splits, n_heads = self._constants["MAX_SPLITS"], weights.n_heads
-        # The residual stream, queries; of each split its values, peaks and sums; hidden values.
+        # The residual stream; queries; values, peaks and sums of the splits; hidden values.
         shapes = (n_channels,), (n_channels,), (max_splits, n_channels), (max_splits, n_heads), (max_splits, n_heads)
         shapes = *shapes, (n_hidden,)
         self._scratch = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
@@ -99,9 +99,9 @@ class PersistentDecoder:
 
     @torch.no_grad()
     def pack(self, weights: DecodeWeights) -> None:
-        """Copy the weights again, as they are now, to where the copy lies: a CUDA graph of the steps goes on with them.
+        """Copy the current weights into the same memory, so that captured CUDA graphs use them.
 
-        weights: those of the model that was packed, with embeddings and a head that lie where they lay.
+        weights: of the model that was packed, with embeddings and head at their old addresses.
         """
         for table, source in zip(self._tables, (weights.wte, weights.wpe, weights.head), strict=True):
             if table.data_ptr() != source.data_ptr():
@@ -117,10 +117,10 @@ class PersistentDecoder:
         """The forward of one token over the cache, to which its keys and values are appended.
 
         cache: (L, 2, 1, H, T, D), keys before values, dense. tokens, positions, slots, starts: (1,) int64. The token
-        goes to slot slots[0] and attends starts[0] .. slots[0]; starts None is slot 0. What is outside the vocabulary
-        or the context is moved to its edge; a slot outside the cache is not written, and its logits mean nothing.
+        goes to slot slots[0] and attends to starts[0] .. slots[0]; starts None means 0. Tokens and positions outside
+        their tables are clamped; a slot outside the cache is not written, and its logits are meaningless.
         logits: (1, V) float32, filled.
-        Launches one kernel, allocates nothing and waits for nothing: a CUDA graph can hold it.
+        Launches one kernel, allocates nothing and never waits for the device: a CUDA graph can capture it.
         Raises ValueError when the cache or the logits do not fit.
         """
         self._check(cache, logits)
@@ -150,18 +150,18 @@ class PersistentDecoder:
 
 
 def _aligned(table: Tensor) -> Tensor:
-    """The tensor itself where its rows are dense and can be read 16 bytes at a time, else a copy."""
+    """The tensor itself if it is dense and 16-byte aligned, otherwise a copy."""
     table = table.detach().contiguous()
     return table if table.data_ptr() % 16 == 0 else table.clone()
 
 
 def _pack(layers: tuple[DecodeLayer, ...], stream: Tensor, biases: Tensor, groups: int) -> None:
-    """Fill stream (L, programs, units, C), in which every program reads its weights, and biases (L, programs, units).
+    """Fill stream (L, programs, weight rows, C) and biases (L, programs, weight rows) for every program.
 
-    What belongs to no weight is left as it is.
+    Padding is left as it is.
     """
     _, n_programs, _, n_channels = stream.shape
-    n_units_of_tile = 4 * groups
+    tile_rows = 4 * groups
     for layer, layer_stream, layer_biases in zip(layers, stream, biases, strict=True):
         start = 0
         for weight, bias in (
@@ -174,12 +174,12 @@ def _pack(layers: tuple[DecodeLayer, ...], stream: Tensor, biases: Tensor, group
             n_slice, n_parts = -(-n_out // n_programs), n_in // n_channels
             stop = start + n_slice * n_parts
             _deal(weight.t(), layer_stream[:, start:stop].unflatten(1, (n_slice, n_parts)).flatten(2))
-            _deal(bias, layer_biases[:, start:stop:n_parts])  # Of a row in several units, the first adds the bias.
-            start += -(-(stop - start) // n_units_of_tile) * n_units_of_tile
+            _deal(bias, layer_biases[:, start:stop:n_parts])  # The first of a row's parts adds the bias.
+            start += -(-(stop - start) // tile_rows) * tile_rows
 
 
 def _deal(rows: Tensor, slices: Tensor) -> None:
-    """Copy rows (n, ...) to slices (programs, rows of each, ...): the same number to each program while they last."""
+    """Copy rows (n, ...) to slices (programs, rows per program, ...), in order, until no rows are left."""
     n_slice = slices.shape[1]
     n_whole, n_left = divmod(len(rows), n_slice)
     slices[:n_whole] = rows[: n_whole * n_slice].unflatten(0, (-1, n_slice))

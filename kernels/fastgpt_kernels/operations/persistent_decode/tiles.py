@@ -8,28 +8,27 @@ from ...common.chip import chip
 
 
 class PersistentRing(NamedTuple):
-    """How one program fetches its weights: in tiles of 4 * groups rows, num_stages - 1 of them ahead."""
+    """How one program prefetches its weights: tiles of 4 * groups rows, num_stages - 1 of them ahead."""
 
     groups: int
     num_warps: int
     num_stages: int
 
 
-# 16 rows are what the tensor cores take. Up to 1024 channels they use 176 KiB of shared memory, above 224 of 227 KiB.
-# Compiled without spills (triton 3.6 and 3.9), unmeasured.
+# Tensor cores take 16 rows. Up to 1024 channels the ring uses 176 KiB of shared memory, above that 224 of 227 KiB.
+# Compiled without spills (triton 3.6 and 3.9), not timed.
 _PERSISTENT_RING = PersistentRing(4, 8, 6)
 _PERSISTENT_STAGES_ABOVE_1024_CHANNELS = 4
 _PERSISTENT_ARCHITECTURES = "sm_90", "sm_100"
-# So many keys are worth a program of their own, and so many programs a head: unmeasured. Every program adds up the
-# splits of all heads, so that fewer are cheaper.
+# Keys per split, and the most splits per head. Every program sums all splits, so fewer are cheaper. Not timed.
 PERSISTENT_KEYS_PER_SPLIT, PERSISTENT_MAX_SPLITS = 64, 16
 PERSISTENT_BLOCK_KEYS = 128
-# In the interpreter few, which is quick, but enough to disagree.
+# Few for the interpreter, to be quick, but enough for races between programs to show.
 _PERSISTENT_PROGRAMS_OF_CPU = 5
 
 
 def persistent_ring(n_channels: int, dtype: torch.dtype, architecture: str) -> PersistentRing | None:
-    """The ring of the persistent decode kernel, None where it does not run; float32 is for the interpreter."""
+    """The ring of the persistent decode kernel, or None where it does not run; float32 is for the interpreter only."""
     on_gpu = architecture in _PERSISTENT_ARCHITECTURES and dtype in (torch.bfloat16, torch.float16)
     in_interpreter = architecture == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not (on_gpu or in_interpreter):
@@ -39,6 +38,6 @@ def persistent_ring(n_channels: int, dtype: torch.dtype, architecture: str) -> P
 
 
 def persistent_programs(device: torch.device) -> int:
-    """How many programs of the persistent decode kernel are resident: one a multiprocessor."""
+    """How many programs of the persistent decode kernel are resident: one per multiprocessor."""
     name, n_multiprocessors = chip(device)
     return _PERSISTENT_PROGRAMS_OF_CPU if name == "cpu" else n_multiprocessors

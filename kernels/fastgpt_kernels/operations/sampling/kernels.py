@@ -11,6 +11,7 @@ of those.
 import triton
 import triton.language as tl
 
+from ...common.arithmetic import LOG2_E
 from ...common.dropout import PHILOX_ROUNDS
 from .reference import SAMPLING_STREAM
 
@@ -19,7 +20,6 @@ _GROUP = tl.constexpr(GROUP_SIZE)
 _PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 _SAMPLING_STREAM = tl.constexpr(SAMPLING_STREAM)
 _LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def _add_noise(score, group, member, seed, position, continuation, inverse_tempe
 def _mass(score, largest, inverse_temperature):
     """exp((score - largest) / temperature), also where both are -inf."""
     shift = tl.maximum(largest, -_LARGEST_FLOAT32)
-    return tl.exp2((score - shift) * (inverse_temperature * _LOG2_E))
+    return tl.exp2((score - shift) * (inverse_temperature * LOG2_E))
 
 
 @triton.jit(do_not_specialize=["min_length", "n_continuations"])
