@@ -1,7 +1,7 @@
-"""Compile every kernel as it is launched, for GPUs that need not be there, and read what the machine code takes.
+"""Compile every kernel as it is launched, for GPUs that need not be present, and read the machine code's resources.
 
-The operations of `shipped` run on the CPU, where triton is told of a GPU and of every launch that it need not do it.
-Figures come from the machine code that triton itself made. A launch fails when it does not compile, spills a register,
+The calls of `shipped` run on CPU tensors. Triton is told that a GPU is present, and a hook records and skips each
+launch. Figures come from the machine code that triton makes. A launch fails when it does not compile, spills registers,
 needs more shared memory than the chip has, rounds float32 to tf32, or multiplies half-precision matrices on sm_90
 without wgmma.
 """
@@ -31,13 +31,12 @@ from .shipped import Call, calls
 SHARED_LIMITS = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
 }  # fmt: skip
-# Of the chips whose persistent kernels are compiled for their number: an H100 or H200, and a B200.
+# The persistent kernels are compiled for the number of multiprocessors: an H100 or H200, and a B200.
 _MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
-# The width of a local store in the machine code, in bytes.
+# The width in bytes of a store to local memory in the machine code.
 _STORE_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
-
-# Kernels of prefill and training that multiply matrices: in half precision wgmma must show on sm_90.
+# Kernels of prefill and training that multiply matrices: in half precision they must use wgmma on sm_90.
 _MATRIX_KERNELS = {
     "_causal_attention_fwd_kernel", "_causal_attention_bwd_dq_kernel", "_causal_attention_bwd_dkdv_kernel",
     "_gelu_mlp_fwd_hidden_kernel", "_gelu_mlp_fwd_out_kernel", "_gelu_mlp_bwd_pre_kernel",
@@ -46,18 +45,18 @@ _HALF = "bf16", "fp16"
 
 
 class Launch(NamedTuple):
-    """A kernel as it is launched: triton's own words for the types and values under which it is compiled."""
+    """A kernel as it is launched, with triton's own record of the types and values for which it is compiled."""
 
     operation: str
     label: str
     module: str
     kernel: str
-    specialization: str  # JSON, which triton reads again
+    specialization: str  # JSON, as triton writes and reads it
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One compiled launch: bytes and registers are those of a thread, shared_bytes those of a program."""
+    """One compiled launch: registers and spilled_bytes per thread, shared_bytes per program."""
 
     operation: str
     kernel: str
@@ -75,7 +74,7 @@ class Finding:
 
 
 class _AbsentGpu:
-    """What triton asks of a GPU's driver before it compiles. Its caches tell devices apart by the chip's name."""
+    """What triton asks of a GPU's driver before it compiles. The chip's name stands for the device in its caches."""
 
     def __init__(self, architecture: str):
         self.architecture = architecture
@@ -103,7 +102,7 @@ def _absent_gpu(architecture: str) -> Iterator[None]:
 
 
 def record(calls: Iterable[Call], architecture: str) -> list[Launch]:
-    """The different launches that calls make for one of `SHARED_LIMITS`, in their order; nothing is compiled or run."""
+    """The distinct launches that calls make on one of `SHARED_LIMITS`, in order; nothing is compiled or run."""
     launches: dict[tuple[str, str], Launch] = {}
     call = None
 
@@ -112,7 +111,7 @@ def record(calls: Iterable[Call], architecture: str) -> list[Launch]:
         label = f"{call.label}: {_describe(fn.jit_function, compile)}"
         launch = Launch(call.operation, label, fn.module, fn.name, compile["specialization_data"])
         launches.setdefault((fn.name, launch.specialization), launch)
-        return True  # Done: triton does nothing more.
+        return True  # Tells triton to do nothing more.
 
     knobs.runtime.jit_cache_hook, before = note, knobs.runtime.jit_cache_hook
     try:
@@ -125,7 +124,7 @@ def record(calls: Iterable[Call], architecture: str) -> list[Launch]:
 
 
 def _describe(kernel: Any, compile: Any) -> str:
-    """The compile-time arguments that are set, but for those which are 1 by chance."""
+    """The compile-time arguments that are set, without lower-case ones, which triton specialises where they are 1."""
     values = {kernel.arg_names[path[0]]: value for path, value in compile["constants"].items()}
     shown = {name: value for name, value in values.items() if name.isupper() and value is not False}
     words = [name if value is True else f"{name}={value}" for name, value in shown.items()]
@@ -136,7 +135,7 @@ def _describe(kernel: Any, compile: Any) -> str:
 
 
 def audit(launch: Launch, architecture: str) -> Finding:
-    """Compile what was recorded for a chip, and judge it."""
+    """Compile a recorded launch for a chip, and judge it."""
     finding = Finding(launch.operation, launch.kernel.strip("_"), launch.label, architecture)
     try:
         compiled = compile_launch(launch, architecture)
@@ -176,7 +175,7 @@ def _read_cuda(compiled: CompiledKernel) -> dict[str, Any]:
         usage = {
             name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin))
         }
-        # Spilled registers lie in the stack frame; where there is none, disassembling can be spared.
+        # Spilled registers lie in the stack frame; without one there is no need to disassemble.
         has_frame = usage["STACK"] or usage["LOCAL"]
         spilled = spilled_bytes(_tool("nvdisasm", "-c", cubin)) if has_frame else 0
     ptx = compiled.asm["ptx"]
@@ -194,7 +193,7 @@ def _tool(name: str, option: str, cubin: Path) -> str:
 
 
 def spilled_bytes(machine_code: str) -> int:
-    """What the local stores in NVIDIA machine code write; loads without a store count as one word each."""
+    """Bytes that NVIDIA machine code stores to local memory; without any store, each local load counts as one word."""
     stores = re.findall(r"\bSTL((?:\.\w+)*)", machine_code)
     widths = (next((_STORE_WIDTHS[s] for s in store.split(".") if s in _STORE_WIDTHS), 4) for store in stores)
     return sum(widths) if stores else 4 * len(re.findall(r"\bLDL\b", machine_code))
@@ -210,7 +209,7 @@ def _read_hip(compiled: CompiledKernel) -> dict[str, Any]:
 
 
 def launches(architecture: str, only: str = "") -> list[Launch]:
-    """Everything that ships for a chip, where the operation and the label of a launch, with a space, contain `only`."""
+    """All launches that ship for a chip and whose "operation label" contains `only`."""
     recorded = record(calls(architecture), architecture)
     return [launch for launch in recorded if only in f"{launch.operation} {launch.label}"]
 

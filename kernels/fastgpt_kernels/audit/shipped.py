@@ -1,8 +1,8 @@
 """What ships: every operation in the forms and at the widths in which models of this family call it.
 
-The calls are real ones, on small tensors in the CPU's memory. `audit` records the launches that they make for a chip
-that need not be there, so that what is compiled is what is launched. A tile depends on dtype, width and chip; numbers
-of rows and sizes of vocabularies change no machine code but by what divides them, for which GPT-2's stand.
+The calls are real, on small tensors in the CPU's memory. `audit` records their launches for a chip that need not be
+present, so that it compiles what is launched. A tile depends on dtype, width and chip. Numbers of rows and vocabulary
+sizes change the machine code only by their divisibility, for which those of GPT-2 are examples.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,12 +27,12 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 # Channels and heads of the four sizes.
 _SIZES = {"small": (768, 12), "medium": (1024, 16), "large": (1280, 20), "xl": (1600, 25)}
 _VOCABULARY, _CONTEXT = 50257, 1024
-# As many sequences of as many tokens: multiples of 16, as in training.
+# Sequences, and tokens per sequence: their product is a multiple of 16, as in training.
 _BATCH, _TOKENS = 2, 16
 
 
 class Call(NamedTuple):
-    """One call of an operation, forward and where there is one backward, and what tells it from others."""
+    """One call of an operation, forward and, if there is one, backward, with a label that tells it from others."""
 
     operation: str
     label: str
@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 def calls(architecture: str) -> Iterator[Call]:
-    """Everything that ships for a chip, which the caller has `chip.assume` for while they run."""
+    """All calls that ship for a chip. The caller runs them inside `chip.assume`."""
     for part in (_layer_norm, _attention, _linear_cross_entropy, _gelu_mlp, _decode, _persistent_decode, _sample):
         yield from part(architecture)
 
@@ -60,7 +60,7 @@ def _with_backward(operation: Callable[..., Any], *args: Any, **options: Any) ->
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
-# float16 differs from bfloat16 in the conversions alone.
+# float16 differs from bfloat16 only in conversions.
 _DTYPES = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -75,7 +75,7 @@ def _layer_norm(_: str) -> Iterator[Call]:
 
 def _attention(_: str) -> Iterator[Call]:
     mask = torch.ones(_BATCH, _TOKENS, dtype=torch.bool)
-    # Heads of other sizes are masked as those of 80 are, in tiles as wide or narrower.
+    # Heads of other sizes are masked like those of 80, in tiles of the same width or narrower.
     for dtype, head_dim in (
         (torch.bfloat16, 64),
         (torch.bfloat16, 80),
@@ -101,8 +101,8 @@ def _linear_cross_entropy(_: str) -> Iterator[Call]:
 
 
 def _gelu_mlp(_: str) -> Iterator[Call]:
-    # Multiples of 16 go through tensor descriptors where there are such, odd widths through pointers.
-    # Of the activations the exact GELU takes the most registers.
+    # Multiples of 16 go through tensor descriptors where the chip has them, odd widths through pointers.
+    # Among the activations the exact GELU takes the most registers.
     for dtype, width in ((torch.float64, 64), *product((torch.bfloat16, torch.float32), (64, 65))):
         for activation, is_last in (("gelu_new", False), ("gelu", True)):
             x, fc, proj = (
@@ -141,8 +141,8 @@ def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dty
 
 
 def _decode(_: str) -> Iterator[Call]:
-    # The narrowest and the widest of the sizes: those between take the same tiles.
-    # One row, as many as are fused, more; new tokens of one sequence, for prompt lookup.
+    # The narrowest and the widest size; those between use the same tiles.
+    # One row, the most that are fused, more; new tokens of one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (4, True), (9, True)
     for dtype, size in product((torch.bfloat16, torch.float32), ("small", "xl")):
         weights = _decode_weights(*_SIZES[size], dtype)
@@ -174,7 +174,7 @@ def _sample(_: str) -> Iterator[Call]:
         "greedy": {"seed": None}, "draw": {}, "min-p": {"min_p": 0.1}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9},
         "top-k, top-p": {"top_k": 50, "top_p": 0.9},
     }  # fmt: skip
-    # A step leaves float32; bfloat16 are the logits of a prompt.
+    # Decode steps write float32 logits; those of a prompt are bfloat16.
     for dtype, has_penalty, label in (
         *product((torch.float32,), (False, True), filters),
         (torch.bfloat16, True, "draw"),

@@ -1,1 +1,1 @@
-"""What several operations use."""
+"""Code that several operations share."""

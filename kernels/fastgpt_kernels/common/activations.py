@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-# The tanh form is what GPT-2 was trained with; gelu_fast is the same function with a rounded constant.
+# GPT-2 was trained with the tanh form; gelu_fast is the same function with a rounded constant.
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _gelu_tanh,

@@ -1,7 +1,7 @@
-"""The GPU that launches are chosen for.
+"""The GPU for which launch configurations are chosen.
 
-Configurations are fixed tables keyed by shape and GPU: nothing is searched at run time, so the first call is as fast as
-the next and graph capture meets no measurement.
+Configurations are fixed tables keyed by shape and GPU. Nothing is tuned at run time, so the first call is as fast as
+the next and graph capture never meets a measurement.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 
 
 class Chip(NamedTuple):
-    """What the tables ask of a device. architecture: sm_90, gfx942, or cpu, which is the interpreter."""
+    """What the tables need to know of a device. architecture: sm_90, gfx942, or cpu, which is the interpreter."""
 
     architecture: str
     n_multiprocessors: int
@@ -24,7 +24,7 @@ _assumed: Chip | None = None
 
 @contextmanager
 def assume(chip: Chip) -> Iterator[None]:
-    """Choose as for a chip that need not be there, whatever holds the tensors: what the audit compiles."""
+    """Choose configurations for a chip that need not be present, wherever tensors lie. The audit uses this."""
     global _assumed
     previous, _assumed = _assumed, chip
     try:
@@ -43,26 +43,26 @@ def _chip_of(device: torch.device) -> Chip:
 
 
 def chip(device: torch.device) -> Chip:
-    """What launches on a device are chosen for."""
+    """The chip for which launches on a device are configured."""
     return _assumed or _chip_of(device)
 
 
 def architecture(device: torch.device) -> str:
-    """What the kernels for a device are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
+    """The architecture that kernels are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
     return chip(device).architecture
 
 
-# In the interpreter few, so that each has several tiles to walk.
+# Few in the interpreter, so that each program has several tiles.
 _PROGRAMS_OF_CPU = 3
 
 
 def resident_programs(device: torch.device, n_resident: int) -> int:
-    """How many programs of a kernel a device holds at n_resident a multiprocessor."""
+    """How many programs of a kernel a device holds, with n_resident on each multiprocessor."""
     name, n_multiprocessors = chip(device)
     return _PROGRAMS_OF_CPU if name == "cpu" else n_resident * n_multiprocessors
 
 
 def overlaps_launches(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it runs: programmatic dependent launch, from Hopper on."""
+    """Whether a kernel may start while the previous one runs: programmatic dependent launch, from Hopper on."""
     name = architecture(device)
     return name.startswith("sm_") and int(name[3:]) >= 90

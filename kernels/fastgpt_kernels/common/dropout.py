@@ -1,4 +1,4 @@
-"""Which elements dropout zeroes: a function of a seed and of places alone, by Philox."""
+"""Which elements dropout zeroes: a function of only the seed and the position, by Philox."""
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
 def dropout_keep_mask(
     shape: tuple[int, int, int, int], dropout_p: float, seed: int | Tensor | None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
-    """Which attention weights survive dropout, a function of the seed and the position alone.
+    """Which attention weights survive dropout, a function of only the seed and the position.
 
-    shape: (B, H, Tq, Tk). One Philox call draws 16 bits for each of eight elements: those whose positions differ in
-    bits 0 and 3 of the key and bit 3 of the query, which one thread of a tensor-core accumulator holds.
+    shape: (B, H, Tq, Tk). One Philox call draws 16 bits for each of eight elements: their positions differ in bits 0
+    and 3 of the key and bit 3 of the query, and one thread of a tensor-core accumulator holds them.
     Returns the (B, H, Tq, Tk) bool mask and the factor that keeps the expectation.
     """
     n_batch, n_heads, n_queries, n_keys = shape
@@ -48,7 +48,7 @@ def dropout_keep_mask(
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
-    """The 64 bits of a dropout seed as a 0-d int64 tensor; drawn from torch's generator when seed is None.
+    """The 64 bits of a seed as a 0-d int64 tensor; drawn from torch's generator when seed is None.
 
     seed: an integer in [-2**63, 2**64), or a tensor that holds one. Raises ValueError on anything else.
     """
@@ -64,5 +64,5 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The share in units of 1/65536; never all of it, so that the surviving weights have a finite factor."""
+    """dropout_p in units of 1/65536; below 65536, so that the factor of surviving weights is finite."""
     return min(round(dropout_p * 65536), 65535)

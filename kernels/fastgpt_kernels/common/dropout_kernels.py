@@ -1,8 +1,8 @@
-"""Dropout inside a kernel: a function of the seed and the position alone, so that backward draws it again."""
+"""Dropout inside a kernel: a function of only the seed and the position, so that backward draws the same bits."""
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has, and triton 3.7 what some jit
-# functions return as nothing.
+# Triton types compile-time parameters as constexpr, which no literal is, and triton 3.7 declares that some jit
+# functions return None.
 
 import triton
 import triton.language as tl
@@ -14,10 +14,11 @@ _PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 @triton.jit
 def dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, threshold):
-    """Which weights survive, bit for bit as `reference.dropout_keep_mask`.
+    """Which weights survive, bit for bit as `dropout.dropout_keep_mask`.
 
-    q_offset, k_offset: places inside the block, (rows, 1) and (1, cols) or the other way round; starts divide by 16.
-    Of the offsets alone the compiler sees which eight elements share a Philox call, and that one thread holds them.
+    q_offset, k_offset: positions inside the block, (rows, 1) and (1, cols) or the other way round. q_start, k_start are
+    multiples of 16. Kept apart from the starts, the offsets show the compiler which eight elements share a Philox call,
+    and that one thread holds them.
     """
     q_group = (q_start >> 1) + (((q_offset >> 4) << 3) | (q_offset & 7))
     k_group = (k_start >> 2) + (((k_offset >> 4) << 2) | ((k_offset >> 1) & 3))
@@ -33,6 +34,6 @@ def dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, thresho
 
 @triton.jit
 def dropout_scale(threshold, DTYPE: tl.constexpr):
-    """What the survivors are multiplied by, correctly rounded in DTYPE: as an argument it would come in float32."""
+    """The factor of surviving values, correctly rounded in DTYPE; a kernel argument would be float32."""
     n_kept = tl.cast(65536 - threshold, DTYPE)
     return 65536.0 / n_kept if n_kept.dtype == tl.float64 else tl.div_rn(65536.0, n_kept)

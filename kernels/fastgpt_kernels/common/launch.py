@@ -1,4 +1,4 @@
-"""What every fused operation needs around its kernels."""
+"""Helpers for launching kernels."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,12 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# Said at every launch, because triton 3.10 changes the default: a * b + c rounds once.
+# Passed to every launch, because triton 3.10 changes the default: a * b + c rounds once.
 FP_FUSION = {"enable_fp_fusion": True}
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many tiles of a size cover n."""
+    """How many tiles of a given size cover n."""
     return -(-n // size)
 
 
@@ -28,21 +28,21 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Launch on the GPU that holds x, which need not be the current one."""
+    """A context in which the GPU that holds x is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def launch(kernel: Any, n_programs: int, x: Tensor, *pointers: Tensor | None, **arguments: Any) -> None:
-    """Run n_programs programs of a kernel, whose first argument is x, on x's GPU."""
+    """Run n_programs programs of a kernel on the GPU of x, its first argument."""
     with on_device(x):
         kernel[(n_programs,)](x, *pointers, **arguments, **FP_FUSION)
 
 
 def eager_or_registered(forward: Callable, function: type[torch.autograd.Function], registered: Any) -> Callable:
-    """The form in which an operation is called: three ways to the same launchers.
+    """The cheapest way to call an operation now; all three reach the same launchers.
 
-    registered: for torch.compile; dispatch through torch.library costs more than a launch. function: where a gradient
-    may be asked for. forward: its first pass alone, for even an autograd.Function takes the host as long as a launch.
+    registered: for torch.compile, because dispatch through torch.library costs more host time than a launch. function:
+    where gradients are enabled. forward: without them, because even an autograd.Function costs as much as a launch.
     """
     if torch.compiler.is_compiling():
         return registered

@@ -1,4 +1,4 @@
-"""Whether a machine compiles and launches kernels at all: tried once for each GPU, on the smallest kernel there is."""
+"""Whether a machine can compile and launch kernels: tried once for each GPU, with the smallest possible kernel."""
 
 import os
 import shutil
@@ -24,9 +24,9 @@ _faults: dict[torch.device, str | None] = {}
 
 
 def fault(device: torch.device) -> str | None:
-    """What keeps kernels from running on a GPU, and the cure, in one line; None where they run.
+    """Why kernels do not run on a GPU, and the cure, in one line; None where they run.
 
-    The first call compiles, launches and waits; others, and those while torch traces or captures a graph, cost nothing.
+    The first call compiles, launches and waits. Later calls cost nothing, nor do those while torch traces or captures.
     """
     if device not in _faults:
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -44,7 +44,7 @@ def _try_to_launch(device: torch.device) -> str | None:
         out = _output(device)
         launch(_probe_kernel, 1, out)
         result = out.item()
-    except Exception as error:  # A compiler, a linker, a driver and a file system may raise anything: it is the answer.
+    except Exception as error:  # A compiler, a linker, a driver or a file system may raise anything; it is the answer.
         return explain(error)
     return (
         None if result == 1 else f"the first kernel wrote {result} and not 1: reinstall torch with the triton it names"

@@ -1,7 +1,7 @@
-"""Second derivatives: where backward is asked for a graph, gradients come from the formula in torch's operations.
+"""Second derivatives: under create_graph=True, gradients come from the formula in torch's operations.
 
-Kernels give gradients as numbers, which a second derivative would take for constants. Under create_graph=True, and only
-then, autograd runs backward with gradients enabled: that is when the formula is computed again from what was saved.
+Gradients from kernels carry no graph, so a second derivative would treat them as constants. Only under
+create_graph=True does autograd run backward with gradients enabled. The formula is then recomputed from saved tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Backward = Callable[..., Gradients]
 
 
 def twice_differentiable(with_graph: Backward) -> Callable[[Backward], Backward]:
-    """For the backward of an autograd.Function: `with_graph`, called alike, takes its place under create_graph=True."""
+    """Decorate the backward of an autograd.Function: under create_graph=True `with_graph` runs in its place."""
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
@@ -33,7 +33,7 @@ def formula_gradients(
 ) -> list[Tensor | None]:
     """The gradients of formula(*inputs) with their graph, for every input that requires one."""
     with torch.autocast(grad.device.type, enabled=False):
-        # Aliases, because one input may depend on another, and each gradient is that of its own place in the formula.
+        # Aliases, because one input may depend on another, but each gradient is of its own argument of the formula.
         aliases = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]
         output = formula(*aliases)
