@@ -1,1 +1,1 @@
-"""Causal attention with padding and dropout, forward and backward."""
+"""Causal attention with a padding mask and dropout, forward and backward."""

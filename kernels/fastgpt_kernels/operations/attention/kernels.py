@@ -1,15 +1,15 @@
-"""The kernels behind `attention.causal_attention`: one forward pass, and three passes backward without atomics.
+"""The kernels of causal_attention: one forward pass, and three backward passes without atomics.
 
-A program holds one block of queries (or, for dk and dv, of keys) of one head and walks along the other axis. Scores
-become weights by exp2: in half precision log2(e) is folded into `score_scale`, so that scores are in units of log2.
-For each query the forward pass leaves its largest score and the log2 of its sum of exponentials, which together are its
-log-sum-exp and from which the backward passes compute the weights anew. In float32, where the rounding of both would
-show, scores stay in natural units and the sum is left as its inverse. Sums have the dtype of these statistics: float32,
-or float64 for float64 inputs, which the tests of the gradient take.
+A program holds one block of queries (or, for dk and dv, of keys) of one head and loops over the other axis. Scores
+become weights by exp2: in half precision log2(e) is folded into `score_scale`, so that scores are in units of log2. For
+each query forward stores the largest score and the log2 of the sum of exponentials. Together they are the log-sum-exp,
+from which the backward passes recompute the weights. In float32, where the rounding of both would show, scores stay in
+natural units and the inverse of the sum is stored. Sums have the dtype of these statistics: float32, or float64 for
+float64 inputs, which the gradient tests use.
 """
 
 # pyright: reportArgumentType=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has.
+# Triton types compile-time parameters as constexpr, which no literal is.
 
 import triton
 import triton.language as tl
@@ -17,7 +17,7 @@ import triton.language as tl
 from ...common.arithmetic import LOG2_E, rounded_product
 from ...common.dropout_kernels import dropout_keep
 
-# Sizes that vary from call to call; so does the alignment of the second half of the statistics.
+# Arguments that vary from call to call. The alignment of norm_ptr, the second half of the statistics, varies too.
 _VARYING = ["n_batch_heads", "n_queries", "n_keys", "threshold"]
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ _VARYING = ["n_batch_heads", "n_queries", "n_keys", "threshold"]
 def _load_rows(
     ptr, rows, row_in, token_stride, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASK_ROWS: tl.constexpr
 ):
-    """A (rows, PADDED_DIM) block, zero past HEAD_DIM and in masked rows; without a mask where none is needed."""
+    """A (rows, PADDED_DIM) block, zero past HEAD_DIM and in masked rows. Loads have no mask where none is needed."""
     dims = tl.arange(0, PADDED_DIM)
     ptrs = ptr + rows.to(tl.int64)[:, None] * token_stride + dims[None, :]
     if MASK_ROWS and HEAD_DIM < PADDED_DIM:
@@ -49,7 +49,7 @@ def _store_rows(ptr, value, rows, row_in, token_stride, HEAD_DIM: tl.constexpr, 
 
 @triton.jit
 def _exp(x, IS_WIDE: tl.constexpr):
-    """exp of scores that have their row's largest taken off: in natural units in wide dtypes, else in units of log2."""
+    """exp of x, a score minus its row's largest: in natural units in wide dtypes, otherwise in units of log2."""
     return tl.exp2(x * LOG2_E if IS_WIDE else x)
 
 
@@ -89,7 +89,7 @@ def _attend(
             score = tl.where(k_in[None, :], score, -float("inf"))
 
         new_max = tl.maximum(row_max, tl.max(score, axis=1) * score_scale)
-        # A row that has seen nothing yet takes off 0, not -inf.
+        # A row that has seen no key yet subtracts 0, because -inf - -inf is NaN.
         shift = tl.where(new_max == -float("inf"), 0.0, new_max) if HAS_KEY_MASK else new_max
         p = _exp(score * score_scale - shift[:, None], IS_WIDE)
         shrink = _exp(row_max - shift, IS_WIDE)
@@ -99,7 +99,7 @@ def _attend(
             keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
             p = tl.where(keep, p, 0.0)
 
-        # A weight of zero would not silence NaN or Inf in the value of a masked key.
+        # Load masked values as zero: a weight of zero times NaN or Inf would be NaN.
         v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=acc.dtype)
     return acc, row_max, row_sum
@@ -114,7 +114,7 @@ def _causal_attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of queries of one head. The last blocks, which see the most keys, come first."""
+    """One program computes one block of queries of one head. The last blocks, which see the most keys, start first."""
     batch_head = tl.program_id(0) % n_batch_heads
     q_start = (tl.cdiv(n_queries, BLOCK_Q) - 1 - tl.program_id(0) // n_batch_heads) * BLOCK_Q
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
@@ -133,7 +133,7 @@ def _causal_attention_fwd_kernel(
     row_max = tl.full((BLOCK_Q,), -float("inf"), max_ptr.dtype.element_ty)
     row_sum = tl.zeros((BLOCK_Q,), max_ptr.dtype.element_ty)
 
-    # The keys that every query of the block sees, then those on the diagonal.
+    # First the keys that every query of the block sees, then those on the diagonal.
     diagonal = (q_start + n_past + 1) // BLOCK_K * BLOCK_K
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, seed, batch_head, q_start, 0, diagonal,
@@ -148,7 +148,7 @@ def _causal_attention_fwd_kernel(
     )  # fmt: skip
 
     if HAS_KEY_MASK:
-        # A row that sees nothing gives zeros; the backward passes mask its weights like those of any hidden key.
+        # A row that sees no key gives zeros; backward masks its weights like those of any hidden key.
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     row_norm = 1.0 / row_sum if q_ptr.dtype.element_ty.primitive_bitwidth >= 32 else tl.log2(row_sum)
     out_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
@@ -168,7 +168,7 @@ def _causal_attention_bwd_delta_kernel(
     n_batch_heads, n_heads, n_queries,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, Tq) = rowsum(out * dout), which is rowsum(weight * dweight), with dropout or without."""
+    """delta (B, H, Tq) = rowsum(out * dout), which equals rowsum(weight * dweight), with or without dropout."""
     batch_head = tl.program_id(0) % n_batch_heads
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
     q_pos = tl.program_id(0) // n_batch_heads * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -189,7 +189,7 @@ def _accumulate_dkdv(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries [first, stop) contribute. Tiles are (keys, queries), so that no product transposes one."""
+    """Add the terms of queries [first, stop). Tiles are (keys, queries), so that no product transposes one."""
     IS_WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32
     q_offset, k_offset = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     for q_start in range(first, stop, BLOCK_Q):
@@ -230,7 +230,7 @@ def _causal_attention_bwd_dkdv_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of one block of keys of one head. The first blocks, which most queries see, come first."""
+    """One program computes dk and dv of one block of keys of one head. The first, with most queries, start first."""
     batch_head = tl.program_id(0) % n_batch_heads
     k_start = tl.program_id(0) // n_batch_heads * BLOCK_K
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
@@ -248,7 +248,7 @@ def _causal_attention_bwd_dkdv_kernel(
     norm_ptr += row_start
     delta_ptr += row_start
 
-    # A masked key is read as zero: NaN or Inf in it goes nowhere.
+    # Masked keys and values are loaded as zero, so that NaN or Inf in them does not spread.
     k_ptr += batch * k_batch_stride + head * k_head_stride
     v_ptr += batch * v_batch_stride + head * v_head_stride
     k = _load_rows(k_ptr, k_pos, k_in, k_token_stride, HEAD_DIM, PADDED_DIM, True)
@@ -258,7 +258,7 @@ def _causal_attention_bwd_dkdv_kernel(
 
     first = tl.maximum(k_start - n_past, 0) // BLOCK_Q * BLOCK_Q
     all_see = tl.cdiv(tl.maximum(k_start + BLOCK_K - 1 - n_past, 0), BLOCK_Q) * BLOCK_Q
-    # With dropout a single loop, which spares registers.
+    # With dropout one loop covers all queries, which saves registers.
     diagonal_stop = n_queries if HAS_DROPOUT else tl.minimum(all_see, n_queries)
     dk, dv = _accumulate_dkdv(
         dk, dv, k, v, k_in, q_ptr, dout_ptr, max_ptr, norm_ptr, delta_ptr, seed, batch_head, k_start,
@@ -284,7 +284,7 @@ def _walk_keys(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq what the keys [first, stop) contribute, or, where SUM_DELTA, to delta = rowsum(weight * dweight)."""
+    """Add the terms of keys [first, stop) to dq, or with SUM_DELTA to delta = rowsum(weight * dweight)."""
     IS_WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth >= 32
     q_offset, k_offset = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     last_key = q_start + q_offset + n_past
@@ -324,7 +324,7 @@ def _causal_attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of one block of queries of one head, the last blocks first; in float32 also their delta."""
+    """One program computes dq of one block of queries of one head, the last blocks first; in float32 also delta."""
     batch_head = tl.program_id(0) % n_batch_heads
     q_start = (tl.cdiv(n_queries, BLOCK_Q) - 1 - tl.program_id(0) // n_batch_heads) * BLOCK_Q
     batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
@@ -349,7 +349,7 @@ def _causal_attention_bwd_dq_kernel(
     stop = tl.minimum(q_start + n_past + BLOCK_Q, n_keys)
 
     if q_ptr.dtype.element_ty.primitive_bitwidth >= 32:
-        # Summed from the very products it is taken off from, delta cancels where one key has nearly all the weight.
+        # Sum delta from the same p * dp that ds uses: both round alike, so their difference stays small.
         delta = tl.zeros((BLOCK_Q,), max_ptr.dtype.element_ty)
         dq, delta = _walk_keys(
             dq, delta, q, dout, row_max, row_norm, k_ptr, v_ptr, key_mask_ptr, seed, batch_head, q_start, 0, stop,

@@ -1,8 +1,8 @@
 """causal_attention as fused kernels: the public function, launchers, autograd and registration with torch.
 
-Between forward and backward live `stats` (2, B, H, Tq) in float32: for each query its largest scaled score and the log2
-of its sum of exponentials, or for float32 inputs the inverse of that sum. Every tensor that is made here is a
-(B, H, T, D) view of (B, T, H, D) memory, so that `transpose(1, 2).reshape(B, T, C)` copies nothing.
+Forward saves `stats` (2, B, H, Tq) in float32: each query's largest scaled score and the log2 of its sum of
+exponentials, or for float32 inputs the inverse of that sum. Every new tensor is a (B, H, T, D) view of (B, T, H, D)
+memory, so that `transpose(1, 2).reshape(B, T, C)` copies nothing.
 """
 
 import math
@@ -43,8 +43,8 @@ def causal_attention(
 ) -> Tensor:
     """softmax(scale * q @ k^T) @ v, where a query sees the keys up to its own position.
 
-    q: (B, H, Tq, D), k, v: (B, H, Tk, D) in float32, bfloat16 or float16, D at most 128, of any strides; a last axis
-    that is not dense is copied first. The rest as in `reference.causal_attention`, dropout to the bit.
+    q: (B, H, Tq, D), k, v: (B, H, Tk, D) in float32, bfloat16 or float16, D at most 128, with any strides; a tensor
+    whose last axis is not dense is copied. The rest as in `reference.causal_attention`, with bitwise the same dropout.
     Returns (B, H, Tq, D), a view of (B, Tq, H, D) memory.
     Raises ValueError when shapes, dtypes or devices do not fit, and for other dtypes and wider heads.
     Source: FlashAttention-2, arXiv 2307.08691.
@@ -57,7 +57,7 @@ def causal_attention(
     if q.numel() == 0:
         return q.clone()
     scale = math.pow(q.shape[-1], -0.5) if scale is None else scale
-    if scale <= 0.0:  # The kernels take a row's largest score before they scale it.
+    if scale <= 0.0:  # The kernels find a row's largest score before they scale it.
         q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
     drop_seed = None
     if dropout_p > 0.0:
@@ -109,7 +109,7 @@ def _mask_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
 
 
 def _strides(*tensors: Tensor) -> Any:
-    """Of batch, head and token, tensor after tensor; the last axis is dense."""
+    """The strides of batch, head and token of each tensor in turn; the last axis is dense."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
@@ -128,7 +128,7 @@ def _scores(q: Tensor, scale: float, dropout_p: float) -> dict[str, Any]:
 
 
 def padded_dim(head_dim: int) -> int:
-    """The width of a tile that holds a head: a power of two, and no less than a matrix instruction takes."""
+    """The width of a tile that holds a head: a power of two, and at least 16, which matrix instructions need."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
@@ -175,7 +175,7 @@ def causal_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq (B, H, Tq, D), dk and dv (B, H, Tk, D).
 
-    What was saved may lie otherwise than the forward pass left it, for a saved-tensor hook may have packed it anew.
+    Saved tensors may have other strides than in forward, because a saved-tensor hook may have repacked them.
     """
     dq, dk, dv = _new_heads(q), _new_heads(k), _new_heads(v)
     q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
@@ -188,7 +188,7 @@ def causal_attention_bwd(
     k_tile = _tile("dkdv", q, mask, seed)
     k_grid = (cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"],)
     with on_device(q):
-        if q.element_size() == 2:  # In wider dtypes the pass for dq sums it.
+        if q.element_size() == 2:  # In wider dtypes the dq kernel sums it.
             _causal_attention_bwd_delta_kernel[q_grid](
                 out, dout, delta, *_strides(out, dout),
                 n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
@@ -216,7 +216,7 @@ def _bwd_with_graph(
     options: dict[str, Any] = {"scale": scale, "key_padding_mask": key_padding_mask}
     if seed is not None:
         options |= {"dropout_p": dropout_p, "seed": seed}
-    with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's whose backward can be differentiated
+    with sdpa_kernel(SDPBackend.MATH):  # torch's only backend whose backward can be differentiated
         return formula_gradients(lambda q, k, v: formula(q, k, v, **options), (q, k, v), dout)
 
 

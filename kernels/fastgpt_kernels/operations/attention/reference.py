@@ -23,7 +23,7 @@ def causal_attention(
 
     q: (B, H, Tq, D). k, v: (B, H, Tk, D) with Tk >= Tq: the queries sit at the end of the keys, so that query i sees
     keys 0 .. Tk - Tq + i. scale: D**-0.5 when None. key_padding_mask: (B, Tk) bool, True = attend.
-    dropout_p: share of the attention weights that are zeroed, in steps of 1/65536. seed: 64-bit integer, or a tensor
+    dropout_p: share of the attention weights that are zeroed, in units of 1/65536. seed: 64-bit integer, or a tensor
     holding one, that fixes which (see `dropout_keep_mask`); drawn from torch's generator when None.
     Returns (B, H, Tq, D). A query that sees no key gives zeros.
     Raises ValueError when shapes do not fit or dropout_p is outside [0, 1).
@@ -38,14 +38,14 @@ def causal_attention(
     if dropout_p == 0.0 and key_padding_mask is None:
         if n_queries == 1:
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
-        # Where is_causal hides scores as -inf and scales them after, a scale of 0 gives NaN and one below it +inf.
+        # With is_causal torch may scale scores after hiding some as -inf: scale 0 then gives NaN, a negative one +inf.
         if n_queries == n_keys and scale > 0:
             return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True)
 
     visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None, :]  # (B, 1, Tq, Tk)
-        # Values at masked keys may be NaN or Inf, which a weight of zero would not silence.
+        # Values at masked keys may be NaN or Inf, and zero times these is NaN.
         v = v.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         k = k.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
     if dropout_p == 0.0:
@@ -53,7 +53,7 @@ def causal_attention(
         return attended if key_padding_mask is None else attended.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
     scores = (q @ k.transpose(-1, -2)) * scale
-    # A finite floor, so that a row that sees nothing has finite weights, which are then zeroed, and finite gradients.
+    # Hide with a finite number, so that a row that sees no key has finite weights, then zeroed, and finite gradients.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~visible, 0.0)
     keep, keep_scale = dropout_keep_mask((q.shape[0], q.shape[1], n_queries, n_keys), dropout_p, seed, q.device)
     return (weights * keep * keep_scale).to(v.dtype) @ v
@@ -62,7 +62,7 @@ def causal_attention(
 def check_attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, dropout_p: float
 ) -> None:
-    """Raise ValueError, naming the shapes, when the arguments of `causal_attention` do not fit together."""
+    """Raise ValueError, which names the shapes, when the arguments of `causal_attention` do not fit together."""
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             "causal_attention: q must be (B, H, Tq, D) and k, v (B, H, Tk, D), "

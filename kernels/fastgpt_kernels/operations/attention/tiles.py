@@ -12,8 +12,8 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
-# By kernel, bytes of an element, and the head size up to which it holds: compiled, unmeasured. float32 has no
-# tensor-core product, so its accumulators set the tile.
+# By kernel, bytes per element, and largest head size: compiled, not timed. float32 uses no tensor cores here, so its
+# accumulators limit the tile.
 ATTENTION = {
     ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
     ("fwd", 2, 128): AttentionTile(128, 64, 8, 2),
@@ -28,7 +28,7 @@ ATTENTION = {
     ("dkdv", 4, 64): AttentionTile(32, 32, 8, 2),
     ("dkdv", 4, 128): AttentionTile(16, 16, 4, 2),
 }
-# Without wgmma operands take registers, which leaves room for fewer scores: compiled, unmeasured.
+# Without wgmma operands occupy registers, which leaves room for fewer scores: compiled, not timed.
 _ATTENTION_OFF_HOPPER = {
     ("fwd", 2, 128): AttentionTile(64, 32, 4, 2),
     ("dq", 2, 64): AttentionTile(64, 32, 4, 3),
@@ -36,10 +36,10 @@ _ATTENTION_OFF_HOPPER = {
     ("dkdv", 2, 64): AttentionTile(32, 32, 4, 2),
     ("dkdv", 2, 128): AttentionTile(32, 32, 4, 2),
 }
-# With 8 warps and no dropout two programs stay on a multiprocessor, as with 4 warps, and each key is read half as
-# often: compiled for sm_90, unmeasured.
+# With 8 warps and no dropout two programs are resident on a multiprocessor, as with 4 warps, and each key is read half
+# as often: compiled for sm_90, not timed.
 _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
-# Where a compiler (triton 3.6 to 3.9) spills a few bytes of the tiles above on one GPU: compiled, unmeasured.
+# Replacements on GPUs where triton (3.6 to 3.9) spills a few bytes of the tiles above: compiled, not timed.
 _ATTENTION_SM86 = {
     ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
     ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
@@ -75,19 +75,19 @@ _ATTENTION_ON = {
 def attention_tile(
     kernel: str, head_dim: int, element_size: int, architecture: str, has_dropout: bool
 ) -> AttentionTile:
-    """The tile of one of the kernels fwd, dq and dkdv.
+    """The tile of a kernel, fwd, dq or dkdv.
 
-    element_size: bytes of q's dtype. architecture: as `architecture` names it.
+    element_size: bytes of q's dtype. architecture: as returned by `chip.architecture`.
     """
     padded_dim = 64 if head_dim <= 64 else 128
     if architecture == "cpu":
-        # NumPy adds up the products of a small tile in another order than those of a large one: the passes would not
-        # agree about a score. On a GPU the order is that of the head's elements in any tile.
+        # NumPy sums the products of small and large tiles in different orders, so the passes would disagree about a
+        # score. On a GPU the order is that of the head's elements in every tile.
         return ATTENTION[kernel, 2, padded_dim]
     key = kernel, element_size, padded_dim
     if architecture == "sm_90" and key == ("fwd", 2, 64) and not has_dropout:
         return _ATTENTION_FWD_HOPPER
     special = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
     tile = _ATTENTION_ON.get(architecture, {}).get(key) or special.get(key) or ATTENTION[key]
-    # A thread of AMD's has 512 registers only where a program has no more than 4 warps.
+    # A thread on AMD GPUs can use 512 registers only in programs of at most 4 warps.
     return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile

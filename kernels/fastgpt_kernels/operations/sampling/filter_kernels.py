@@ -10,7 +10,7 @@ the next. So no lane waits for others before it knows where to write, as it woul
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has, and tensors as what they are not.
+# Triton types compile-time parameters as constexpr, which no literal is, and tensors as types that they are not.
 
 import triton
 import triton.language as tl
@@ -141,7 +141,7 @@ def _search(
     while (lo + 1 < hi) & (reached > enough):
         keys = _cut(lo, hi, ways)
         thresholds = _score_of_key(keys)[:, None]
-        # Each thread sums its own scores: what crosses warps waits for them all, and is done once a round.
+        # Each thread sums its own scores; reductions across warps are slow and run once per round.
         sums = tl.zeros((WAYS, LANES), dtype=tl.float32)
         for start in range(0, last - LANES + 1, LANES):
             place = start + lane
@@ -214,10 +214,10 @@ def _sampling_filtered_choice_kernel(
     LANES: tl.constexpr, WAYS: tl.constexpr, N_EOS: tl.constexpr,
     HAS_PENALTY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
 ):  # fmt: skip
-    """One program keeps the scores of a row that lie above a threshold, and takes the largest behind noise.
+    """One program keeps the scores of a row above a threshold, adds noise and takes the largest.
 
-    First it bounds the threshold from below by what is known of the groups, and lists the scores that reach the bound;
-    from then on it looks at these alone. group_list_ptr (n_groups), score_ptr (3, n_places) and index_ptr
+    First it bounds the threshold from below with the groups' scores and masses, and lists the scores that reach the
+    bound; from then on it reads only these. group_list_ptr (n_groups), score_ptr (3, n_places) and index_ptr
     (2, n_places) are scratch memory of each row, and the threshold goes to threshold_ptr. top_p_reach, min_p_reach: how
     far below the largest score (added to it, so <= 0) kept scores lie at most, the first plus temperature * log of the
     mass.
@@ -247,7 +247,7 @@ def _sampling_filtered_choice_kernel(
         group_mass_ptr += row * n_groups
         mass = _total_mass(group_score_ptr, group_mass_ptr, n_groups, largest, inverse_temperature, LANES)
         floor = tl.maximum(largest + (tl.log(mass) / inverse_temperature + top_p_reach), min_p_threshold)
-        # A little more than need be, because sums round.
+        # A target a little above the mass that is needed, because sums round.
         floor = _bound_by_mass(
             group_score_ptr, group_mass_ptr, n_groups, floor, largest, mass * (top_p + (1 - top_p) / 64),
             inverse_temperature, LANES, WAYS,

@@ -1,12 +1,12 @@
-"""The kernels of sampling where nothing filters, and what they share with those of filters.
+"""The kernels of sampling without filters, and the helpers that they share with the filtering kernel.
 
-Many programs reduce the scores of a row to the best of every 16 tokens, a group; then one program a row takes the best
-of those.
+Many programs reduce the scores of a row to the best of every group of 16 tokens; then one program per row takes the
+best of these.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# Triton declares compile-time parameters as constexpr, a type that no literal has, and tensors as what they are not.
+# Triton types compile-time parameters as constexpr, which no literal is, and tensors as types that they are not.
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def _load_scores(row_logits_ptr, row_seen_ptr, tokens, in_row, penalty, HAS_PENA
     score = tl.load(row_logits_ptr + tokens, mask=in_row, other=float("-inf")).to(tl.float32)
     if HAS_PENALTY:
         seen = tl.load(row_seen_ptr + tokens, mask=in_row, other=0) != 0
-        # Said to round, so that scores which the reference makes equal are equal here.
+        # Correctly rounded, so that scores which are equal in the reference are equal here.
         penalised = tl.where(score < 0.0, score * penalty, tl.div_rn(score, penalty))
         score = tl.where(seen, penalised, score)
     is_nan = score != score
@@ -50,7 +50,7 @@ def _bar_ends(score, tokens, eos_ptr, N_EOS: tl.constexpr):
 def _noise_of_words(word):
     """Standard Gumbel noise -log(-log(u)) from u = (word + 1/2) / 2**32 in (0, 1), finite for every word (uint32).
 
-    Where u is close to 1, of which float32 has few numbers, -log(u) is the series of v = 1 - u instead.
+    Near 1, where float32 is coarse, -log(u) is computed as a series in v = 1 - u.
     """
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     v = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -62,9 +62,10 @@ def _noise_of_words(word):
 
 @triton.jit
 def _add_noise(score, group, member, seed, position, continuation, inverse_temperature):
-    """score / temperature + the noise of `sampling_reference.gumbel_noise`, for tokens group * 16 + member.
+    """score / temperature + the noise of `reference.gumbel_noise`, for tokens group * 16 + member.
 
-    Of member alone the compiler sees which four tokens share a Philox call, and that one thread holds them.
+    Kept apart from group, member shows the compiler which four tokens share a Philox call, and that one thread holds
+    them.
     """
     quad = group * (_GROUP // 4) + (member >> 2)
     zero = quad * 0
@@ -90,10 +91,10 @@ def _sampling_groups_kernel(
     BLOCK_GROUPS: tl.constexpr, N_EOS: tl.constexpr,
     HAS_PENALTY: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_MASS: tl.constexpr,
 ):  # fmt: skip
-    """One program reduces BLOCK_GROUPS groups of one row's tokens to the best score of each, NaN where a logit is.
+    """One program reduces BLOCK_GROUPS groups of one row's tokens to the best score of each, NaN if a logit is NaN.
 
-    HAS_NOISE: scores are divided by the temperature and have noise. HAS_MASS: the sum over a group of
-    exp((score - best) / temperature) is stored too.
+    HAS_NOISE: scores are divided by the temperature, and noise is added. HAS_MASS: store each group's sum of
+    exp((score - best) / temperature) too.
     """
     n_tiles = tl.cdiv(n_groups, BLOCK_GROUPS)
     row = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -142,7 +143,7 @@ def _advance(
     row, token, has_nan, eos_ptr, token_ptr, position_ptr, slot_ptr, finished_ptr, sequence_ptr, seen_ptr,
     sequence_row_stride, seen_row_stride, n_slots, n_cols, pad_id, HAS_PENALTY: tl.constexpr, N_EOS: tl.constexpr,
 ):  # fmt: skip
-    """Move a row on by its new token, or by pad_id where it is finished already."""
+    """Append the new token to a row, or pad_id if the row is already finished."""
     finished = tl.load(finished_ptr + row) != 0
     token = tl.where(finished, pad_id, tl.where(has_nan, -1, token)).to(tl.int64)
     finished = finished | has_nan

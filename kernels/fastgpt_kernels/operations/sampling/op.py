@@ -1,4 +1,4 @@
-"""Sampling on the device: the public function, its launchers, and the forms in which they ship the kernels."""
+"""Sampling on the device: the public function and its launcher."""
 
 import math
 
@@ -15,13 +15,13 @@ from .reference import DTYPES, Rows, SamplingOptions, check_sampling_arguments
 
 
 def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor | None, pad_id: int) -> None:
-    """Choose the next token of every row and move `rows` on by it, in place and without waiting for the device.
+    """Choose the next token of every row and advance `rows` by it, in place and without waiting for the device.
 
-    logits: (B, V) in float32, bfloat16 or float16; a last axis that is not dense is copied. The rest as in
-    `sampling_reference.sample`. A seed that is an integer is brought to the device at every call, a tensor there
-    (`reference.seed_tensor`) is used as it is. Temperatures count as at least 1e-30 and at most 1e30.
+    logits: (B, V) in float32, bfloat16 or float16; logits whose last axis is not dense are copied. The rest as in
+    `reference.sample`. An integer seed is copied to the device at every call; a tensor on the device
+    (`dropout.seed_tensor`) is used directly. Temperatures are clamped to [1e-30, 1e30].
     Raises ValueError when shapes, dtypes or devices do not fit.
-    Source: `sampling_reference.sample`.
+    Source: `reference.sample`.
     """
     check_sampling_arguments(logits, rows, options, eos_ids)
     sample_fwd(logits, rows, options, eos_ids, pad_id)
@@ -35,7 +35,7 @@ def supports(logits: Tensor) -> bool:
 def sample_fwd(
     logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor | None, pad_id: int
 ) -> Tensor | None:
-    """`sample` unchecked. Returns the score from which on tokens were kept, (B,), or None where nothing filters."""
+    """`sample` without checks. Returns the lowest score that filters keep, (B,), or None without filters."""
     if logits.shape[0] == 0:
         return None
     logits = as_rows(logits)
@@ -87,11 +87,11 @@ def sample_fwd(
     thresholds = logits.new_empty(n_rows, dtype=torch.float32)
     launch(
         _sampling_filtered_choice_kernel, n_rows,
-        # The tokens of the groups are of no use here: their memory holds the list of groups.
+        # The filtering kernel does not need the groups' tokens; their memory holds its list of groups.
         group_scores, group_tokens, group_masses, logits, scores, indices, thresholds, seed, *state,
         **scoring, **shared, **advancing,
         n_places=n_places, top_k=options.top_k, top_p=float(options.top_p),
-        # Twice as far as need be, for sums round.
+        # Twice the number of tokens, which leaves room for rounding in the sums.
         top_p_reach=temperature * math.log((1 - options.top_p) / (2 * n_cols)) if has_top_p else 0.0,
         min_p_reach=temperature * math.log(options.min_p) if options.min_p > 0 else -math.inf,
         LANES=lanes, WAYS=tiles.SAMPLING_WAYS, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p,

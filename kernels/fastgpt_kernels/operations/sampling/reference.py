@@ -17,7 +17,7 @@ SAMPLING_STREAM = 1
 
 
 class Rows(NamedTuple):
-    """What decoding keeps of every row of a batch, on the device; `sample` moves it on by one token, in place."""
+    """The decoding state of every row of a batch, on the device; `sample` advances it by one token, in place."""
 
     tokens: Tensor  # (B,) int64, the newest token of each row: the input of the next step
     positions: Tensor  # (B,) int64, its position (padding not counted)
@@ -74,7 +74,7 @@ def _is_seed(seed: int | Tensor | None) -> bool:
 
 
 def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor | None, pad_id: int) -> None:
-    """Choose the next token of every row and move `rows` on by it, in place.
+    """Choose the next token of every row and advance `rows` by it, in place.
 
     logits: (B, V) in float32, bfloat16 or float16, of any strides. rows: see `Rows`. eos_ids: (E,) int64, the end
     tokens. pad_id: the token of rows that are finished already.
@@ -161,7 +161,7 @@ def noise_of_words(words: Tensor) -> Tensor:
     """Standard Gumbel noise -log(-log(u)) in float32 from u = (word + 1/2) / 2**32, for int64 words of 32 bits.
 
     The kernels take the same steps in the same order, so that only a device's logarithm, and a product and a sum that
-    it rounds once, tell their noise from this: by a few units in the last place. A draw differs where the two best
+    it rounds once, tell their noise from this: by a few ulps. A draw differs where the two best
     of a row's noisy scores lie that close together, about one in a million.
     """
     # float32 has few numbers near 1, from where large noise comes: there, -log(u) is the series of v = 1 - u.
