@@ -1,6 +1,6 @@
-"""How accurate is accurate: a result may err little more than plain torch does in the same dtype.
+"""The tolerance of the tests: a result may err little more than plain torch does in the same dtype.
 
-The truth is a formula in float64 on the very same values, "eager" the same formula in the dtype under test.
+"truth" is a formula in float64 on the same values, "eager" the same formula in the dtype under test.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,20 +11,20 @@ from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "padded", "transposed", "strided"]
-# What lies between the elements of a view. Not NaN: torch's bfloat16 product on CPUs with AMX reads past the rows of a
-# padded matrix and multiplies what it finds by zero.
+# The values between the elements of a view. Not NaN, because torch's bfloat16 product on CPUs with AMX reads past the
+# rows of a padded matrix and multiplies those values by zero.
 GAP = 1e4
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64 values on the default device, which depend on the shape and the seed alone."""
+    """Standard normal float64 values on the default device, which depend only on the shape and the seed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(shape))
     values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(torch.get_default_device())
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout; the gaps hold `GAP`, so that reading one shows."""
+    """The same values in another memory layout; the gaps hold `GAP`, so that reading one shows in the result."""
     if layout == "contiguous" or x.ndim == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if layout == "transposed":
@@ -52,11 +52,11 @@ def assert_as_accurate(
 ) -> float:
     """`fused` may err `factor` times as much as eager torch in the same dtype, plus `n_ulps` of the largest value.
 
-    truth: the formula on float64 inputs. eager: the formula in fused's own dtype. largest: of truth when None.
-    eager_error: how much eager errs on other inputs like these, if that is more.
-    Returns the share that was used of what is allowed.
+    truth: the formula on float64 inputs. eager: the formula in fused's own dtype. largest: None takes the largest value
+    of truth. eager_error: how much eager errs on other inputs like these, if that is more.
+    Returns the error as a share of what is allowed.
     """
-    if fused.dtype == torch.float64:  # where the truth errs too
+    if fused.dtype == torch.float64:  # the truth errs too
         n_ulps = 1000 * n_ulps
     assert fused.dtype == eager.dtype, f"dtype {fused.dtype}, not {eager.dtype}"
     eager_error, error = max(max_error(eager, truth), eager_error), max_error(fused, truth)
@@ -90,12 +90,12 @@ def gradients(function: Function, inputs: Sequence[Tensor], upstream: Sequence[T
     return torch.autograd.grad(outputs, inputs, upstream)
 
 
-# How often eager's error is measured beside once on the very inputs.
+# On how many permutations of the inputs eager's error is measured, in addition to the inputs themselves.
 N_MORE_DRAWS = 3
 
 
 def drawn_again(x: Tensor, seed: int) -> Tensor:
-    """The same values in another order along the last axis: as good a draw of the inputs as x."""
+    """The same values in another order along the last axis: another draw from the same distribution."""
     if x.ndim == 0:
         return x
     order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -113,13 +113,13 @@ def assert_parity(
 ) -> None:
     """`assert_as_accurate` on every output and on the gradient of every input.
 
-    The largest of a few rounding errors is a matter of luck, and torch adds in an order that depends on the processor:
-    eager's error is the most that it makes on these inputs and on `N_MORE_DRAWS` others like them.
+    The largest of a few rounding errors is random, and the order in which torch adds depends on the processor. So
+    eager's error is the largest on these inputs and on `N_MORE_DRAWS` permutations of them.
 
     inputs: floating tensors in the dtype under test. upstream: the gradient of every output, random when None.
-    slack: how many times the usual error is allowed, for random tests: they find the cases where eager has luck.
-    terms_cancel: a gradient may be much smaller than its terms, which are as large as the largest gradient: the ulps
-    granted are those of the terms.
+    slack: how many times the usual error is allowed; random tests need it, because they find cases where eager happens
+    to err little. terms_cancel: a gradient may be much smaller than its terms, which are as large as the largest
+    gradient, so the allowed ulps are those of the terms.
     """
     evaluations = [evaluate(formula, inputs, upstream)]
     for seed in range(N_MORE_DRAWS):
@@ -140,7 +140,7 @@ Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def evaluate(formula: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor] | None) -> tuple[Outputs, Outputs]:
-    """The truth and eager torch's: outputs and gradients of each."""
+    """Outputs and gradients of the truth and of eager torch."""
     exact = [x.double() for x in inputs]
     truth, eager = forward(formula, exact), forward(formula, inputs)
     upstream = _upstream(truth, inputs, upstream)
@@ -150,5 +150,5 @@ def evaluate(formula: Function, inputs: Sequence[Tensor], upstream: Sequence[Ten
 def _upstream(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor] | None
 ) -> Sequence[Tensor]:
-    """Values of the dtype under test, or else their rounding would count as an error."""
+    """Values that the dtype under test represents exactly, because their rounding would count as an error."""
     return upstream or [random(*y.shape, seed=99).to(inputs[0].dtype) for y in outputs]

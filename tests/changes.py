@@ -1,4 +1,4 @@
-"""Changes that users make to a GPT-2, each to be made to transformers' model and to ours alike."""
+"""Changes that users make to a GPT-2; the tests make each to transformers' model and to ours."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ Change = Callable[[Any, ExitStack], Any]
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Change:
-    """A function of a class that others patch, put back when the stack is closed."""
+    """Patch a function of a class; closing the stack restores it."""
 
     def change(model: Any, stack: ExitStack) -> None:
         stack.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
@@ -48,11 +48,11 @@ def _logits_scaled(forward: Callable) -> Callable:
 
 
 def _logits_scaled_as_said(forward: Callable) -> Callable:
-    return wraps(forward)(_logits_scaled(forward))  # transformers reads from the signature which inputs to make
+    return wraps(forward)(_logits_scaled(forward))  # transformers derives the inputs from the signature
 
 
 def _shown_less(prepare: Callable) -> Callable:
-    """Inputs in which every token is another one."""
+    """Inputs in which every token id is changed."""
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         inputs = prepare(*args, **kwargs)
@@ -62,7 +62,7 @@ def _shown_less(prepare: Callable) -> Callable:
 
 
 def _moved(update: Callable) -> Callable:
-    """Position ids that do not go on with the tokens."""
+    """Position ids that lag one behind the tokens."""
 
     def updated(*args: Any, **kwargs: Any) -> Any:
         options = update(*args, **kwargs)
@@ -72,7 +72,7 @@ def _moved(update: Callable) -> Callable:
 
 
 def _prefilled(prefill: Callable) -> Callable:
-    """A first token that is the least likely one."""
+    """Negated logits: the first token is the least likely one."""
 
     def negated(*args: Any, **kwargs: Any) -> Any:
         output = prefill(*args, **kwargs)
@@ -83,7 +83,7 @@ def _prefilled(prefill: Callable) -> Callable:
 
 
 def _ended(loop: Callable) -> Callable:
-    """What the loop returns, and a token more."""
+    """The result of the loop with one more token."""
 
     def longer(*args: Any, **kwargs: Any) -> Any:
         return nn.functional.pad(loop(*args, **kwargs), (0, 1), value=7)
@@ -114,7 +114,7 @@ def _attribute(path: str, name: str, value: Any) -> Change:
 
 
 def _call_of(path: str, factor: float) -> Change:
-    """The forward of one module, replaced on the instance."""
+    """Replace the forward of one module on the instance."""
 
     def change(model: Any, stack: ExitStack) -> None:
         module = model.get_submodule(path)
@@ -154,7 +154,7 @@ def _fewer(model: Any, stack: ExitStack) -> None:
 
 
 def _distilled(model: Any, stack: ExitStack) -> None:
-    """The last layer left out, of the configuration too."""
+    """Remove the last layer from the model and the configuration."""
     _fewer(model, stack)
     model.config.n_layer = len(model.transformer.h)
 
@@ -178,7 +178,7 @@ def _norm_without(**options: bool) -> Change:
 
 
 def _norm_loses(name: str) -> Change:
-    """The parameter of a norm that is ours already, taken away."""
+    """Remove a parameter of a norm whose class is already fastgpt's."""
     return lambda model, stack: setattr(model.transformer.h[0].ln_2, name, None)
 
 
@@ -190,7 +190,7 @@ def _linear(model: Any, stack: ExitStack) -> None:
 
 
 def _widen(model: Any, stack: ExitStack) -> None:
-    """A wider MLP whose new channels add."""
+    """A wider MLP whose new channels contribute to the output."""
     mlp = model.transformer.h[0].mlp
     for product, dim in ((mlp.c_fc, 1), (mlp.c_proj, 0)):
         wide = torch.cat(
@@ -266,11 +266,11 @@ CHANGES: dict[str, Change] = {
 
 
 def some_hook(*_: Any) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 class OtherParameter(nn.Parameter):
-    """A parameter that may compute otherwise."""
+    """A subclass of Parameter, which may compute differently."""
 
 
 def hooked(register: str) -> Change:

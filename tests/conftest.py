@@ -1,4 +1,4 @@
-"""Settings that must be in place before torch and transformers are imported by a test."""
+"""Settings that must be made before a test imports torch and transformers."""
 
 import os
 
@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU, Triton kernels run in the CPU interpreter, which is chosen when triton is imported.
+# Without a GPU, Triton kernels run in the CPU interpreter. triton reads this variable on import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Interleaved small operations of several test processes gain nothing from more threads.
+# Small operations in several test processes gain nothing from more threads.
 torch.set_num_threads(1)
 
 settings.load_profile("quick")
 
 
-# Tests that run when an option of their marker's name asks for them.
+# Tests that run only when the option with their marker's name is given.
 ON_REQUEST = {
     "mutants": "also try the tests on kernels with deliberate mistakes",
     "faults": "try all faults of checkpoints, and 10,000 damaged configurations",

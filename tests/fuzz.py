@@ -1,11 +1,11 @@
-"""How many random cases a test of a kernel tries: n, and 25 times as many with `--hypothesis-profile=thorough`."""
+"""How many random cases a kernel test tries: n, or 25 times as many with `--hypothesis-profile=thorough`."""
 
 from hypothesis import Phase, settings
 
 _QUICK_EXAMPLES, THOROUGH = 25, 25
 
 settings.register_profile("quick", max_examples=_QUICK_EXAMPLES, deadline=None, derandomize=True)
-# For mutants, which most tests notice: fewer cases, and of a failure not its simplest form.
+# For mutants, which most tests notice: fewer cases, and no search for the simplest failure.
 settings.register_profile(
     "mutants", settings.get_profile("quick"), max_examples=10, phases=[Phase.explicit, Phase.generate]
 )
@@ -13,6 +13,6 @@ settings.register_profile("thorough", max_examples=THOROUGH * _QUICK_EXAMPLES, d
 
 
 def cases(n: int) -> settings:
-    """A decorator for `@given`, to be evaluated after pytest has chosen the profile, as test modules are."""
+    """A decorator for `@given` tests. It reads the profile, so pytest must have chosen it before."""
     profile = settings.get_profile(settings.get_current_profile_name())
     return settings(max_examples=n * profile.max_examples // _QUICK_EXAMPLES)

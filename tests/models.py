@@ -1,4 +1,4 @@
-"""Models for the tests: tiny configurations, pairs with the same weights, and weights that look trained."""
+"""Models for the tests: tiny configurations, pairs with the same weights, and weights like trained ones."""
 
 import copy
 import json
@@ -39,13 +39,13 @@ def tiny_config(**changes) -> GPT2Config:
 
 
 def family() -> dict[str, dict[str, Any]]:
-    """Published configurations by name, `parameters` left out."""
+    """Published configurations by name, without `parameters`."""
     models = json.loads((DATA / "gpt2_family.json").read_text())["models"]
     return {name: {k: v for k, v in fields.items() if k != "parameters"} for name, fields in models.items()}
 
 
 def lively(model: Any, seed: int = 0) -> Any:
-    """Random biases and gains and weights that keep variance, so that no parameter idles and attention is sharp."""
+    """Random biases and gains, and weights that keep the variance: every parameter matters and attention is sharp."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def lively(model: Any, seed: int = 0) -> Any:
 
 
 def pair(config: GPT2Config, head: str = "GPT2LMHeadModel", **attention) -> tuple[Any, Any]:
-    """(transformers' model, fastgpt's model) with the same weights, in eval mode, sharing nothing."""
+    """(transformers' model, fastgpt's model) with the same weights, in eval mode, without shared tensors."""
     torch.manual_seed(0)
     theirs = lively(getattr(transformers, head)._from_config(copy.deepcopy(config), **attention)).eval()
     ours = getattr(fastgpt, head)(copy.deepcopy(config)).eval()
@@ -67,7 +67,7 @@ def pair(config: GPT2Config, head: str = "GPT2LMHeadModel", **attention) -> tupl
 
 
 def look_trained(model: Any) -> Any:
-    """Weights with the outliers of a trained GPT-2: huge channels at position 0 and a growing residual stream."""
+    """Give a model the outliers of a trained GPT-2: huge channels at position 0 and a growing residual stream."""
     n_channels = model.config.n_embd
     outliers = [channel * n_channels // 768 for channel in (447, 138, 378)]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def token_ids(n_batch: int, n_tokens: int, vocab_size: int, seed: int = 0) -> Te
 
 
 def assert_same_within_rounding(ours: Tensor, theirs: Tensor, n_ulps: float = 64) -> None:
-    """Equal but for rounding: `n_ulps` steps of the largest value, which fp32 sums over a few layers leave."""
+    """Assert equality up to `n_ulps` ulps of the largest value, the rounding of fp32 sums over a few layers."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     if ours.numel() == 0:

@@ -1,13 +1,13 @@
-"""Triton kernels in tests: on the GPU where there is one, else in the CPU interpreter, mended and watched.
+"""Triton kernels in tests: on the GPU where there is one, else in the CPU interpreter with repairs and checks.
 
 Importing this package makes the interpreter compute bfloat16 and tf32 as a GPU does and refuse every access outside
-the tensors of a launch. The rest is asked for by a test, and changes nothing on a GPU:
+the tensors of a launch. Tests ask for the rest, which has no effect on a GPU:
 
     with check_overflow():   index arithmetic that leaves int32 raises, and tl.device_assert fires
     with dry_run():          only the first and last programs run and touch no memory: huge shapes cost nothing
     with shuffled_grid(s):   programs run in a random order: the outputs may not change
 
-The hooks reach into private interfaces: `releases` says where those differ, and warns of one that it has not met.
+The hooks use private interfaces: `releases` lists where these differ, and warns about an untried release.
 """
 
 import triton

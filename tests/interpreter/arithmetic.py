@@ -1,9 +1,9 @@
 """bfloat16, tf32 and the order of float32 sums in the interpreter.
 
-It stores bfloat16 as bit patterns and computes on the patterns: here every operation on them takes their values, works
-in float32 and rounds its result to the nearest, ties to even. It leaves products to a library that adds in another
-order for another shape of a tile and on another processor: here they are those of a GPU, one multiply-add after the
-other, so that two tiles agree about a score.
+The interpreter stores bfloat16 as bit patterns and computes on the patterns. Here every operation converts them to
+float32, computes, and rounds the result to the nearest, ties to even. The interpreter leaves matrix products to NumPy,
+whose order of addition depends on the tile's shape and the processor. Here they are a chain of multiply-adds, as on a
+GPU, so that two tiles compute the same score.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def _widened(handle: TensorHandle) -> TensorHandle:
 
 
 def _in_float32(operation: Callable) -> Callable:
-    """`operation` of the builder on float32 values; the result is bfloat16 where every operand is."""
+    """`operation` of the builder on float32 values; the result is bfloat16 if every operand is."""
 
     def on_values(builder: InterpreterBuilder, *args: Any) -> TensorHandle:
         operands = [arg for arg in args if isinstance(arg, TensorHandle)]
@@ -55,22 +55,22 @@ def _in_float32(operation: Callable) -> Callable:
 
 
 def multiply_add(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """total + a @ b in float32, each element as a chain of multiply-adds that round once."""
-    left, right = a.astype(np.float64), b.astype(np.float64)  # in which the products are exact
+    """total + a @ b in float32, each element as a chain of fused multiply-adds."""
+    left, right = a.astype(np.float64), b.astype(np.float64)  # products of float32 are exact in float64
     for inner in range(a.shape[-1]):
         total = (left[..., inner, None] * right[..., inner, None, :] + total).astype(np.float32)
     return total
 
 
 def round_to_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 values to the nearest of 10 bits of mantissa, ties to even; infinities and NaN as they are."""
+    """Round float32 to 10 bits of mantissa, to nearest, ties to even; infinities and NaN are unchanged."""
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x0FFF) + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(values), rounded, bits).view(np.float32)
 
 
 def repair() -> None:
-    """Mend the interpreter for the rest of the process."""
+    """Repair the interpreter for the rest of the process."""
     cast, convert, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
     reduce = ReduceOps.apply_impl
     round_to_zero = interpreter._ir.ROUNDING_MODE.RTZ

@@ -1,4 +1,4 @@
-"""Programs that wait for each other: every program of a launch is a thread, of which one at a time runs."""
+"""Cooperative launches: every program is a thread, and one thread runs at a time."""
 
 import random
 import threading
@@ -10,20 +10,20 @@ from unittest import mock
 import numpy as np
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
-# When none of so many turns for each program ends in an arrival or an exit, all programs have polled in vain.
+# Deadlock: in this many turns per program, none has arrived at a barrier or ended.
 _MAX_IDLE_TURNS = 50
 
 
 class DeadlockError(RuntimeError):
-    """Programs poll a barrier for an arrival that does not come."""
+    """Every live program polls a barrier, and no arrival can come."""
 
 
 class _AbandonedError(BaseException):
-    """Ends the thread of a program that waits while another one has failed."""
+    """Ends the thread of a waiting program after another one has failed."""
 
 
 class _Program(threading.Thread):
-    """One program, which runs from `resume` to its next `wait` or to its end."""
+    """One program. `resume` runs it to its next `wait` or to its end."""
 
     def __init__(self, index: tuple[int, int, int], body: Callable[[], None]):
         super().__init__(daemon=True)
@@ -47,7 +47,7 @@ class _Program(threading.Thread):
         self._has_stopped.acquire()
 
     def wait(self) -> None:
-        """Hand over; called by the program itself."""
+        """Let another program run; called by the program itself."""
         self._has_stopped.release()
         self._may_run.acquire()
         if self._abandoned:
@@ -60,7 +60,7 @@ class _Program(threading.Thread):
 
 
 class _Grid:
-    """Collects the programs of a launch instead of running them one after the other, and runs them together."""
+    """Collects the programs of a launch and then interleaves them."""
 
     def __init__(self, executor: GridExecutor, order: random.Random):
         self.executor, self.order, self.launch = executor, order, executor.fn
@@ -99,11 +99,11 @@ class _Grid:
 
 @contextmanager
 def cooperative_grid(seed: int) -> Iterator[None]:
-    """Launches whose programs wait for each other, by polling with atomic additions of zero.
+    """Run launches whose programs wait for each other by polling with atomic additions of zero.
 
-    A program that polls hands over to any other, or goes on at once, as the seed draws it: one that does not wait long
-    enough reads what is not there yet, and what others still need is overwritten. Raises DeadlockError where every
-    program waits and none will arrive.
+    At each poll, the seed decides whether another program runs or the same one goes on. So a program that does not wait
+    long enough reads values that are not written yet, or overwrites values that others need. Raises DeadlockError when
+    all programs wait for an arrival that cannot come.
     """
     set_extents, set_index = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
     add, launch = InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__
@@ -118,7 +118,7 @@ def cooperative_grid(seed: int) -> Iterator[None]:
             grids.pop()
 
     def take_over(builder: InterpreterBuilder, x: int, y: int, z: int) -> None:
-        # From here on the executor calls what it runs once for each program, and nothing else.
+        # After this, the executor only calls its function once per program.
         set_extents(builder, x, y, z)
         grids[-1].n_programs = x * y * z
         grids[-1].executor.fn = grids[-1].collect

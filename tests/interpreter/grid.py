@@ -1,4 +1,4 @@
-"""Which programs of a grid run, and in which order."""
+"""Choose which programs of a grid run, and in which order."""
 
 import random
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from .memory import check_overflow
 
 @contextmanager
 def dry_run() -> Iterator[None]:
-    """Run the first and last program of each axis with loads of zero, no stores, and overflow checks.
+    """Run only the first and last program of each axis; loads give zero, stores do nothing, overflow raises.
 
-    Pointers may lie anywhere: a launch may claim sizes that its tensors do not have.
+    Pointers are not followed, so a launch may claim sizes that its tensors do not have.
     """
     set_index, set_extents = InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
     launch = GridExecutor.__call__
@@ -54,7 +54,7 @@ def dry_run() -> Iterator[None]:
 
 @contextmanager
 def shuffled_grid(seed: int) -> Iterator[None]:
-    """Run the programs of every launch in a random order. Races within one program are not seen."""
+    """Run the programs of every launch in a random order. It does not show races within one program."""
     set_index, set_extents = InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
     order: list[tuple[int, int, int]] = []
 

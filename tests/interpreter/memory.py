@@ -1,4 +1,4 @@
-"""Where kernels read and write: interpreted pointers are host addresses, held against the tensors of the launch."""
+"""Bounds checks: interpreted pointers are host addresses, which are compared with the tensors of the launch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ import torch
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-# Position of the mask among the arguments after the pointers; None where every lane is live.
+# Position of the mask among the arguments after the pointers; None if every lane is live.
 ACCESSES = {"create_masked_load": 0, "create_masked_store": 1, "create_atomic_rmw": 1, "create_atomic_cas": None}
 
 
 class OutOfBoundsError(IndexError):
-    """A live lane of a load, store or atomic points outside the tensor that its neighbours point into."""
+    """The live lanes of a load, store or atomic do not all point into one tensor."""
 
 
 def _address_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """First address and the one past the last element of a tensor that is not empty."""
+    """The first address of a tensor that is not empty, and the address past its last element."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def watch() -> None:
-    """Refuse, for the rest of the process, an access whose live lanes do not all lie in one tensor of the launch."""
+    """For the rest of the process, raise if the live lanes of an access are not all in one tensor of the launch."""
     ranges: list[tuple[int, int]] = []
     arguments_of_launch = GridExecutor._init_args_hst
 

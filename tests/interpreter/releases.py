@@ -1,4 +1,4 @@
-"""Where the releases of triton differ, and which of them these hooks were tried with."""
+"""The releases of triton with which these hooks were tried, and where they differ."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ TRIED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of 3.10.0 and of 3.10.0+gitabcdef: (3, 10, 0)."""
+    """3.10.0 and 3.10.0+gitabcdef give (3, 10, 0)."""
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
@@ -23,7 +23,7 @@ def _was_tried(version: str) -> bool:
 
 
 def check(version: str) -> None:
-    """Warn of a release whose interpreter these hooks have not met; test_interpreter.py says whether they hold."""
+    """Warn about a release with which the hooks were not tried; test_interpreter.py shows whether they work."""
     if not _was_tried(version):
         warnings.warn(
             f"tests/interpreter was tried with triton {', '.join(TRIED)}, not {version}: run "
@@ -35,7 +35,7 @@ def check(version: str) -> None:
 
 @contextmanager
 def skipping_what_is_unknown(version: str) -> Iterator[None]:
-    """Skip the test module that imports the hooks where a release that was not tried lacks what they replace."""
+    """Skip the importing test module if an untried release lacks a function that the hooks replace."""
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -45,14 +45,14 @@ def skipping_what_is_unknown(version: str) -> Iterator[None]:
 
 
 def mend(version: str) -> None:
-    """Make a release count as the later ones do."""
+    """Give tensors of releases before 3.7 the `__index__` that later ones have."""
     if _numbers(version) >= (3, 7):
         return
     patch = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
-        # Of an array with one element, of which numpy 2.4 makes no int.
+        # The data is an array with one element, which numpy 2.4 does not convert to int.
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     mock.patch.object(interpreter, "_patch_lang_tensor", patch_with_index).start()

@@ -1,4 +1,4 @@
-"""Work that the interpreter repeats for every call of a device function, done once in a launch."""
+"""Do once per launch what the interpreter repeats for every call of a device function."""
 
 from types import FunctionType
 from typing import Any
@@ -9,9 +9,9 @@ from triton.runtime.interpreter import GridExecutor
 
 
 def patch_once() -> None:
-    """Replace the language that a module sees at the launch and at the first call into that module, not at every call.
+    """Replace triton's language in a module once per launch, at the first call into the module, and not at every call.
 
-    The replacement lasts until the launch ends: to look through the whole language again changes nothing.
+    The replacement lasts until the launch ends, so repeating it changes nothing.
     """
     patch, launch = interpreter._patch_lang, GridExecutor.__call__
     replaced: set[int] = set()

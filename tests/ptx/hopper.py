@@ -1,6 +1,6 @@
-"""What sm_90 adds: tensor copies by descriptor, barriers in shared memory, matrix products of four warps.
+"""The features of sm_90: tensor copies by descriptor, barriers in shared memory, matrix products of four warps.
 
-Copies arrive as late as they may: a load when its barrier is asked for the second time, a store when it is waited for.
+Copies arrive as late as allowed: a load when its barrier is tested for the second time, a store when it is waited for.
 """
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ _TENSOR_ROWS = {1: 32, 2: 64, 3: 128}
 
 
 def swizzled(places: np.ndarray, row_bytes: int) -> np.ndarray:
-    """Bits 4 and up of an address are crossed with those from bit 7 on."""
+    """XOR bits 4 and up of an address with the bits from 7 on."""
     return places ^ ((places >> 7 & row_bytes // 16 - 1) << 4)
 
 

@@ -1,11 +1,11 @@
-"""Triton kernels on CPU tensors: what is launched is compiled for a GPU that is not there, and its PTX is run here.
+"""Run Triton kernels on CPU tensors: launches compile for a GPU that is absent, and this package runs the PTX.
 
     with executing("sm_80") as session:
         layer_norm(x, weight, bias)      # on tensors in the CPU's memory
     print(session.summary())
 
-The project's launchers choose tiles for `architecture` with `n_multiprocessors`. No machine code is made: set
-TRITON_CACHE_DIR to a folder of your own before, since what is cached has none.
+The project's launchers choose tiles for `architecture` with `n_multiprocessors`. No machine code is made, so
+set TRITON_CACHE_DIR to a separate folder: what is cached there has none.
 """
 
 import time

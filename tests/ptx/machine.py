@@ -1,9 +1,9 @@
 """Runs a translated program over a grid.
 
-Several programs (CTAs) run at once in a `Pool`, whose lanes are those of all of them. Lanes are driven in teams: one
-team of all lanes in lock-step, which is fast, or one team a warp, which run in random order between barriers. In a team
-lanes that stand at the same block form a fiber. Where lanes of a fiber part, they wait for each other at the block that
-all of their ways pass (the immediate post-dominator), as on a chip; a fiber that keeps spinning lets the others go on.
+Several programs (CTAs) run at once in a `Pool`, which holds the lanes of all of them. Lanes run in teams: one team of
+all lanes in lock-step, which is fast, or one team per warp, in random order between barriers. In a team, lanes at the
+same block form a fiber. When the lanes of a fiber diverge, they reconverge at the first block that all their paths pass
+(the immediate post-dominator), as on a chip. A fiber that keeps spinning lets the others run.
 """
 
 import operator

@@ -1,7 +1,7 @@
-"""Matrix products of a warp, and of four: where the elements of a fragment lie, and the sums.
+"""Matrix products of one warp and of four: the layout of the elements in a fragment, and the sums.
 
-Products are exact and their sum is taken in float64, then rounded once to the accumulator's type. A chip rounds (or
-cuts off) after each few products, in an order of its own.
+Products are exact and are summed in float64, then rounded once to the accumulator's type. A chip rounds (or truncates)
+after every few products, in an unspecified order.
 """
 
 import re

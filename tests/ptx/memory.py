@@ -1,7 +1,7 @@
-"""Memory of a launch: tensors as global memory, shared memory of some programs, and what is known about each access."""
+"""Memory of a launch: tensors as global memory, the shared memory of programs, and a record of every access."""
 
 # pyright: reportOptionalSubscript=false
-# What is known of accesses is there once an access was marked.
+# Records of accesses exist once an access was marked.
 
 import bisect
 import ctypes
@@ -14,12 +14,12 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Fault(Exception):
-    """What no chip would go on after: a deadlock, an instruction that cannot act."""
+    """A fault that would stop a chip: a deadlock, or an instruction that cannot execute."""
 
 
 @dataclass
 class Report:
-    """What was noticed and counted while kernels ran. problems: (kind, instruction) -> [times, an example]."""
+    """Problems and counts from running kernels. problems: (kind, instruction) -> [times, an example]."""
 
     problems: dict = field(default_factory=dict)
     opcodes: Counter = field(default_factory=Counter)  # executed, one for each warp

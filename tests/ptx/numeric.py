@@ -1,4 +1,4 @@
-"""Arithmetic of PTX on NumPy arrays: what NumPy has not, or does otherwise."""
+"""Arithmetic of PTX on NumPy arrays, where NumPy lacks an operation or rounds differently."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def bf16_to_f4(x):
 
 
 def f4_to_bf16(x):
-    """To the nearest, ties to even; NaN becomes the canonical one."""
+    """Round to nearest, ties to even; NaN becomes the canonical NaN."""
     bits = np.ascontiguousarray(x).view(u4)
     rounded = ((bits + (u4(0x7FFF) + ((bits >> u4(16)) & u4(1)))) >> u4(16)).astype(u2)
     return np.where(x != x, u2(0x7FFF), rounded)

@@ -1,12 +1,12 @@
-"""From the text of a PTX module to functions of basic blocks.
+"""Parse the text of a PTX module into basic blocks.
 
-What triton emits is read, not the whole language: one entry point, device functions called directly (they are inlined
-here, with registers of their own), nested scopes with local registers, `.loc` lines, which become the place in the
-Python source that an error names.
+This reads what triton emits, not the whole language: one entry point, device functions that are called directly (they
+are inlined with registers of their own), nested scopes with local registers, and `.loc` lines, which give the place
+in the Python source for errors.
 """
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
-# What does not match the grammar raises, as text or as a missing match.
+# Text outside the grammar raises, either PtxError or because a match is None.
 
 import re
 from dataclasses import dataclass, field

@@ -2,8 +2,8 @@
 
     cd tests; TRITON_CACHE_DIR=/tmp/ptx PYTHONPATH=../kernels:.. pytest -p ptx.plugin test_layer_norm_kernel.py
 
-Tests that ask for the CPU interpreter are skipped. What the checks notice fails a test, as a wrong result does.
-PTX_ARCH: sm_90 unless set. PTX_WARPS: a seed, for warps one by one.
+Tests that need the CPU interpreter are skipped. A fault that the checks notice fails a test like a wrong result.
+PTX_ARCH: sm_90 by default. PTX_WARPS: a seed; runs warps one by one in random order.
 """
 
 import os

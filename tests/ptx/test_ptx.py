@@ -1,4 +1,4 @@
-"""What triton compiles is run on the CPU warp by warp: no race, no stray access, no deadlock (ptx/README.md)."""
+"""Run compiled kernels on the CPU warp by warp: no race, no stray access, no deadlock (ptx/README.md)."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from fastgpt_kernels.audit import shipped
 from fastgpt_kernels.common import chip
 from paths import ROOT
 
-# Of every operation one call, the one with the most in it among those that take seconds.
+# One call of every operation: the one with the most features among those that take seconds.
 CALLS = {
     "layer_norm": "bf16 C=768",
     "add_layer_norm": "bf16 C=768",

@@ -1,16 +1,16 @@
-"""From basic blocks of PTX to Python functions over all lanes at once.
+"""Translate basic blocks of PTX to Python functions over all lanes at once.
 
-A register is an array with one element a lane. Each block becomes one function `block(R, X, M)`: R are the registers,
-X the machine (memory, barriers, matrix units), M the lanes that take part, None for all of them. Registers that live in
-one block alone are Python locals, and lanes outside of M may hold anything in them; the others are merged under M at
-the block's end. Everything that touches memory is told of M.
+A register is an array with one element per lane. Each block becomes one function `block(R, X, M)`: R are the registers,
+X the machine (memory, barriers, matrix units), M the active lanes, None for all. Registers that live only in one block
+are Python locals, and their lanes outside M are undefined; the others are merged under M at the end of the block.
+Everything that accesses memory receives M.
 
-PTX registers have a width and no type. Each is kept as the NumPy type that most of its uses ask for, so that few views
+PTX registers have a width but no type. Each is stored as the NumPy type that most of its uses need, so that few views
 are needed.
 """
 
 # pyright: reportOptionalSubscript=false, reportOptionalCall=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# An operand of another kind than an instruction takes raises where it is met.
+# An operand of a kind that an instruction does not take raises.
 
 from collections import Counter
 from collections.abc import Iterator
