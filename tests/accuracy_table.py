@@ -1,4 +1,4 @@
-"""The table that `pytest --accuracy-table` ends with: how far each operation errs beside eager torch.
+"""The table that `pytest --accuracy-table` ends with: the error of each operation compared with eager torch.
 
 A case is one comparison of `accuracy.assert_parity`. Its ratio is the largest error of the operation over that of eager
 torch in the same dtype, one ulp of the largest value granted: `error / (eager + ulp / factor)`, so that a ratio up to

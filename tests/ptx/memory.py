@@ -328,7 +328,7 @@ class SharedMemory:
             np.add.at(self.pending, self.units(places, n_bytes), 1)
 
     def end_copy(self, places, n_bytes, warps, epochs) -> None:
-        """The bytes are there, for the thread that waited; for others behind the next barrier."""
+        """The bytes are visible to the thread that waited, and to the others after the next barrier."""
         units = self.units(places, n_bytes)
         if self.uninitialised:
             self.written[units] = True
