@@ -29,7 +29,7 @@ def versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return found
+    return found | {"torch": torch.__version__}  # which also names the build, for a CPU or a version of CUDA
 
 
 def check_parity(device: str) -> dict[str, Any]:
