@@ -1,4 +1,4 @@
-"""fastgpt beside transformers, ctranslate2 and onnxruntime on a CPU, with the same weights, interleaved.
+"""fastgpt compared with transformers, ctranslate2 and onnxruntime on a CPU, with the same weights, interleaved.
 
 The other engines live in processes of their own: `benchmarks/peers/cpu_engines.py` says why.
 
@@ -33,7 +33,7 @@ def main(
     peers: Annotated[str, typer.Option(help="other engines; comma-separated")] = ",".join(CPU_PEERS),
     runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 7,
 ) -> None:
-    """Measure tokens/s in float32 beside transformers and other engines, after a parity check of each."""
+    """Compare tokens/s in float32 with transformers and other engines, after a parity check of each."""
     unknown = [name for name in peers.split(",") if name and name not in CPU_PEERS]
     if unknown:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(CPU_PEERS)}")

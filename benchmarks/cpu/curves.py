@@ -1,4 +1,4 @@
-"""How peak memory grows with the batch and the time of a decode step with the context, beside transformers.
+"""How peak memory grows with the batch and the time of a decode step with the context, compared with transformers.
 
 python -m benchmarks curves --model gpt2 --out benchmarks/results/cpu/DATE-gpt2-curves.json     # in float32 on a CPU
 """
@@ -91,7 +91,7 @@ def main(
     contexts: Annotated[str, typer.Option(help="time of a token after this many")] = "64,256,512,768,992",
     runs: Annotated[int, typer.Option(min=5, help="timed runs of each contender")] = 5,
 ) -> None:
-    """Measure both in float32 on a CPU, beside transformers' sdpa."""
+    """Measure both in float32 on a CPU, compared with transformers' sdpa."""
     transformers.logging.set_verbosity_error()
     device, dtype = torch.device("cpu"), torch.float32
     base, _ = workloads.load_base(model)

@@ -22,10 +22,10 @@ LIMIT_S = 300
 def measure(
     folder: str, ids: list[int], device: torch.device, dtype: torch.dtype, expected: int, kernel_cache: str
 ) -> dict[str, float]:
-    """Seconds of a fresh process to the first token; of these, loading the model and making the token.
+    """Seconds from the start of a fresh process to the first token, and those for loading the model and for the token.
 
-    folder: with the model. ids: the prompt. expected: the token. kernel_cache: where triton keeps what it compiles.
-    Raises ParityError when another token comes, RuntimeError when the process fails, subprocess.TimeoutExpired.
+    folder: of the model. ids: the prompt. expected: the token. kernel_cache: triton's cache folder.
+    Raises ParityError when the token differs, RuntimeError when the process fails, subprocess.TimeoutExpired.
     """
     name = str(dtype).removeprefix("torch.")
     command = [
@@ -39,7 +39,7 @@ def measure(
     ]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": kernel_cache}
-    start = time.time()  # a clock that both processes read
+    start = time.time()  # both processes read this clock
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     if finished.returncode != 0:
         raise RuntimeError((finished.stderr.splitlines() or ["no error was printed"])[-1])

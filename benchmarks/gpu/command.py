@@ -1,4 +1,4 @@
-"""Everything that only a GPU can prove, in one command: parity of the kernels, then speed and memory beside others.
+"""Everything that only a GPU can prove, in one command: parity of the kernels, then speed and memory against others.
 
     PYTHONPATH=.:kernels python -m benchmarks gpu --minutes 8 --out DIR
 
@@ -50,7 +50,7 @@ def _commit() -> str | None:
 
 
 def steps(sizes: list[str]) -> Iterator[tuple[str, Step]]:
-    """All of them by name, the most important first; the first size is the one that curves are drawn of."""
+    """All steps by name, the most important first; curves are measured for the first size."""
     yield "environment", environment
     yield "parity", gpu_kernels.parity
     yield "rates", gpu_kernels.rates
@@ -84,7 +84,7 @@ def main(
         raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
-    if dry_run and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported, as it is by now
+    if dry_run and "TRITON_INTERPRET" not in os.environ:  # triton reads it when imported, which has happened by now
         os.environ["TRITON_INTERPRET"] = "1"
         _start_again(sys.argv[2:])
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def main(
         _say("no time left: the same command goes on from here")
     except torch.AcceleratorError as error:
         _say(f"the GPU is lost to this process, which starts again: {error}")
-        # Of two --minutes the last holds.
+        # The last --minutes counts.
         _start_again([*sys.argv[2:], f"--minutes={run.seconds_left / 60}"])
     gpu_tables.render(run.result, Console(width=120))
     passed = run.result.get("parity", {}).get("tests", {}).get("passed", False)
@@ -119,7 +119,7 @@ def _start_again(arguments: list[str]) -> None:
 
 
 def _result(file: Path, dry_run: bool, extent: Extent) -> dict[str, Any]:
-    """What an unfinished run left, or an empty result."""
+    """The result of an unfinished run, or an empty one."""
     kind = {"schema": SCHEMA, "dry_run": dry_run, "batch": extent.n_batch}
     if not file.is_file():
         return kind | {"seconds": {}}

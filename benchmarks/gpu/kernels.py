@@ -1,4 +1,4 @@
-"""Steps of `benchmarks gpu` about single operations: the kernels' tests, what the GPU reaches, times beside torch's."""
+"""Steps of `benchmarks gpu` for single operations: the kernels' tests, the GPU's limits, times against torch's."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def parity(run: Run) -> Parts:
 
 
 def _tests(run: Run) -> dict[str, Any]:
-    """How they ended, which failed, and the table of errors. Raises subprocess.TimeoutExpired."""
+    """Whether the tests passed, which failed, and the table of errors. Raises subprocess.TimeoutExpired."""
     extent = run.extent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--accuracy-table", *extent.tests]
     if extent.n_processes > 1:
@@ -43,7 +43,7 @@ def _tests(run: Run) -> dict[str, Any]:
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=max(60.0, run.seconds_left / 2),  # the rest is for the steps with gates of their own
+        timeout=max(60.0, run.seconds_left / 2),  # the rest is for the steps that have their own gates
     )
     lines = finished.stdout.splitlines()
     run.file.with_name("parity.txt").write_text(finished.stdout + finished.stderr)
@@ -59,7 +59,7 @@ def _tests(run: Run) -> dict[str, Any]:
 
 
 def rates(run: Run) -> Parts:
-    """Bandwidth in bytes/s and matrix rate in FLOP/s, the ceilings of all that follows."""
+    """Bandwidth in bytes/s and matrix rate in FLOP/s, the ceilings of everything that follows."""
     if run.extent.shapes is TINY:
         measured = {"bandwidth": 1e9, "matrix_rate": 1e9}
     else:
@@ -69,7 +69,7 @@ def rates(run: Run) -> Parts:
 
 
 def wait_times(run: Run) -> Parts:
-    """An empty grid barrier, and a node of a CUDA graph: what the tiers of decoding are made of."""
+    """An empty grid barrier, and a node of a CUDA graph: the fixed costs of the decode tiers."""
     device, row_s = run.extent.device, run.extent.row_s
     n_times = 2 if run.extent.shapes is TINY else 200
     yield "grid barrier", partial(waits.barrier_seconds, device, n_times, row_s)
@@ -79,7 +79,7 @@ def wait_times(run: Run) -> Parts:
 
 
 def ceilings(run: Run) -> Parts:
-    """Copying and reading alone, a large product, and the library's own rate in every product of GPT-2."""
+    """A copy, a read, a large product, and the library's own rate in every product of GPT-2."""
     n_bytes, width = (2**16, 64) if run.extent.shapes is TINY else (2**32, 8192)
     yield "memory", partial(_memory_rates, run, n_bytes)
     yield "large product", partial(_product, run, width, width, width, bias=False)
@@ -88,7 +88,7 @@ def ceilings(run: Run) -> Parts:
 
 
 def _memory_rates(run: Run, n_bytes: int) -> dict[str, float]:
-    """Bytes/s of a copy, read and written, and of a sum, read."""
+    """Bytes/s of a copy (read and written) and of a sum (read)."""
     source = torch.ones(n_bytes // 4, device=run.extent.device)
     target = torch.empty_like(source)
     copy, read = (
@@ -99,7 +99,7 @@ def _memory_rates(run: Run, n_bytes: int) -> dict[str, float]:
 
 
 def _products(run: Run, shape: Shape) -> list[dict[str, Any]]:
-    """For the rows of a decode step, of a batch of them, and of a prefill."""
+    """The rates for the rows of a decode step, of a batch of them, and of a prefill."""
     C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
     products = {"qkv": (C, 3 * C), "projection": (C, C), "fc": (C, F), "mlp projection": (F, C), "head": (C, V)}
     return [
@@ -110,7 +110,7 @@ def _products(run: Run, shape: Shape) -> list[dict[str, Any]]:
 
 
 def _product(run: Run, n_rows: int, n_in: int, n_out: int, *, bias: bool) -> dict[str, Any]:
-    """torch.addmm, or torch.mm by the transpose of (out, in), as the head is stored."""
+    """torch.addmm, or torch.mm with the transpose of (out, in), which is how the head is stored."""
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=run.extent.device).to(run.extent.dtype)
@@ -130,15 +130,15 @@ def _product(run: Run, n_rows: int, n_in: int, n_out: int, *, bias: bool) -> dic
 
 
 def kernels(run: Run, size: str) -> Parts:
-    """Every operation at one size, checked and then timed beside torch's and its peers'."""
+    """Every operation at one size, checked and then timed in turn with torch's and its peers'."""
     extent = run.extent
     for case in operations.cases(extent.shapes[size], extent.n_batch, extent.n_tokens, extent.device, extent.dtype):
         yield case.operation, partial(_operation, run, case, extent.shapes[size])
 
 
 def _operation(run: Run, case: operations.Case, shape: Shape) -> list[dict[str, Any]]:
-    """Raises ParityError: there is no figure of an operation that is wrong."""
-    with ops.backend("triton"):  # where "auto" would time the reference in place of a kernel that cannot run
+    """Time one operation. Raises ParityError if its results are wrong: a wrong operation gets no figure."""
+    with ops.backend("triton"):  # "auto" would time the reference in place of a kernel that cannot run
         if fault := operations.check(case):
             raise ParityError(fault)
         run.say(f"  {case.operation}: agrees")

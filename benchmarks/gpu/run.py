@@ -51,7 +51,7 @@ class Extent:
 
 
 def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
-    """What a GPU is asked."""
+    """The extent of a run on a GPU."""
     return Extent(
         device=torch.device("cuda"),
         dtype=torch.bfloat16,
@@ -75,7 +75,7 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
 
 
 def dry() -> Extent:
-    """Every step on a CPU within a minute: the smallest shapes, no compiler, a handful of tests."""
+    """The extent of a dry run: every step on a CPU within a minute, with the smallest shapes and a few tests."""
     return Extent(
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -99,7 +99,7 @@ def dry() -> Extent:
 
 
 class OutOfTime(Exception):
-    """Nothing further may start."""
+    """The time is used up: no further part may start."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Run:
     _base: dict[str, tuple[GPT2LMHeadModel, str]] = field(default_factory=dict)
 
     def save(self) -> None:
-        """Replace the file whole, so that it is valid whenever the process ends."""
+        """Replace the whole file at once, so that it is valid whenever the process ends."""
         unfinished = self.file.with_suffix(".part")
         unfinished.write_text(json.dumps(self.result, indent=1))
         unfinished.replace(self.file)
@@ -143,10 +143,10 @@ Step = Callable[[Run], Parts]
 
 
 def take(run: Run, name: str, step: Step) -> None:
-    """Take a step, but for the parts that the result has; write down each as it comes.
+    """Run a step without the parts that the result already has, and save each part when it is done.
 
     Raises OutOfTime, and torch.AcceleratorError when the GPU is lost. Only a step with all its parts is listed under
-    "seconds". What fails is a finding about that part, and the others go on.
+    "seconds". A failure is recorded for its part, and the other parts go on.
     """
     start = time.monotonic()
     found: dict[str, Any] = run.result.get(name, {})
@@ -167,7 +167,7 @@ def take(run: Run, name: str, step: Step) -> None:
         run.result[name] = found
         run.save()
         gc.collect()
-        torch.compiler.reset()  # whose graphs hold memory
+        torch.compiler.reset()  # compiled graphs hold memory
         if run.extent.device.type == "cuda":
             torch.cuda.empty_cache()
             machine.synchronize(run.extent.device)  # raises where a kernel has left the GPU unusable to this process

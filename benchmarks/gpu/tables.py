@@ -1,4 +1,4 @@
-"""What `benchmarks gpu` found, for the eye: the tests' summary, what failed, and tables of speed."""
+"""The printed results of `benchmarks gpu`: the tests' summary, what failed, and tables of speed."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -3,7 +3,7 @@ operations.
 
     PYTHONPATH=.:kernels python -m benchmarks tune --minutes 20 --out tuned.json > tuned.txt
 
-Every candidate is checked before it is timed, beside the shipped configuration and in turn with it. The best is timed
+Every candidate is checked before it is timed, in turn with the shipped configuration. The best is timed
 again and kept only if it gains more than 2% and more than the spread, because the best of many tries is partly luck.
 Standard output holds what was kept, to paste. `--dry-run` takes every step on tiny shapes, on a CPU.
 """

@@ -1,4 +1,4 @@
-"""What waiting costs: a grid barrier of the persistent kernel, and a kernel that does nothing in a CUDA graph."""
+"""The cost of waiting: a grid barrier of the persistent kernel, and a kernel that does nothing in a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from ..operations import timing as operations
 
 @triton.jit
 def _barriers_kernel(counter_ptr, passed_ptr, n_barriers, N_PROGRAMS: tl.constexpr):
-    """Every program passes n_barriers with nothing in between, and notes how many."""
+    """Every program passes n_barriers with nothing in between, and stores how many it passed."""
     target = tl.load(counter_ptr, volatile=True) // N_PROGRAMS * N_PROGRAMS
     for _ in range(n_barriers):
         target += N_PROGRAMS
@@ -27,7 +27,7 @@ def _barriers_kernel(counter_ptr, passed_ptr, n_barriers, N_PROGRAMS: tl.constex
 
 @triton.jit
 def _node_kernel(counter_ptr, OVERLAP: tl.constexpr):
-    """Add one, in one program: the least that cannot be left out."""
+    """Add one, in one program: the least work that shows that it ran."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -58,9 +58,9 @@ def barrier_seconds(device: torch.device, n_barriers: int, budget_s: float) -> d
 
 
 def node_seconds(device: torch.device, overlap: bool, n_nodes: int, budget_s: float) -> dict[str, Any]:
-    """Seconds of a kernel that does nothing, one of n_nodes in a CUDA graph; on a CPU, one of as many launches.
+    """Seconds per kernel that does nothing, for n_nodes in a CUDA graph; on a CPU, for as many launches.
 
-    overlap: each is launched before the one before has ended. Raises RuntimeError when not all of them ran.
+    overlap: each starts before the previous one has ended. Raises RuntimeError when not all of them ran.
     """
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     options: dict[str, Any] = {"OVERLAP": overlap, "num_warps": 1} | ({"launch_pdl": True} if overlap else {})
@@ -70,7 +70,7 @@ def node_seconds(device: torch.device, overlap: bool, n_nodes: int, budget_s: fl
             for _ in range(n_kernels):
                 launch(_node_kernel, 1, counter, **options)
 
-        run()  # which compiles it
+        run()  # compiles the kernel
         if device.type != "cuda":
             return run
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The operations beside torch's, one at a time, on the shapes of GPT-2: what is run, and how its time is taken.
+"""The operations compared with torch's, one at a time, on the shapes of GPT-2: what runs, and how it is timed.
 
 Bytes and FLOPs are those that an operation cannot avoid, as `kernels/README.md` counts them.
 """
@@ -28,7 +28,7 @@ TINY = {"tiny": Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size
 class Case:
     """One operation at one size. Contenders take the inputs, of which the floating ones get gradients.
 
-    The first contender is fastgpt's, the second the torch reference, beside which the others are checked.
+    The first contender is fastgpt's, the second the torch reference, against which the others are checked.
     forward, backward: (bytes, FLOPs) of the pass.
     """
 
@@ -137,8 +137,8 @@ def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor
 def check(case: Case) -> str | None:
     """What is wrong with fastgpt's outputs and gradients, None when nothing is.
 
-    Beside the reference in a wider dtype, they may err 1.5 times as much as the reference in the dtype itself, plus
-    two of its steps, in the Frobenius norm. Dropout has the same seed for both.
+    Compared with the reference in a wider dtype, they may err 1.5 times as much as the reference in the dtype itself,
+    plus two ulps, in the Frobenius norm. Dropout has the same seed for both.
     """
     first = case.inputs[0]
     wider = torch.float64 if first.dtype == torch.float32 else torch.float32
@@ -149,10 +149,10 @@ def check(case: Case) -> str | None:
         for function, inputs in ((functions[1], wide), (functions[1], case.inputs), (functions[0], case.inputs))
     )
     for i, (true, theirs, mine) in enumerate(zip(truth, eager, ours, strict=True)):
-        # A loss is a mean over rows: either may hit it by luck, but the steps of so many rows average out.
-        mean_step = 0.0 if mine.ndim else torch.finfo(first.dtype).eps / len(first) ** 0.5
-        step = max(torch.finfo(mine.dtype).eps, mean_step)
-        error, allowed = _distance(mine, true), 1.5 * _distance(theirs, true) + 2 * step
+        # A loss is a mean over rows: the reference may be exact by luck, but rounding errors of rows average out.
+        mean_ulp = 0.0 if mine.ndim else torch.finfo(first.dtype).eps / len(first) ** 0.5
+        ulp = max(torch.finfo(mine.dtype).eps, mean_ulp)
+        error, allowed = _distance(mine, true), 1.5 * _distance(theirs, true) + 2 * ulp
         if not error <= allowed:
             return f"{case.operation}: result {i} errs by {error:.2e}, allowed {allowed:.2e}"
     return None

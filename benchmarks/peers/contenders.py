@@ -1,4 +1,4 @@
-"""Contenders beside torch and transformers, left out with a reason where not installed or where results differ.
+"""Contenders other than torch and transformers, left out with a reason if not installed or if results differ.
 
 On a CPU whole models: ctranslate2 and onnxruntime on the very weights, for prefill and decode. On a GPU operations:
 liger-kernel, cut-cross-entropy, flash-attn, quack-kernels. Shapes: B batch, T tokens, H heads, V vocabulary.
@@ -47,7 +47,7 @@ def _contender(build: Callable[[GPT2LMHeadModel, int], Remote]) -> MakeWork:
 
 
 def check_engine(engine: Engine, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) -> None:
-    """The gate: logits within 64 steps of the largest of transformers', and equal greedy tokens. Raises ParityError."""
+    """The gate: logits within 64 ulps of transformers' largest, and equal greedy tokens. Raises ParityError."""
     with torch.no_grad():
         theirs = base(ids, use_cache=False).logits
     difference = (engine.logits(ids) - theirs).abs().max().item()
