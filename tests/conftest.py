@@ -36,6 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # With -n, a process that has nothing left takes over tests of another, because slow ones at the end would keep it
+    # waiting. Here and not among pytest's options, because pytest-benchmark times nothing where --dist is given.
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
     if config.getoption("--accuracy-table"):
         config.pluginmanager.register(accuracy_table)
     for name, what in ON_REQUEST.items():

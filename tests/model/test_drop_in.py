@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastgpt
 from fastgpt import modeling, ops
-from fastgpt.model import patching
+from fastgpt.model import blocks, patching
 
 # --- patch and unpatch ----------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ def test_replaced_and_wrapped_submodules() -> None:
 )
 def test_the_guard_is_what_keeps_them_in(test, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `is_plain` always true, as in a fused module that does not look, each of these tests fails."""
-    monkeypatch.setattr(modeling, "is_plain", lambda module, kind: True)
+    monkeypatch.setattr(blocks, "is_plain", lambda module, kind: True)
     with pytest.raises((AssertionError, AttributeError, KeyError, TypeError)):
         test()
 
