@@ -1,11 +1,11 @@
-"""The kernel that chooses a row's token where top-k, top-p or min-p leave tokens out.
+"""The kernel that chooses a row's token under top-k, top-p or min-p.
 
-From the best score of every group of 16 tokens, and their mass, it bounds from below what is kept, looks once at the
-groups that can hold a kept token, and from then on only at the scores that reach the bound: all 50,257 would not fit
-into its registers.
+It first bounds the threshold from below with the best score and the mass of every group of 16 tokens. Then it reads the
+logits of the groups that can hold a kept token once, and after that only the scores that reach the bound, because all
+50,257 would not fit into its registers.
 
-Such scores lie in lists of their lanes: the i-th one of lane l at i * LANES + l, the end of its list being the place of
-the next. So no lane waits for others before it knows where to write, as it would where all wrote into one list.
+Every lane appends the scores that reach the bound to a list of its own: element i of lane l is stored at i * LANES + l.
+So no lane has to wait for others before it knows where to write, as it would if all appended to one list.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -17,10 +17,10 @@ import triton.language as tl
 
 from .kernels import GROUP_SIZE, _add_noise, _advance, _bar_ends, _best_token, _load_scores, _mass
 
-# Tokens of a group that a lane loads together.
+# Tokens that a lane loads at once from a group.
 TOKENS_OF_LANE = 4
 _GROUP = tl.constexpr(GROUP_SIZE)
-# The bound of what top-p keeps may lie so many floats below the best one, up to a 16th of the score.
+# The search for top-p's bound stops this many floats short of the best bound, which is up to 1/16 of the score.
 _BOUND_RESOLUTION = tl.constexpr(2**19)
 
 
@@ -39,7 +39,7 @@ def _score_of_key(key):
 
 @triton.jit
 def _cut(lo, hi, ways):
-    """Keys that cut the keys from lo to hi into one part more than there are ways."""
+    """WAYS keys that split the range from lo to hi into WAYS + 1 parts."""
     n_ways: tl.constexpr = ways.shape[0]
     return lo + (hi - lo + n_ways) // (n_ways + 1) * (ways + 1)
 
@@ -66,7 +66,7 @@ def _range_of_scores(score_ptr, n_scores, LANES: tl.constexpr):
 
 @triton.jit
 def _total_mass(score_ptr, group_mass_ptr, n_groups, largest, inverse_temperature, LANES: tl.constexpr):
-    """The mass of all groups, with score_ptr the best of each."""
+    """The sum of all groups' masses. score_ptr: the best score of each group."""
     total = tl.zeros((LANES,), dtype=tl.float32)
     for start in range(0, n_groups, LANES):
         group = start + tl.arange(0, LANES)
@@ -81,9 +81,9 @@ def _bound_by_mass(
     score_ptr, group_mass_ptr, n_groups, floor, largest, target, inverse_temperature,
     LANES: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """A t in [floor, largest] for which the scores >= t surely weigh at least target; floor where there is none.
+    """A t in [floor, largest] such that the scores >= t certainly have the mass target; floor if there is none.
 
-    Of a group whose best score is at least t, the others that are not weigh less than t itself, each.
+    In a group whose best score reaches t, each of the other scores that do not reach it has less mass than t.
     """
     lo, hi = _key(floor), _key(largest) + 1
     ways = tl.arange(0, WAYS).to(tl.uint32)
@@ -109,7 +109,7 @@ def _bound_by_mass(
 
 @triton.jit
 def _list_score(score_ptr, token_ptr, end, score, token, floor, n_cols, LANES: tl.constexpr):
-    """Put the scores >= floor, and their tokens, behind the lists of their lanes. Returns the new ends (LANES,)."""
+    """Append the scores >= floor, and their tokens, to the lists of their lanes. Returns the new ends (LANES,)."""
     is_listed = (score >= floor) & (token < n_cols)
     tl.store(score_ptr + end, score, mask=is_listed)
     tl.store(token_ptr + end, token, mask=is_listed)
@@ -126,18 +126,18 @@ def _search(
     score_ptr, rest_ptr, spare_ptr, end, smallest, largest, target, enough, inverse_temperature,
     LANES: tl.constexpr, WAYS: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """The largest t in [smallest, largest] for which the listed scores >= t weigh at least target; else smallest.
+    """The largest t in [smallest, largest] with a sum of the listed scores >= t of at least target; else smallest.
 
-    A score weighs 1, or its mass. Any t below that will do of which the scores >= t weigh no more than `enough`.
-    end (LANES,): of the lists of the lanes.
-    Each round tries WAYS values, between which lie equally many floats, and copies what lies between the last that is
-    enough and the first that is not, in turn to rest_ptr and spare_ptr: the next round looks at these scores alone.
+    A score counts 1, or its mass if BY_MASS. The search stops early at a t whose scores add up to at most `enough`.
+    end (LANES,): the ends of the lanes' lists.
+    Each round tries WAYS values, spaced by equally many floats. The scores between the largest value that reaches the
+    target and the smallest that does not are copied to rest_ptr and spare_ptr in turn; the next round reads only these.
     """
     lo, hi = _key(smallest), _key(largest) + 1
     ways = tl.arange(0, WAYS).to(tl.uint32)
     lane = tl.arange(0, LANES)
     last = tl.max(end, axis=0)
-    reached, above = float("inf"), 0.0  # what the scores >= lo weigh, and those >= hi
+    reached, above = float("inf"), 0.0  # sums over the scores >= lo and >= hi
     while (lo + 1 < hi) & (reached > enough):
         keys = _cut(lo, hi, ways)
         thresholds = _score_of_key(keys)[:, None]
@@ -167,12 +167,12 @@ def _search(
             rest_end += tl.where(is_rest, LANES, 0)
             smallest_rest = tl.where(is_rest, tl.minimum(smallest_rest, score), smallest_rest)
             largest_rest = tl.where(is_rest, tl.maximum(largest_rest, score), largest_rest)
-        # t is one of the scores that are left, and hi as good where none is.
+        # The answer is one of the remaining scores, or hi if none remains.
         end = rest_end
         smallest_rest, largest_rest, last = tl.reduce((smallest_rest, largest_rest, end), 0, _outermost)
         lo, hi = tl.minimum(_key(smallest_rest), hi), _key(largest_rest) + 1
         score_ptr, rest_ptr, spare_ptr = rest_ptr, spare_ptr, rest_ptr
-        tl.debug_barrier()  # Other threads read what is left.
+        tl.debug_barrier()  # Other threads read the remaining scores.
     return _score_of_key(lo)
 
 
@@ -189,7 +189,7 @@ def _listed_mass(score_ptr, end, floor, largest, inverse_temperature, LANES: tl.
 
 @triton.jit
 def _list_kept(score_ptr, kept_ptr, end, threshold, LANES: tl.constexpr):
-    """Write where the listed scores >= threshold lie to kept_ptr, one behind the other. Returns how many there are."""
+    """Write the places of the listed scores >= threshold to kept_ptr, without gaps. Returns their number."""
     lane = tl.arange(0, LANES)
     n_kept = tl.zeros((LANES,), dtype=tl.int32)
     last = tl.max(end, axis=0)
@@ -235,7 +235,7 @@ def _sampling_filtered_choice_kernel(
     min_p_threshold = largest + min_p_reach
     end_of_groups = (n_groups + LANES - 1 - lane) // LANES * LANES + lane
     if HAS_TOP_K:
-        # top_k groups with a best score of t and more hold as many tokens. As many as lanes load together will do too.
+        # top_k groups whose best score reaches t hold top_k tokens. It is enough to stop at as many as the lanes load.
         enough = tl.maximum(top_k, LANES // 4).to(tl.float32)
         floor = _search(
             group_score_ptr, rest_ptr, spare_ptr, end_of_groups, smallest, largest, top_k, enough, inverse_temperature,
@@ -243,7 +243,7 @@ def _sampling_filtered_choice_kernel(
         )  # fmt: skip
         floor = tl.where(top_k > n_groups, float("-inf"), floor)
     elif HAS_TOP_P:
-        # Of V tokens with less than (1 - top_p) / V each, none is needed.
+        # Tokens with a probability below (1 - top_p) / V are never needed: all V of them have less than 1 - top_p.
         group_mass_ptr += row * n_groups
         mass = _total_mass(group_score_ptr, group_mass_ptr, n_groups, largest, inverse_temperature, LANES)
         floor = tl.maximum(largest + (tl.log(mass) / inverse_temperature + top_p_reach), min_p_threshold)
@@ -311,7 +311,7 @@ def _sampling_filtered_choice_kernel(
         token = tl.load(listed_token_ptr + place, mask=is_kept, other=n_cols)
         score = tl.load(score_ptr + place, mask=is_kept, other=float("-inf"))
         noisy = _add_noise(score, token // _GROUP, token % _GROUP, seed, position, continuation, inverse_temperature)
-        # The lists of the lanes are not in the order of the tokens.
+        # The lanes' lists are not in the order of the tokens.
         better = (noisy > best) | ((noisy == best) & (token < best_token))
         best, best_token = tl.where(better, noisy, best), tl.where(better, token, best_token)
 
