@@ -69,7 +69,7 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         baselines=("hf-sdpa", "hf-compile"),
         tiers=("eager", "graph", "persistent"),
         cold_starts=(1, 3),
-        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*_kernel*.py"))),
+        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_kernel*.py"))),
         n_processes=n_processes,
     )
 

@@ -38,6 +38,14 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_bug_a_run_on_a_gpu_names_the_tests_of_every_kernel() -> None:
+    """The folder moved, the pattern found nothing, and pytest without arguments would have run the whole suite."""
+    named = {Path(test).name for test in gpu_run.full(["gpt2"], 1, 1).tests}
+    parts = "causal_attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "decode_step", "persistent_decode"
+    assert named >= {f"test_{part}_kernel.py" for part in (*parts, "sampling")} | {"test_engine_on_kernels.py"}
+    assert all((ROOT / test).is_file() for test in gpu_run.full(["gpt2"], 1, 1).tests)
+
+
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
