@@ -51,13 +51,15 @@ def _largest_error(device: str) -> float:
     model = _tiny_model(device)
     ids = torch.randint(0, 131, (2, 33), generator=torch.Generator().manual_seed(0)).to(device)
     results = []
-    for change in (lambda model: model, patch):
-        change(model).train().zero_grad()
-        output = model(ids, labels=ids)
-        output.loss.backward()
-        results.append(
-            [output.logits, output.loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        )
+    # In "auto", products in float32 would leave the kernels untried.
+    with ops.backend("triton" if ops.runs_kernels(device) else ops.backend_setting()):
+        for change in (lambda model: model, patch):
+            change(model).train().zero_grad()
+            output = model(ids, labels=ids)
+            output.loss.backward()
+            results.append(
+                [output.logits, output.loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            )
     errors = [(ours - theirs).abs().max() / theirs.abs().max() for theirs, ours in zip(*results, strict=True)]
     return torch.stack(errors).max().item()  # NaN if one of them is
 
@@ -83,6 +85,8 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         except (KernelUnavailableError, ValueError) as error:
             backend, reason = "none", str(error)
         operations[operation] = {"backend": backend, "reason": reason}
+        if backend == "triton" and (in_float32 := ops.explain(operation, device, torch.float32))[0] == "torch":
+            operations[f"{operation} in float32"] = dict(zip(("backend", "reason"), in_float32, strict=True))
     try:
         generate = routing.describe(patch(_tiny_model(device)).eval())
     except (KernelUnavailableError, ValueError) as error:

@@ -22,7 +22,7 @@ from .checkpoint.loading import LoadingMixin, check_config
 from .generate.api import GenerationMethods
 from .model.attention import nothing_hidden
 from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, PositionEmbedding, TokenEmbedding
-from .model.checks import check_labels
+from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.outputs import training_logits
 from .model.patching import ATTENTION, forward_of, replaces, swap_classes
@@ -65,10 +65,12 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
+        if input_ids is not None and not args and kwargs.get("position_ids") is None:
+            check_length(input_ids.shape[-1], self.wpe.weight.shape[0])
         with self._masks_of_shared_layers():
             if self._hides_nothing(args, kwargs):
                 # On a GPU, looking for padding would wait for the device.
-                if input_ids is not None and input_ids.device.type == "cpu":
+                if input_ids is not None and not input_ids.is_cuda:
                     self.warn_if_padding_and_no_attention_mask(input_ids, None)
                 kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
             return hf.GPT2Model.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]

@@ -50,10 +50,20 @@ def selected_backend() -> str:
     return _checked(_selected, "FASTGPT_BACKEND")
 
 
-def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
-    """Which backend `operation` takes for tensors on `device`, and why.
+# Matrix units take no exact float32 or float64 products in these kernels, and the library's are expected to be faster:
+# by count of instructions, since none is measured yet. They also follow torch.set_float32_matmul_precision.
+_FASTER_IN_TORCH = {
+    (operation, dtype): f"torch's products in {str(dtype).removeprefix('torch.')} are expected to be faster"
+    for operation in ("causal_attention", "gelu_mlp")
+    for dtype in (torch.float32, torch.float64)
+}
 
-    In auto mode, tensors that the kernel does not support still go to the reference.
+
+def explain(operation: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
+    """Which backend `operation` takes for tensors on `device`, in the dtype in which it computes if given, and why.
+
+    In auto mode, tensors that the kernel does not support still go to the reference, and attention with dropout to its
+    kernel in every dtype, because the reference holds all attention weights in memory.
     Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and cannot
     run, ValueError when the environment names an unknown backend.
     """
@@ -68,12 +78,14 @@ def explain(operation: str, device: torch.device | str) -> tuple[str, str]:
             raise KernelUnavailableError(reason)
         _warn_once(device, reason)
         return "torch", reason
+    if _selected == "auto" and (operation, dtype) in _FASTER_IN_TORCH:
+        return "torch", _FASTER_IN_TORCH[operation, dtype]
     return "triton", "asked for by name" if _selected == "triton" else "kernel available"
 
 
 def runs_kernels(device: torch.device | str) -> bool:
     """Whether generation on `device` runs on the Triton kernels. Raises as `explain` does."""
-    name, _ = explain("causal_attention", device)  # Every operation has a kernel, so one answers for all.
+    name, _ = explain("causal_attention", device)  # Without a dtype, every operation has a kernel, so one answers for all.
     return name == "triton"
 
 
@@ -99,13 +111,21 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _implementation(operation: str, x: Tensor) -> Callable:
+def _implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Callable:
     if is_transformed():
         return getattr(reference, operation)
-    name, _ = explain(operation, x.device)
+    needs_kernel = has_dropout and operation == "causal_attention"
+    name, _ = explain(operation, x.device, None if needs_kernel else _computes_in(x))
     if name == "triton" and (_selected == "triton" or _is_supported(operation, x)):
         return fastgpt_kernels.kernel(operation)
     return getattr(reference, operation)
+
+
+def _computes_in(x: Tensor) -> torch.dtype:
+    """The dtype of a product of x: under autocast not x's own."""
+    device_type = x.device.type
+    is_cast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if is_cast else x.dtype
 
 
 def _is_supported(operation: str, x: Tensor) -> bool:
@@ -127,7 +147,7 @@ def add_layer_norm(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """See `fastgpt_kernels.reference.causal_attention`."""
-    return _implementation("causal_attention", q)(q, k, v, **options)
+    return _implementation("causal_attention", q, options.get("dropout_p", 0.0) > 0.0)(q, k, v, **options)
 
 
 def gelu_mlp(

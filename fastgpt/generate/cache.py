@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
 
+from ..model.checks import check_token_ids
 from ..model.compat import CACHE
 
 P = ParamSpec("P")
@@ -73,8 +74,10 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
     """Run a prompt through the model's own blocks and keep its keys and values.
 
     ids: (B, T). mask: (B, T), 0 at padding, which is on the left; None without padding. positions: (B, T) or (1, T).
-    Fills the empty cache. Returns logits (B, V) of the next token. Raises as the model's forward does.
+    Fills the empty cache. Returns logits (B, V) of the next token. Raises as the model's forward does, and on a GPU too
+    ValueError on an id outside the vocabulary.
     """
+    check_token_ids(ids, model.transformer.wte.num_embeddings, may_wait=True)
     past = Cache(layers=[_PromptLayer(memory) for memory in cache.memory])
     inputs = {"attention_mask": mask, "position_ids": positions, CACHE: past}
     outputs = model(ids, **inputs, use_cache=True, logits_to_keep=1)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from .attention import attend, is_nothing_hidden
-from .checks import check_range
+from .checks import check_positions, check_token_ids
 from .compat import CACHE, take_cache
 from .patching import ATTENTION, replaces
 from .plain import declare, fused_activation, is_as_imported, is_plain
@@ -24,21 +24,19 @@ from .plain import declare, fused_activation, is_as_imported, is_plain
 
 @replaces(nn.Embedding, parts=("wte",))
 class TokenEmbedding(nn.Embedding):
-    """wte: refuses ids outside the vocabulary with a ValueError."""
+    """wte: refuses ids outside the vocabulary with a ValueError, on a GPU with torch's assertion."""
 
     def forward(self, input: Tensor) -> Tensor:
-        check_range(
-            input, self.weight.shape[0], "token id {value} is outside the vocabulary: it must be in [0, {limit})"
-        )
+        check_token_ids(input, self.weight.shape[0])
         return super().forward(input)
 
 
 @replaces(nn.Embedding, parts=("wpe",))
 class PositionEmbedding(nn.Embedding):
-    """wpe: refuses positions past the context with a ValueError."""
+    """wpe: refuses positions past the context with a ValueError, on a GPU with torch's assertion."""
 
     def forward(self, input: Tensor) -> Tensor:
-        check_range(input, self.weight.shape[0], "position {value} is outside the context: n_positions is {limit}")
+        check_positions(input, self.weight.shape[0])
         return super().forward(input)
 
 

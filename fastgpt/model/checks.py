@@ -8,9 +8,34 @@ from torch._subclasses import FakeTensor
 
 from .. import ops
 
+_PAST_THE_CONTEXT = "position {value} is outside the context: n_positions is {limit}"
 
-def check_range(ids: Tensor, limit: int, message: str) -> None:
-    """Raise ValueError on an id outside [0, limit). message: a template with {value} and {limit}."""
+
+def check_token_ids(ids: Tensor, n_vocab: int, may_wait: bool = False) -> None:
+    """Raise ValueError on an id outside the vocabulary. The rest as in `check_range`."""
+    message = "token id {value} is outside the vocabulary: it must be in [0, {limit})"
+    check_range(ids, n_vocab, message, may_wait)
+
+
+def check_positions(positions: Tensor, n_positions: int) -> None:
+    """Raise ValueError on a position past the context. The rest as in `check_range`."""
+    check_range(positions, n_positions, _PAST_THE_CONTEXT)
+
+
+def check_length(n_tokens: int, n_positions: int) -> None:
+    """Raise ValueError when a sequence of n_tokens from position 0 does not fit into the context."""
+    if n_tokens > n_positions:
+        raise ValueError(_PAST_THE_CONTEXT.format(value=n_tokens - 1, limit=n_positions))
+
+
+def check_range(ids: Tensor, limit: int, message: str, may_wait: bool = False) -> None:
+    """Raise ValueError on an id outside [0, limit).
+
+    message: a template with {value} and {limit}. may_wait: read the values on a GPU too, which makes the host wait for
+    everything that is queued there. Without it they are left to the assertions in torch's own kernels.
+    """
+    if ids.is_cuda and not may_wait:
+        return
     # A captured or traced step cannot read values.
     if ids.numel() == 0 or ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return

@@ -180,7 +180,7 @@ class Subclass(torch.Tensor):
 def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
     operation: str, fake_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "explain", lambda operation, device: ("triton", "kernel available"))
+    monkeypatch.setattr(ops, "explain", lambda operation, device, dtype: ("triton", "kernel available"))
     x = torch.zeros(2, 4)
     with fastgpt.backend("auto"):
         for supported in (x, torch.nn.Parameter(x)):
@@ -189,6 +189,33 @@ def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
             assert ops._implementation(operation, other) is getattr(reference, operation)
     with fastgpt.backend("triton"):
         assert ops._implementation(operation, x.double()) is fastgpt_kernels.kernel(operation)
+
+
+@pytest.mark.parametrize("operation", ARGUMENTS)
+def test_bug_auto_took_float32_products_to_kernels_that_are_slower_than_torch(
+    operation: str, fake_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastgpt_kernels, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda x: torch.device("cuda")), raising=False)
+    x, kernel = torch.zeros(2, 4), fastgpt_kernels.kernel(operation)
+    multiplies = operation in ("causal_attention", "gelu_mlp")
+    in_float32 = getattr(reference, operation) if multiplies else kernel
+    with fastgpt.backend("auto"):
+        assert ops._implementation(operation, x) is in_float32
+        assert ops._implementation(operation, x.bfloat16()) is kernel
+        with monkeypatch.context() as autocast:
+            autocast.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+            autocast.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
+            assert ops._implementation(operation, x) is kernel
+        # The reference of attention would hold all weights in memory.
+        with_dropout = kernel if operation == "causal_attention" else in_float32
+        assert ops._implementation(operation, x, has_dropout=True) is with_dropout
+        assert ops.explain("gelu_mlp", "cuda", torch.float32) == (
+            "torch",
+            "torch's products in float32 are expected to be faster",
+        )
+    with fastgpt.backend("triton"):
+        assert ops._implementation(operation, x) is kernel
 
 
 def test_an_old_gpu_runs_the_reference(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
