@@ -85,7 +85,9 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype | Non
 
 def runs_kernels(device: torch.device | str) -> bool:
     """Whether generation on `device` runs on the Triton kernels. Raises as `explain` does."""
-    name, _ = explain("causal_attention", device)  # Without a dtype, every operation has a kernel, so one answers for all.
+    name, _ = explain(
+        "causal_attention", device
+    )  # Without a dtype, every operation has a kernel, so one answers for all.
     return name == "triton"
 
 

@@ -3,8 +3,9 @@
     PYTHONPATH=.:kernels python -m benchmarks gpu --minutes 8 --out DIR
 
 It needs a checkout and no installation. What matters most comes first, and DIR/result.json is written after every part
-of a step: a run that is cut off leaves what it had, and the same command goes on from there. `--dry-run` takes every
-step on tiny shapes, on a CPU with the kernels in the interpreter: it proves the command, and its times say nothing.
+of a step: a run that is cut off leaves what it had, and the same command goes on from there. What hangs, exits or
+breaks the GPU costs its own part alone. `--dry-run` takes every step on tiny shapes, on a CPU with the kernels in the
+interpreter: it proves the command, and its times say nothing.
 """
 
 import json
@@ -30,18 +31,20 @@ from fastgpt.doctor import versions
 from ..report import records
 from . import kernels as gpu_kernels
 from . import models as gpu_models
+from . import smoke
 from . import tables as gpu_tables
-from .run import ROOT, Extent, OutOfTime, Parts, Run, Step, dry, full, take
+from .run import ROOT, Extent, Part, Run, Step, dry, full
+from .supervise import OutOfTime, Supervisor
 
-SCHEMA = 2
+SCHEMA = 3
 _log = Console(stderr=True, highlight=False)
 
 
-def environment(run: Run) -> Parts:
+def environment(run: Run) -> Iterator[Part]:
     """The machine, versions and the commit."""
-    yield "machine", lambda: machine.describe(run.extent.device)
-    yield "versions", versions
-    yield "commit", _commit
+    yield Part("machine", partial(machine.describe, run.extent.device))
+    yield Part("versions", versions)
+    yield Part("commit", _commit)
 
 
 def _commit() -> str | None:
@@ -49,27 +52,34 @@ def _commit() -> str | None:
     return os.environ.get("FASTGPT_COMMIT") or git.stdout.strip() or None
 
 
-def steps(sizes: list[str]) -> Iterator[tuple[str, Step]]:
-    """All steps by name, the most important first; curves are measured for the first size."""
-    yield "environment", environment
-    yield "parity", gpu_kernels.parity
-    yield "rates", gpu_kernels.rates
-    yield "waits", gpu_kernels.wait_times
-    for size in sizes:
-        yield f"decode {size}", partial(gpu_models.decode, size=size)
-        if size == sizes[0]:
-            yield "ceilings", gpu_kernels.ceilings
-        yield f"kernels {size}", partial(gpu_kernels.kernels, size=size)
-        yield f"prefill {size}", partial(gpu_models.prefill, size=size)
-        yield f"train {size}", partial(gpu_models.train, size=size)
-        if size == sizes[0]:
-            yield f"memory {size}", partial(gpu_models.memory, size=size)
-            yield f"latency {size}", partial(gpu_models.latency, size=size)
-        yield f"cold start {size}", partial(gpu_models.cold_starts, size=size)
+def groups(extent: Extent) -> Iterator[dict[str, Step]]:
+    """All steps by name, the most important first, in groups that run at once; curves are for the first size.
+
+    The smoke tests run side by side. What is timed runs alone.
+    """
+    yield {"environment": environment}
+    name = str(extent.dtype).removeprefix("torch.")
+    yield smoke.steps({name: extent.dtype, "float32": torch.float32})
+    yield {"rates": gpu_kernels.rates}
+    yield {"waits": gpu_kernels.wait_times}
+    first, *_ = extent.shapes
+    for size in extent.shapes:
+        yield {f"decode {size}": partial(gpu_models.decode, size=size)}
+        yield {f"prefill {size}": partial(gpu_models.prefill, size=size)}
+        yield {f"train {size}": partial(gpu_models.train, size=size)}
+        yield {f"kernels {size}": partial(gpu_kernels.kernels, size=size)}
+        yield {f"profile {size}": partial(gpu_models.profiles, size=size)}
+        if size == first:
+            yield {"tests": gpu_kernels.tests}
+            yield {"ceilings": gpu_kernels.ceilings}
+            yield {f"memory {size}": partial(gpu_models.memory, size=size)}
+            yield {f"latency {size}": partial(gpu_models.latency, size=size)}
+        yield {f"compiled {size}": partial(gpu_models.compiled, size=size)}
+        yield {f"cold start {size}": partial(gpu_models.cold_starts, size=size)}
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder for result.json and parity.txt; an unfinished run is continued")],
+    out: Annotated[Path, typer.Option(help="folder for result.json; an unfinished run is continued")],
     minutes: Annotated[float, typer.Option(help="start nothing further after this long")] = 8.0,
     sizes: Annotated[
         str, typer.Option(help="presets, in the order of their importance")
@@ -84,38 +94,30 @@ def main(
         raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
-    if dry_run and "TRITON_INTERPRET" not in os.environ:  # triton reads it when imported, which has happened by now
-        os.environ["TRITON_INTERPRET"] = "1"
-        _start_again(sys.argv[2:])
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # which triton reads when it is imported, in the processes that measure
+        sys.path.append(str(ROOT / "tests"))  # for them too
     out.mkdir(parents=True, exist_ok=True)
     n_processes = min(16, os.cpu_count() or 1) if find_spec("xdist") else 1
     extent = dry() if dry_run else full(sizes.split(","), batch, n_processes)
     transformers.logging.disable_progress_bar()
-    run = Run(extent, stop_at, out / "result.json", _result(out / "result.json", dry_run, extent), _say)
+    result = _result(out / "result.json", dry_run, extent)
+    supervisor = Supervisor(extent, stop_at, out / "result.json", result, _say)
 
     try:
-        for name, step in steps(list(extent.shapes)):
-            if name not in run.result["seconds"]:
-                _say(name)
-                take(run, name, step)
+        for steps in groups(extent):
+            supervisor.take({name: step for name, step in steps.items() if name not in result["seconds"]})
     except OutOfTime:
         _say("no time left: the same command goes on from here")
-    except torch.AcceleratorError as error:
-        _say(f"the GPU is lost to this process, which starts again: {error}")
-        # The last --minutes counts.
-        _start_again([*sys.argv[2:], f"--minutes={run.seconds_left / 60}"])
-    gpu_tables.render(run.result, Console(width=120))
-    passed = run.result.get("parity", {}).get("tests", {}).get("passed", False)
-    if not passed or records.faults(run.result):
+    finally:
+        supervisor.close()
+    gpu_tables.render(result, Console(width=120))
+    if "tests" not in result["seconds"] or records.faults(result):
         raise typer.Exit(1)
 
 
 def _say(what: str) -> None:
     _log.print(what, markup=False)
-
-
-def _start_again(arguments: list[str]) -> None:
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", "gpu", *arguments], dict(os.environ))
 
 
 def _result(file: Path, dry_run: bool, extent: Extent) -> dict[str, Any]:

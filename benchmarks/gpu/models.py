@@ -4,8 +4,8 @@ Models choose their backend as they do for anyone: which it was stands in the re
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -17,43 +17,56 @@ from fastgpt import accounting
 from fastgpt import bench as benchmark
 from fastgpt import generate as engine
 from fastgpt.accounting import Shape
-from fastgpt.bench import BenchmarkOptions, parity, workloads
+from fastgpt.bench import BenchmarkOptions, parity, profiling, workloads
 from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import Work
 
 from ..cpu import curves
 from . import cold_start
-from .run import Parts, Run
+from .run import Extent, Part, Run
 
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def decode(run: Run, size: str) -> Parts:
+# A part with torch.compile in it compiles for a minute or two.
+_LIMIT_S, _COMPILED_LIMIT_S = 120.0, 300.0
+
+
+def decode(run: Run, size: str) -> Iterator[Part]:
     """tokens/s of one sequence and of many, around one context."""
     prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
     for n_batch in run.extent.decode_batches:
         peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in run.extent.tiers}
         if n_batch == 1:  # random weights soon repeat themselves, which is the text that lookup is for
             peers["fastgpt, lookup 8"] = partial(_decode_with_lookup, 8)
-        yield (
-            f"batch {n_batch}",
-            partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, peers),
-        )
+        measure = partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, peers)
+        yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
-def prefill(run: Run, size: str) -> Parts:
+def prefill(run: Run, size: str) -> Iterator[Part]:
     """tokens/s with all logits, of many sequences and of one."""
     for n_batch in (run.extent.n_batch, 1):
-        yield (
-            f"batch {n_batch}",
-            partial(_bench, run, size, "prefill", n_batch, run.extent.n_tokens, run.extent.baselines),
-        )
+        measure = partial(_bench, run, size, "prefill", n_batch, run.extent.n_tokens, run.extent.baselines)
+        yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
-def train(run: Run, size: str) -> Parts:
+def train(run: Run, size: str) -> Iterator[Part]:
     """tokens/s and peak memory of a training step."""
     n_batch = _training_batch(run.extent.shapes[size], run.extent.n_batch)
-    yield f"batch {n_batch}", partial(_bench, run, size, "train", n_batch, run.extent.n_tokens, ("hf-sdpa",))
+    measure = partial(_bench, run, size, "train", n_batch, run.extent.n_tokens, run.extent.baselines)
+    yield Part(f"batch {n_batch}", measure, _LIMIT_S)
+
+
+def compiled(run: Run, size: str) -> Iterator[Part]:
+    """Decode and prefill beside torch.compile, whose compiling takes most of the time."""
+    extent = run.extent
+    prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
+    for workload, n_batch, n_tokens in (
+        *(("decode", n_batch, prompt_tokens) for n_batch in extent.decode_batches),
+        ("prefill", extent.n_batch, extent.n_tokens),
+    ):
+        measure = partial(_bench, run, size, workload, n_batch, n_tokens, extent.compiled_baselines)
+        yield Part(f"{workload}, batch {n_batch}", measure, _COMPILED_LIMIT_S)
 
 
 def _training_batch(shape: Shape, n_batch: int) -> int:
@@ -71,8 +84,14 @@ def _bench(
     peers: Mapping[str, benchmark.MakeWork] | None = None,
 ) -> dict[str, Any]:
     """A result of `fastgpt bench`, with further contenders."""
-    extent = run.extent
-    options = BenchmarkOptions(
+    options = _options(run.extent, size, workload, n_batch, prompt_tokens, baselines)
+    return benchmark.run_benchmark(options, None, peers, run.load(size), run.result["rates"])
+
+
+def _options(
+    extent: Extent, size: str, workload: str, n_batch: int, prompt_tokens: int, baselines: tuple[str, ...] = ()
+) -> BenchmarkOptions:
+    return BenchmarkOptions(
         model=extent.models[size],
         workloads=[workload],
         batch=n_batch,
@@ -83,7 +102,24 @@ def _bench(
         baselines=baselines,
         runs=extent.n_runs,
     )
-    return benchmark.run_benchmark(options, run.check_time, peers, run.load(size), run.result["rates"])
+
+
+def profiles(run: Run, size: str) -> Iterator[Part]:
+    """Where the time of one run goes: the most expensive kernels of a prefill, of a training step and of decoding."""
+    extent = run.extent
+    n_training = _training_batch(extent.shapes[size], extent.n_batch)
+    for workload, n_batch, n_tokens in (
+        ("train", n_training, extent.n_tokens),
+        ("prefill", extent.n_batch, extent.n_tokens),
+        *(("decode", n_batch, extent.decode_context - extent.n_new_tokens // 2) for n_batch in extent.decode_batches),
+    ):
+        options = _options(extent, size, workload, n_batch, n_tokens)
+        yield Part(f"{workload}, batch {n_batch}", partial(_expenses, options), _LIMIT_S)
+
+
+def _expenses(options: BenchmarkOptions, n: int = 30) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [asdict(expense) for expense in profiling.profile(options, f"{folder}/trace.json.gz")[:n]]
 
 
 def _decode_on_tier(
@@ -134,12 +170,12 @@ def check_greedy_tokens(base: GPT2LMHeadModel, sequence: Tensor, n_prompt: int, 
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 
-def memory(run: Run, size: str) -> Parts:
+def memory(run: Run, size: str) -> Iterator[Part]:
     """Peak memory against the batch."""
     extent = run.extent
     for workload in ("prefill", "train"):
         for n_batch in extent.memory_batches:
-            yield (
+            yield Part(
                 f"{workload}, batch {n_batch}",
                 lambda workload=workload, n_batch=n_batch: curves.memory_at_batch(
                     run.load(size)[0], workload, n_batch, extent.n_tokens, extent.device, extent.dtype
@@ -147,12 +183,12 @@ def memory(run: Run, size: str) -> Parts:
             )
 
 
-def latency(run: Run, size: str) -> Parts:
+def latency(run: Run, size: str) -> Iterator[Part]:
     """Time of a generated token against the context."""
     extent = run.extent
     n_new_tokens = min(extent.n_new_tokens, 32)
     for context in extent.contexts:
-        yield (
+        yield Part(
             f"context {context}",
             lambda context=context: curves.latency_at_context(
                 run.load(size)[0], context, n_new_tokens, extent.n_runs, extent.device, extent.dtype
@@ -163,9 +199,9 @@ def latency(run: Run, size: str) -> Parts:
 # --- cold start -----------------------------------------------------------------------------------------------------
 
 
-def cold_starts(run: Run, size: str) -> Parts:
+def cold_starts(run: Run, size: str) -> Iterator[Part]:
     """Seconds from the start of a process to its first token, with nothing compiled yet and then with all of it."""
-    yield size, partial(_cold_starts, run, size)
+    yield Part(size, partial(_cold_starts, run, size), 4 * cold_start.LIMIT_S)
 
 
 def _cold_starts(run: Run, size: str) -> dict[str, Any]:

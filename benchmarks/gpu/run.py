@@ -1,19 +1,15 @@
-"""One run of `benchmarks gpu`: how large everything is, what is known so far, and how much time is left."""
+"""What the steps of `benchmarks gpu` are given: how large everything is, and what is known so far."""
 
-import gc
-import json
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GPT2LMHeadModel
 
 from fastgpt.accounting import PRESETS, Shape
-from fastgpt.bench import machine, workloads
+from fastgpt.bench import workloads
 
 from ..operations.timing import TINY
 
@@ -27,7 +23,7 @@ class Extent:
     shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
     n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
     middle of what decode makes. tiers: of decoding, timed beside the one that is chosen. cold_starts: with empty
-    caches and with full ones. tests: arguments of pytest.
+    caches and with full ones. tests: files of tests, each as arguments of pytest.
     """
 
     device: torch.device
@@ -44,6 +40,7 @@ class Extent:
     memory_batches: tuple[int, ...]
     contexts: tuple[int, ...]
     baselines: tuple[str, ...]
+    compiled_baselines: tuple[str, ...]
     tiers: tuple[str, ...]
     cold_starts: tuple[int, int]
     tests: tuple[str, ...]
@@ -66,7 +63,8 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         n_new_tokens=128,
         memory_batches=(1, 2, 4, 8, 16, 32),
         contexts=(64, 128, 256, 512, 768, 992),
-        baselines=("hf-sdpa", "hf-compile"),
+        baselines=("hf-sdpa",),
+        compiled_baselines=("hf-sdpa", "hf-compile"),
         tiers=("eager", "graph", "persistent"),
         cold_starts=(1, 3),
         tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_kernel*.py"))),
@@ -91,42 +89,22 @@ def dry() -> Extent:
         memory_batches=(1, 2),
         contexts=(8, 16),
         baselines=("hf-sdpa",),
+        compiled_baselines=("hf-sdpa",),
         tiers=("eager",),
         cold_starts=(1, 1),
-        tests=("tests/kernels/layer_norm/test_layer_norm_kernel.py", "-k", "wrong_shapes"),
+        tests=("tests/kernels/layer_norm/test_layer_norm_kernel.py -k wrong_shapes",),
         n_processes=1,
     )
 
 
-class OutOfTime(Exception):
-    """The time is used up: no further part may start."""
-
-
 @dataclass
 class Run:
-    """What is known so far, and how much time is left. result: by step, and in each by part."""
+    """What a step is given: how large everything is, and what is known so far, by step and in each by part."""
 
     extent: Extent
-    stop_at: float
-    file: Path
     result: dict[str, Any]
     say: Callable[[str], None]
     _base: dict[str, tuple[GPT2LMHeadModel, str]] = field(default_factory=dict)
-
-    def save(self) -> None:
-        """Replace the whole file at once, so that it is valid whenever the process ends."""
-        unfinished = self.file.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.result, indent=1))
-        unfinished.replace(self.file)
-
-    @property
-    def seconds_left(self) -> float:
-        return self.stop_at - time.monotonic()
-
-    def check_time(self, *_: Any) -> None:
-        """Raises OutOfTime. Takes what a benchmark says of its progress, to be asked at every step of it."""
-        if self.seconds_left <= 0:
-            raise OutOfTime
 
     def load(self, size: str) -> tuple[GPT2LMHeadModel, str]:
         """The model of a size on the device, in float32, and where its weights are from; one is held at a time."""
@@ -137,39 +115,13 @@ class Run:
         return self._base[size]
 
 
-# The parts of a step by name, each of which measures when it is called and returns what to write down.
-Parts = Iterator[tuple[str, Callable[[], Any]]]
-Step = Callable[[Run], Parts]
+class Part(NamedTuple):
+    """A part of a step. measure: returns what to write down. limit_s: it is stopped when it takes longer."""
+
+    name: str
+    measure: Callable[[], Any]
+    limit_s: float = 60.0
 
 
-def take(run: Run, name: str, step: Step) -> None:
-    """Run a step without the parts that the result already has, and save each part when it is done.
-
-    Raises OutOfTime, and torch.AcceleratorError when the GPU is lost. Only a step with all its parts is listed under
-    "seconds". A failure is recorded for its part, and the other parts go on.
-    """
-    start = time.monotonic()
-    found: dict[str, Any] = run.result.get(name, {})
-    for part, measure in step(run):
-        if part in found:
-            continue
-        run.check_time()
-        try:
-            found[part] = measure()
-        except OutOfTime:
-            raise
-        except subprocess.TimeoutExpired as error:
-            run.say(f"  {part}: stopped after {error.timeout:.0f} s and left to the next run")
-            return
-        except Exception as error:  # A kernel, a compiler or a driver may fail in more ways than can be named.
-            found[part] = {"fault": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-            run.say(f"  {part}: {found[part]['fault']}")
-        run.result[name] = found
-        run.save()
-        gc.collect()
-        torch.compiler.reset()  # compiled graphs hold memory
-        if run.extent.device.type == "cuda":
-            torch.cuda.empty_cache()
-            machine.synchronize(run.extent.device)  # raises where a kernel has left the GPU unusable to this process
-    run.result["seconds"][name] = round(time.monotonic() - start, 1)
-    run.save()
+# What a step does, part by part. It may be sent to another process: a function of a module, or a partial of one.
+Step = Callable[[Run], Iterator[Part]]

@@ -1,4 +1,4 @@
-"""The printed results of `benchmarks gpu`: the tests' summary, what failed, and tables of speed."""
+"""The printed results of `benchmarks gpu`: what agrees, what failed, and tables of speed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,12 @@ from ..report import records
 
 def render(result: Mapping[str, Any], console: Console) -> None:
     """Print all that there is."""
-    tests = result.get("parity", {}).get("tests", {})
-    console.print(f"parity: {tests.get('summary')}", *tests.get("failures", [])[:20], sep="\n", markup=False)
+    smoke = [part for step, parts in result.items() if step.startswith("smoke ") for part in parts.values()]
+    if smoke:
+        n_agreeing = sum("fault" not in part for part in smoke)
+        console.print(f"{n_agreeing} of {len(smoke)} smoke tests agree")
+    for file, tests in result.get("tests", {}).items():
+        console.print(f"{file}: {tests.get('summary', '')}", *tests.get("failures", [])[:20], sep="\n", markup=False)
     for fault in records.faults(result):
         console.print(fault, style="red", markup=False)
     for what, wait in result.get("waits", {}).items():

@@ -1,11 +1,14 @@
-"""`python -m benchmarks gpu` goes through every step, on a CPU with `--dry-run`, and goes on where it was cut off."""
+"""`python -m benchmarks gpu` goes through every step, on a CPU with `--dry-run`, goes on where it was cut off, and
+survives what it measures."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ from benchmarks.gpu import cold_start
 from benchmarks.gpu import command as gpu
 from benchmarks.gpu import models as gpu_models
 from benchmarks.gpu import run as gpu_run
-from benchmarks.gpu.run import OutOfTime, Run, take
+from benchmarks.gpu.run import Part, Run
+from benchmarks.gpu.supervise import OutOfTime, Supervisor
 from benchmarks.report import records
 from fastgpt.bench import BenchmarkOptions, run_benchmark
 from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import load_base
 
 COMMAND = [sys.executable, "-m", "benchmarks", "gpu"]
+DRY = "--dry-run", "--minutes", "20"
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels")),
     "FASTGPT_COMMIT": "of the test",  # or a commit between two runs would end the test
@@ -54,7 +59,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """The folder of a dry run that was killed half-way, in the middle of a step, and what it had written."""
     folder = tmp_path_factory.mktemp("cut-off")
     file = folder / "result.json"
-    process = subprocess.Popen([*COMMAND, "--dry-run", "--out", str(folder)], cwd=ROOT, env=ENVIRONMENT)
+    process = subprocess.Popen([*COMMAND, *DRY, "--out", str(folder)], cwd=ROOT, env=ENVIRONMENT)
     try:
         stop_at = time.monotonic() + 300
         while not (file.is_file() and len(json.loads(file.read_text()).get("kernels tiny", {})) >= 2):
@@ -70,7 +75,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 @pytest.fixture(scope="module")
 def whole(cut_off: tuple[Path, dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """The result and the output of the same command once more."""
-    finished = command("--dry-run", "--out", str(cut_off[0]))
+    finished = command(*DRY, "--out", str(cut_off[0]))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads((cut_off[0] / "result.json").read_text()), finished.stdout
 
@@ -85,7 +90,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(cut_off: tuple[Path, dict[str,
 
 def test_the_same_command_goes_on(cut_off: tuple[Path, dict[str, Any]], whole: tuple[dict[str, Any], str]) -> None:
     before, (after, _) = cut_off[1], whole
-    assert list(after["seconds"]) == [name for name, _ in gpu.steps(["tiny"])]
+    assert list(after["seconds"]) == [name for steps in gpu.groups(gpu_run.dry()) for name in steps]
     for step in before["seconds"]:
         assert after[step] == before[step]
     for operation, rows in before["kernels tiny"].items():
@@ -96,7 +101,11 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     result, output = whole
     assert records.faults(result) == []
     assert result["environment"]["versions"]["torch"] == torch.__version__
-    assert result["parity"]["tests"]["passed"]
+    assert " passed" in result["tests"]["test_layer_norm_kernel"]["summary"]
+    assert set(result["smoke operations, float32"].values()) == {"agrees"}
+    assert set(result["smoke generate, float32"].values()) == {"agrees"}
+    assert result["smoke compile"]["fullgraph"]["difference"] <= 1e-5
+    assert {row["operation"] for row in result["profile tiny"]["train, batch 2"]}
     assert set(result["waits"]) == {"grid barrier", "graph node"}
     assert "grid barrier: " in output
     assert set(result["ceilings"]) == {"memory", "large product", "products tiny"}
@@ -106,6 +115,7 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     assert list(records.benchmarks(result)) == [
         *("decode tiny, batch 1", "decode tiny, batch 2", "prefill tiny, batch 2", "prefill tiny, batch 1"),
         "train tiny, batch 2",
+        *("compiled tiny, decode, batch 1", "compiled tiny, decode, batch 2", "compiled tiny, prefill, batch 2"),
     ]
     for name, content in records.benchmarks(result).items():
         more = {"fastgpt, eager"} if name.startswith("decode") else set()
@@ -201,46 +211,136 @@ def test_a_prefill_may_fill_the_context_and_needs_no_second_loading() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(gpu_run.dry(), time.monotonic() + 600, tmp_path / "result.json", {"seconds": {}}, print)
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    stop_at = time.monotonic() + 600
+    supervisor = Supervisor(gpu_run.dry(), stop_at, tmp_path / "result.json", {"seconds": {}}, print)
+    yield supervisor
+    supervisor.close()
 
 
-def test_time_that_runs_out_in_a_step_leaves_the_rest_to_the_next_run(run: Run) -> None:
-    def step(run: Run) -> Iterator[tuple[str, Any]]:
-        yield "first", lambda: 1
-        yield "second", lambda: setattr(run, "stop_at", 0) or 2
-        yield "third", lambda: 3
+def written(supervisor: Supervisor) -> dict[str, Any]:
+    return json.loads(supervisor.file.read_text())
 
+
+# Steps are functions of a module, because a worker gets them by name.
+
+
+def three_parts(run: Run) -> Iterator[Part]:
+    yield Part("first", partial(int, 1))
+    yield Part("second", partial(int, 2))
+    yield Part("third", partial(len, run.result["known"]))
+
+
+def slow_part(run: Run) -> Iterator[Part]:
+    yield Part("fast", partial(int, 1))
+    yield Part("slow", partial(time.sleep, 600))
+
+
+def bad_parts(run: Run) -> Iterator[Part]:
+    """One that is wrong, one that hangs with a process of its own, one that exits, one that takes all memory."""
+    yield Part("wrong", wrong_part)
+    yield Part("hangs", partial(subprocess.run, [sys.executable, "-c", HANGS]), 5.0)
+    yield Part("exits", partial(os._exit, 7))
+    yield Part("takes all memory", partial(torch.empty, 2**55))
+    yield Part("right", partial(int, 1))
+
+
+def wrong_part() -> None:
+    raise ParityError("result 0 errs by 1\nand more")
+
+
+HANGS = "import time; time.sleep(4321.5)"
+
+
+def breaks_between_parts(run: Run) -> Iterator[Part]:
+    yield Part("first", partial(int, 1))
+    raise RuntimeError("out of memory while the next case was made")
+
+
+def dies_at_once(run: Run) -> Iterator[Part]:
+    os._exit(3)
+    yield
+
+
+def loses_the_gpu(run: Run) -> Iterator[Part]:
+    yield Part("breaks", lost_gpu)
+    yield Part("next", os.getpid)
+
+
+def lost_gpu() -> None:
+    """As a kernel that reads outside its memory: from then on every call of this process fails."""
+    from benchmarks.gpu import supervise
+
+    def fail(*arguments: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    supervise._clean = fail
+    fail()
+
+
+def process(run: Run) -> Iterator[Part]:
+    yield Part("process", os.getpid)
+
+
+def test_a_step_goes_on_with_what_the_result_does_not_have(supervisor: Supervisor) -> None:
+    supervisor.result |= {"step": {"first": "as it was"}, "known": {"a": 1, "b": 2}}
+    supervisor.take({"step": three_parts})
+    assert written(supervisor)["step"] == {"first": "as it was", "second": 2, "third": 2}
+    assert list(written(supervisor)["seconds"]) == ["step"]
+
+
+def test_time_that_runs_out_stops_a_part_and_leaves_no_trace_of_it(supervisor: Supervisor) -> None:
+    supervisor.take({"warm": process})
+    supervisor.stop_at = time.monotonic() + 5
     with pytest.raises(OutOfTime):
-        take(run, "step", step)
-    left = json.loads(run.file.read_text())
-    assert left == {"seconds": {}, "step": {"first": 1, "second": 2}}
-
-    run.stop_at = time.monotonic() + 600
-    run.result["step"]["first"] = "as it was"
-    take(run, "step", step)
-    written = json.loads(run.file.read_text())
-    assert written["step"] == {"first": "as it was", "second": 2, "third": 3}
-    assert list(written["seconds"]) == ["step"]
+        supervisor.take({"step": slow_part})
+    assert time.monotonic() - supervisor.stop_at < 5
+    assert written(supervisor)["step"] == {"fast": 1}
+    assert "step" not in written(supervisor)["seconds"]
 
 
-def test_time_that_runs_out_in_a_part_leaves_no_trace_of_it(run: Run) -> None:
-    def measure() -> None:
-        run.stop_at = 0
-        run.check_time("warming up", 1, 2)
+def test_what_fails_hangs_exits_or_is_too_large_costs_its_own_part(supervisor: Supervisor) -> None:
+    supervisor.take({"step": bad_parts})
+    parts = written(supervisor)["step"]
+    faults = {name: part["fault"] for name, part in parts.items() if part != 1}
+    assert parts["right"] == 1
+    assert faults["wrong"] == "ParityError: result 0 errs by 1"
+    assert faults["hangs"] == "stopped after 5 s"
+    assert faults["exits"] == "its process ended with 7"
+    assert "allocate" in faults["takes all memory"] or "memory" in faults["takes all memory"]
+    assert len(records.faults(supervisor.result)) == 4
+    assert list(written(supervisor)["seconds"]) == ["step"]
+    running = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert HANGS not in running  # what a part started ends with it
 
-    with pytest.raises(OutOfTime):
-        take(run, "step", lambda run: iter([("part", measure)]))
-    assert "step" not in run.result
+
+def test_a_step_that_breaks_between_its_parts_is_a_fault(supervisor: Supervisor) -> None:
+    supervisor.take({"step": breaks_between_parts})
+    assert written(supervisor)["step"] == {
+        "first": 1,
+        "after first": written(supervisor)["step"]["after first"],
+    }
+    assert "out of memory while the next case was made" in records.faults(supervisor.result)[0]
 
 
-def test_what_fails_is_written_down_and_the_others_go_on(run: Run) -> None:
-    def wrong() -> None:
-        raise ParityError("result 0 errs by 1\nand more")
+def test_a_step_that_kills_every_process_is_given_up(supervisor: Supervisor) -> None:
+    supervisor.take({"step": dies_at_once})
+    assert "died twice" in written(supervisor)["step"]["start"]["fault"]
 
-    take(run, "step", lambda run: iter([("wrong", wrong), ("right", lambda: 1)]))
-    assert run.result["step"] == {"wrong": {"fault": "ParityError: result 0 errs by 1"}, "right": 1}
-    assert records.faults(run.result) == ["step, wrong: ParityError: result 0 errs by 1"]
+
+def test_a_lost_gpu_costs_its_part_and_its_process(supervisor: Supervisor) -> None:
+    supervisor.take({"before": process})
+    supervisor.take({"step": loses_the_gpu})
+    found = written(supervisor)
+    assert "illegal memory access" in found["step"]["breaks"]["fault"]
+    assert found["step"]["next"] != found["before"]["process"]
+
+
+def test_steps_side_by_side_have_processes_of_their_own(supervisor: Supervisor) -> None:
+    supervisor.extent = dataclasses.replace(supervisor.extent, n_processes=2)
+    supervisor.take({"one": process, "two": process})
+    found = written(supervisor)
+    assert len({found["one"]["process"], found["two"]["process"], os.getpid()}) == 3
 
 
 def test_a_wrong_token_is_no_cold_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,34 +354,6 @@ def test_a_wrong_token_is_no_cold_start(monkeypatch: pytest.MonkeyPatch) -> None
     finished = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nRuntimeError: no kernel")
     with pytest.raises(RuntimeError, match="no kernel"):
         cold_start.measure(*arguments, 7, "cache")
-
-
-def test_what_takes_more_than_its_share_is_left_to_the_next_run(run: Run) -> None:
-    def endless() -> None:
-        raise subprocess.TimeoutExpired("pytest", 60)
-
-    take(run, "parity", lambda run: iter([("tests", endless)]))
-    assert run.result == {"seconds": {}}
-
-
-def test_a_lost_gpu_starts_the_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def lost(*arguments: Any) -> None:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    def start_again(arguments: list[str]) -> None:
-        started.append(arguments)
-        raise SystemExit
-
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu, "take", lost)
-    monkeypatch.setattr(gpu, "_start_again", start_again)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", "--dry-run", "--minutes", "8"])
-    with pytest.raises(SystemExit):
-        gpu.main(tmp_path, minutes=2, dry_run=True)
-    assert started[0][:3] == ["--dry-run", "--minutes", "8"]
-    assert 1.5 < float(started[0][3].removeprefix("--minutes=")) <= 2
 
 
 def test_gate_of_the_tiers() -> None:
