@@ -21,6 +21,10 @@ TESTS = {
         "kernels/attention/test_causal_attention_kernel.py",
         "kernels/test_saved_tensors.py",
     ],
+    "operations/attention/backward_kernels.py": [
+        "kernels/attention/test_causal_attention_kernel.py",
+        "kernels/test_saved_tensors.py",
+    ],
     "operations/gelu_mlp/kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
     "operations/gelu_mlp/op.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py", "kernels/test_saved_tensors.py"],
     "common/activation_kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
@@ -86,7 +90,7 @@ def test_there_are_sixty_mutants_or_more() -> None:
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{i}-{Path(m.file).stem}" for i, m in enumerate(MUTANTS)])
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{i}-{m.file}" for i, m in enumerate(MUTANTS)])
 def test_the_mutant_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     for directory in ("kernels", "tests", "fastgpt"):
         shutil.copytree(

@@ -13,12 +13,12 @@ from accuracy import LAYOUTS, assert_parity, forward, gradients, max_error, rand
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
 from fastgpt_kernels.operations.attention import op as attention
-from fastgpt_kernels.operations.attention.kernels import (
+from fastgpt_kernels.operations.attention.backward_kernels import (
     _causal_attention_bwd_delta_kernel,
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
-    _causal_attention_fwd_kernel,
 )
+from fastgpt_kernels.operations.attention.kernels import _causal_attention_fwd_kernel
 from fastgpt_kernels.operations.attention.op import causal_attention
 from fuzz import cases
 from hypothesis import given

@@ -18,12 +18,12 @@ from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import FP_FUSION, cdiv, eager_or_registered, on_device
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
-from .kernels import (
+from .backward_kernels import (
     _causal_attention_bwd_delta_kernel,
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
-    _causal_attention_fwd_kernel,
 )
+from .kernels import _causal_attention_fwd_kernel
 from .reference import causal_attention as formula
 from .reference import check_attention_arguments
 
@@ -108,9 +108,10 @@ def _mask_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
     return None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
 
 
-def _strides(*tensors: Tensor) -> Any:
-    """The strides of batch, head and token of each tensor in turn; the last axis is dense."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+def _strides(**tensors: Tensor) -> dict[str, Any]:
+    """A kernel's stride arguments, `<name>_batch_stride` and so on; the last axis is dense."""
+    axes = "batch", "head", "token"
+    return {f"{name}_{axis}_stride": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}
 
 
 def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def causal_attention_fwd(
     with on_device(q):
         _causal_attention_fwd_kernel[(cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)](
             q, k, v, _mask_bytes(key_padding_mask), seed, out, stats[0], stats[1],
-            *_strides(q, k, v), **sizes, **_scores(q, scale, dropout_p), **tile,
+            **_strides(q=q, k=k, v=v), **sizes, **_scores(q, scale, dropout_p), **tile,
         )  # fmt: skip
     return out, stats
 
@@ -181,7 +182,7 @@ def causal_attention_bwd(
     q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
     stats = stats.contiguous()
     delta = torch.empty_like(stats[0])
-    sizes, scores = _sizes(q, k), _scores(q, scale, dropout_p)
+    strides, sizes, scores = _strides(q=q, k=k, v=v, dout=dout), _sizes(q, k), _scores(q, scale, dropout_p)
     mask = _mask_bytes(key_padding_mask)
     tile = _tile("dq", q, mask, seed)
     q_grid = (cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)
@@ -190,17 +191,17 @@ def causal_attention_bwd(
     with on_device(q):
         if q.element_size() == 2:  # In wider dtypes the dq kernel sums it.
             _causal_attention_bwd_delta_kernel[q_grid](
-                out, dout, delta, *_strides(out, dout),
+                out, dout, delta, **_strides(out=out, dout=dout),
                 n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
                 HEAD_DIM=tile["HEAD_DIM"], PADDED_DIM=tile["PADDED_DIM"], BLOCK_Q=tile["BLOCK_Q"], **FP_FUSION,
             )  # fmt: skip
         _causal_attention_bwd_dq_kernel[q_grid](
-            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dq, *_strides(q, k, v, dout),
-            **sizes, scale=scale, **scores, **tile,
+            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dq,
+            **strides, **sizes, scale=scale, **scores, **tile,
         )  # fmt: skip
         _causal_attention_bwd_dkdv_kernel[k_grid](
-            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dk, dv, *_strides(q, k, v, dout),
-            **sizes, scale=scale, **scores, **k_tile,
+            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dk, dv,
+            **strides, **sizes, scale=scale, **scores, **k_tile,
         )  # fmt: skip
     return dq, dk, dv
 
