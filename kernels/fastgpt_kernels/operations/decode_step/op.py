@@ -172,6 +172,10 @@ class DecodeStep:
 
     # --- many rows ---
 
+    # The order of the layers is that of reference.py, but what they call is not: here ids are clamped, a sum and its
+    # norm are one kernel, every row has a slot and a start of its own, and logits are float32. Sharing the walk would
+    # take three functions as arguments, to save six calls.
+
     def _decode_with_products(
         self, weights: DecodeWeights, cache: Tensor,
         tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,

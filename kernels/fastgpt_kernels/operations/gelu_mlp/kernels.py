@@ -22,8 +22,14 @@ _GROUP_ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _n_tiles(n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    return tl.cdiv(n_rows, BLOCK_ROWS) * tl.cdiv(n_cols, BLOCK_COLS)
+
+
+@triton.jit
+def _tile_start(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """First row and column of a tile. Numbers go down each group of _GROUP_ROWS row tiles first, then to the right."""
+    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     tiles_per_group = _GROUP_ROWS * n_col_tiles
     first_row_tile = tile // tiles_per_group * _GROUP_ROWS
     group_rows = tl.minimum(n_row_tiles - first_row_tile, _GROUP_ROWS)
@@ -70,15 +76,28 @@ def _store_tile(
 
 
 @triton.jit
-def _product(
-    x_ref, weight_ref, row, col, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
+def _column_halves(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_ROWS, 2, BLOCK_COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _column_quarters(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Split the tile into four column quarters: a whole tile of intermediates would spill registers."""
+    left, right = _column_halves(tile, BLOCK_ROWS, BLOCK_COLS)
+    return _column_halves(left, BLOCK_ROWS, BLOCK_COLS // 2) + _column_halves(right, BLOCK_ROWS, BLOCK_COLS // 2)
+
+
+@triton.jit
+def _product_quarters(
+    x_ref, weight_ref, tile, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """The tile at (row, col) of x (n_rows, n_inner) @ weight (n_inner, n_cols).
+    """A tile of x (n_rows, n_inner) @ weight (n_inner, n_cols): its first row and column, and its column quarters.
 
     With WEIGHT_TRANSPOSED the rows in memory are columns of weight.
     """
+    row, col = _tile_start(tile, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)
     for start in tl.range(0, n_inner, BLOCK_INNER):
         x = _load_tile(x_ref, row, start, n_rows, n_inner, x_row_stride, BLOCK_ROWS, BLOCK_INNER, DESCRIPTORS)
@@ -92,19 +111,7 @@ def _product(
                 weight_ref, start, col, n_inner, n_cols, weight_row_stride, BLOCK_INNER, BLOCK_COLS, DESCRIPTORS
             )
         acc = tl.dot(x, weight, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
-    return acc
-
-
-@triton.jit
-def _column_halves(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_ROWS, 2, BLOCK_COLS // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _column_quarters(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Split the tile into four column quarters: a whole tile of intermediates would spill registers."""
-    left, right = _column_halves(tile, BLOCK_ROWS, BLOCK_COLS)
-    return _column_halves(left, BLOCK_ROWS, BLOCK_COLS // 2) + _column_halves(right, BLOCK_ROWS, BLOCK_COLS // 2)
+    return row, col, _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
 
 
 @triton.jit
@@ -124,14 +131,14 @@ def _gelu_mlp_fwd_hidden_kernel(
     WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """hidden (n_rows, n_cols) = activation(pre), pre = x (n_rows, n_inner) @ weight + bias."""
-    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
-        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
-        acc = _product(
-            x_ref, weight_ref, row, col, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
-            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+    n_tiles = _n_tiles(n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col, quarters = _product_quarters(
+            x_ref, weight_ref, tile, x_row_stride=x_row_stride, weight_row_stride=weight_row_stride,
+            n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
         )  # fmt: skip
-        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
             quarter_col = col + i * QUARTER
@@ -154,14 +161,14 @@ def _gelu_mlp_fwd_out_kernel(
     WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """out (n_rows, n_cols) = residual + dropout(hidden (n_rows, n_inner) @ weight + bias)."""
-    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
-        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
-        acc = _product(
-            hidden_ref, weight_ref, row, col, hidden_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
-            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+    n_tiles = _n_tiles(n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col, quarters = _product_quarters(
+            hidden_ref, weight_ref, tile, x_row_stride=hidden_row_stride, weight_row_stride=weight_row_stride,
+            n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
         )  # fmt: skip
-        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
             quarter_col = col + i * QUARTER
@@ -171,17 +178,11 @@ def _gelu_mlp_fwd_out_kernel(
                 keep = dropout_keep(tl.load(seed_ptr), 0, row, quarter_col, rows, cols, threshold)
                 out = tl.where(keep, out * dropout_scale(threshold, ACCUMULATOR), 0.0)
             if HAS_RESIDUAL:
-                out += _load_tile(
-                    residual_ref,
-                    row,
-                    quarter_col,
-                    n_rows,
-                    n_cols,
-                    residual_row_stride,
-                    BLOCK_ROWS,
-                    QUARTER,
-                    DESCRIPTORS,
-                ).to(ACCUMULATOR)
+                residual = _load_tile(
+                    residual_ref, row, quarter_col, n_rows, n_cols, residual_row_stride,
+                    BLOCK_ROWS, QUARTER, DESCRIPTORS,
+                )  # fmt: skip
+                out += residual.to(ACCUMULATOR)
             _store_tile(out_ref, out, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
 
 
@@ -197,14 +198,14 @@ def _gelu_mlp_bwd_pre_kernel(
 
     weight: the second layer's, transposed. hidden = activation(pre) is recomputed for the gradient of that weight.
     """
-    n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
-        row, col = _tile_start(tile, n_row_tiles, n_col_tiles, BLOCK_ROWS, BLOCK_COLS)
-        acc = _product(
-            dproduct_ref, weight_ref, row, col, dproduct_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
-            BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, WEIGHT_TRANSPOSED, DESCRIPTORS, ACCUMULATOR,
+    n_tiles = _n_tiles(n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row, col, quarters = _product_quarters(
+            dproduct_ref, weight_ref, tile, x_row_stride=dproduct_row_stride, weight_row_stride=weight_row_stride,
+            n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
         )  # fmt: skip
-        quarters = _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
             quarter_col = col + i * QUARTER

@@ -124,12 +124,12 @@ def _product_tile(*matrices: Tensor | None) -> tiles.ProductTile:
 
 def _launch_product(
     kernel: Any, tile: tiles.ProductTile, x: Tensor, weight: Tensor, transposed: bool,
-    others: tuple[Tensor | None, ...], strides: tuple[int, ...] = (), **arguments: Any,
+    others: tuple[Tensor | None, ...], **arguments: Any,
 ) -> None:  # fmt: skip
     """Run a kernel that starts with the product of x (N, K) and weight, as `_weight_rows` returns it.
 
-    others: the arguments after these two; where programs stay resident, matrices (N, M) become descriptors.
-    strides: those after x's and weight's.
+    others: the pointers after these two; where programs stay resident, matrices (N, M) become descriptors.
+    arguments: those of this kernel alone, with the stride of its first matrix.
     """
     n_rows, n_inner = x.shape
     n_cols = weight.shape[0 if transposed else 1]
@@ -148,7 +148,7 @@ def _launch_product(
         )
     with on_device(x):
         kernel[(n_programs,)](
-            *refs, x.stride(0), weight.stride(0), *strides, n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
+            *refs, weight_row_stride=weight.stride(0), n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_INNER=tile.block_inner,
             WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=triton_accumulator(x.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **arguments, **FP_FUSION,
@@ -180,7 +180,7 @@ def gelu_mlp_fwd(
     tile = _product_tile(rows, weight, saved, hidden)
     _launch_product(
         _gelu_mlp_fwd_hidden_kernel, tile, rows, weight, transposed, (fc_bias.contiguous(), saved, hidden),
-        ACTIVATION=activation, STORE_PRE=save_pre,
+        x_row_stride=rows.stride(0), ACTIVATION=activation, STORE_PRE=save_pre,
     )  # fmt: skip
 
     residual, out_rows = None if residual is None else _rows(residual), _rows(out)
@@ -188,7 +188,8 @@ def gelu_mlp_fwd(
     tile = _product_tile(hidden, weight, residual, out_rows)
     _launch_product(
         _gelu_mlp_fwd_out_kernel, tile, hidden, weight, transposed,
-        (proj_bias.contiguous(), residual, seed, out_rows), (0 if residual is None else residual.stride(0),),
+        (proj_bias.contiguous(), residual, seed, out_rows), hidden_row_stride=hidden.stride(0),
+        residual_row_stride=0 if residual is None else residual.stride(0),
         HAS_RESIDUAL=residual is not None, **_dropout(seed, dropout_p),
     )  # fmt: skip
     return out, pre
@@ -237,7 +238,7 @@ def gelu_mlp_bwd(
     partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=accumulator(pre.dtype))
     _launch_product(
         _gelu_mlp_bwd_pre_kernel, tile, dproduct, weight, transposed, (pre, dpre, hidden, partials.view(-1)),
-        ACTIVATION=activation, STORE_HIDDEN=wants_proj_weight,
+        dproduct_row_stride=dproduct.stride(0), ACTIVATION=activation, STORE_HIDDEN=wants_proj_weight,
     )  # fmt: skip
     if wants_x:
         dx = torch.mm(dpre, fc_weight.t()).view(x.shape)
