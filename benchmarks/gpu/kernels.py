@@ -27,6 +27,10 @@ from .run import ROOT, Part, Run
 # --- the kernels' tests ---------------------------------------------------------------------------------------------
 
 
+# Many tests run the reference of an operation, on the CPU, and then its kernel; their ids begin so.
+WITHOUT_REFERENCES = ["-k", "not [reference"]
+
+
 def tests(run: Run) -> Iterator[Part]:
     """The tests of the kernels on this device, file by file."""
     for test in run.extent.tests:
@@ -35,7 +39,8 @@ def tests(run: Run) -> Iterator[Part]:
 
 def _tests(run: Run, test: str) -> dict[str, Any]:
     """Whether the tests passed, which failed, and the table of errors."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--accuracy-table", *test.split()]
+    options = ["-q", "-p", "no:cacheprovider", "--accuracy-table", *WITHOUT_REFERENCES]
+    command = [sys.executable, "-m", "pytest", test, *options]
     if run.extent.n_processes > 1:
         command += ["-n", str(run.extent.n_processes)]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))

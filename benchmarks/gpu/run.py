@@ -23,7 +23,7 @@ class Extent:
     shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
     n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
     middle of what decode makes. tiers: of decoding, timed beside the one that is chosen. cold_starts: with empty
-    caches and with full ones. tests: files of tests, each as arguments of pytest.
+    caches and with full ones. tests: files of tests, or tests, as pytest names them.
     """
 
     device: torch.device
@@ -47,6 +47,13 @@ class Extent:
     n_processes: int
 
 
+def tests_of_kernels() -> list[Path]:
+    """The files whose tests run kernels. Some of their tests run the reference too, with an id that starts so."""
+    tests = ROOT / "tests"
+    of_operations = (path for path in tests.glob("kernels/*/test_*.py") if path.parent.name != "audit")
+    return sorted([*of_operations, *tests.rglob("test_*_on_kernels.py")])
+
+
 def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
     """The extent of a run on a GPU."""
     return Extent(
@@ -67,7 +74,7 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         compiled_baselines=("hf-sdpa", "hf-compile"),
         tiers=("eager", "graph", "persistent"),
         cold_starts=(1, 3),
-        tests=tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_kernel*.py"))),
+        tests=tuple(str(path.relative_to(ROOT)) for path in tests_of_kernels()),
         n_processes=n_processes,
     )
 
@@ -92,7 +99,7 @@ def dry() -> Extent:
         compiled_baselines=("hf-sdpa",),
         tiers=("eager",),
         cold_starts=(1, 1),
-        tests=("tests/kernels/layer_norm/test_layer_norm_kernel.py -k wrong_shapes",),
+        tests=("tests/kernels/layer_norm/test_layer_norm.py::test_wrong_shapes_are_refused",),
         n_processes=1,
     )
 

@@ -20,6 +20,7 @@ from paths import ROOT
 
 from benchmarks.gpu import cold_start
 from benchmarks.gpu import command as gpu
+from benchmarks.gpu import kernels as gpu_kernels
 from benchmarks.gpu import models as gpu_models
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.run import Part, Run
@@ -45,10 +46,25 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_bug_a_run_on_a_gpu_names_the_tests_of_every_kernel() -> None:
     """The folder moved, the pattern found nothing, and pytest without arguments would have run the whole suite."""
-    named = {Path(test).name for test in gpu_run.full(["gpt2"], 1, 1).tests}
-    parts = "causal_attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "decode_step", "persistent_decode"
-    assert named >= {f"test_{part}_kernel.py" for part in (*parts, "sampling")} | {"test_engine_on_kernels.py"}
-    assert all((ROOT / test).is_file() for test in gpu_run.full(["gpt2"], 1, 1).tests)
+    named = list(gpu_run.full(["gpt2"], 1, 1).tests)
+    assert all((ROOT / test).is_file() for test in named)
+    files = [path.relative_to(ROOT) for path in gpu_run.tests_of_kernels()]
+    assert [str(file) for file in files] == named
+    operations = {path.parent.name for path in (ROOT / "kernels" / "fastgpt_kernels" / "operations").glob("*/op.py")}
+    assert {file.parent.name for file in files if file.name.endswith("_kernel.py")} == operations
+    assert {"test_layer_norm.py", "test_engine_on_kernels.py", "test_model_on_kernels.py"} <= {f.name for f in files}
+
+
+def test_a_run_on_a_gpu_leaves_out_the_tests_of_references() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    file = "tests/kernels/layer_norm/test_layer_norm.py"
+    everything, chosen = (
+        subprocess.run([*command, file, *options], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        for options in ((), gpu_kernels.WITHOUT_REFERENCES)
+    )
+    references, kernels = ([line for line in everything if f"[{kind}" in line] for kind in ("reference", "kernel"))
+    assert len(references) == len(kernels) > 50
+    assert [line for line in chosen if "::" in line] == kernels
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
@@ -101,7 +117,7 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     result, output = whole
     assert records.faults(result) == []
     assert result["environment"]["versions"]["torch"] == torch.__version__
-    assert " passed" in result["tests"]["test_layer_norm_kernel"]["summary"]
+    assert " passed" in result["tests"]["test_layer_norm"]["summary"]
     assert set(result["smoke operations, float32"].values()) == {"agrees"}
     assert set(result["smoke generate, float32"].values()) == {"agrees"}
     assert result["smoke compile"]["fullgraph"]["difference"] <= 1e-5

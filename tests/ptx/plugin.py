@@ -1,6 +1,7 @@
 """A pytest plugin that runs every kernel of a test from its PTX.
 
-    cd tests; TRITON_CACHE_DIR=/tmp/ptx PYTHONPATH=../kernels:.. pytest -p ptx.plugin test_layer_norm_kernel.py
+    cd tests
+    TRITON_CACHE_DIR=/tmp/ptx PYTHONPATH=.:../kernels:.. pytest -p ptx.plugin -k "not [reference" kernels/layer_norm
 
 Tests that need the CPU interpreter are skipped. A fault that the checks notice fails a test like a wrong result.
 PTX_ARCH: sm_90 by default. PTX_WARPS: a seed; runs warps one by one in random order.

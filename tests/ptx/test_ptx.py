@@ -25,8 +25,8 @@ LONG_CALLS = {"decode": "bf16 small B=1", "persistent_decode": "bf16 small"}
 # Of the tests of kernels some that run from PTX too: in float64 (dtype0), whose arguments the interpreter does not
 # round, and in bfloat16 (dtype2).
 PARITY = [
-    "kernels/layer_norm/test_layer_norm_kernel.py::test_add_layer_norm_is_as_accurate_as_eager[shape1-0.1-dtype0]",
-    "kernels/layer_norm/test_layer_norm_kernel.py::test_add_layer_norm_is_as_accurate_as_eager[shape1-0.1-dtype2]",
+    "kernels/layer_norm/test_layer_norm.py::test_add_layer_norm_is_as_accurate_as_eager[kernel-shape1-0.1-dtype0]",
+    "kernels/layer_norm/test_layer_norm.py::test_add_layer_norm_is_as_accurate_as_eager[kernel-shape1-0.1-dtype2]",
     "kernels/gelu_mlp/test_gelu_mlp_kernel.py::test_residual_and_dropout[shape2-8-0.25-dtype0]",
     "kernels/gelu_mlp/test_gelu_mlp_kernel.py::test_residual_and_dropout[shape2-8-0.25-dtype2]",
 ]

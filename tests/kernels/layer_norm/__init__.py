@@ -1,0 +1,1 @@
+"""Tests of layer_norm and add_layer_norm."""
