@@ -53,13 +53,18 @@ def dry_run() -> Iterator[None]:
 
 
 @contextmanager
-def shuffled_grid(seed: int) -> Iterator[None]:
-    """Run the programs of every launch in a random order. It does not show races within one program."""
+def shuffled_grid(seed: int) -> Iterator[list[int]]:
+    """Run the programs of every launch in a random order. It does not show races within one program.
+
+    Gives a list that grows by the number of programs of each launch.
+    """
     set_index, set_extents = InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
     order: list[tuple[int, int, int]] = []
+    launched: list[int] = []
 
     def draw_order(builder: InterpreterBuilder, x: int, y: int, z: int) -> None:
         order[:] = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
+        launched.append(len(order))
         random.Random(seed).shuffle(order)
         set_extents(builder, x, y, z)
 
@@ -67,4 +72,4 @@ def shuffled_grid(seed: int) -> Iterator[None]:
         set_index(builder, *order.pop())
 
     with mock.patch.multiple(InterpreterBuilder, set_grid_dim=draw_order, set_grid_idx=set_next):
-        yield
+        yield launched

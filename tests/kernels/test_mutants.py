@@ -17,24 +17,15 @@ from paths import ROOT
 PACKAGE = Path("kernels", "fastgpt_kernels")
 # The tests that watch over a file of the kernels' package, or of fastgpt.
 TESTS = {
-    "operations/layer_norm/kernels.py": [
-        "kernels/layer_norm/test_layer_norm.py",
-        "kernels/layer_norm/test_layer_norm_kernel.py",
-    ],
-    "operations/attention/kernels.py": [
-        "kernels/attention/test_causal_attention_kernel.py",
-        "kernels/test_saved_tensors.py",
-    ],
-    "operations/attention/backward_kernels.py": [
-        "kernels/attention/test_causal_attention_kernel.py",
-        "kernels/test_saved_tensors.py",
-    ],
-    "operations/gelu_mlp/kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
-    "operations/gelu_mlp/op.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py", "kernels/test_saved_tensors.py"],
-    "common/activation_kernels.py": ["kernels/gelu_mlp/test_gelu_mlp_kernel.py"],
-    "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy/test_linear_cross_entropy_kernel.py"],
-    "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy/test_linear_cross_entropy_kernel.py"],
-    "common/dropout_kernels.py": ["kernels/attention/test_causal_attention_kernel.py"],
+    "operations/layer_norm/kernels.py": ["kernels/layer_norm", "kernels/every_operation"],
+    "operations/attention/kernels.py": ["kernels/attention", "kernels/every_operation"],
+    "operations/attention/backward_kernels.py": ["kernels/attention", "kernels/every_operation"],
+    "operations/gelu_mlp/kernels.py": ["kernels/gelu_mlp", "kernels/every_operation"],
+    "operations/gelu_mlp/op.py": ["kernels/gelu_mlp", "kernels/every_operation"],
+    "common/activation_kernels.py": ["kernels/gelu_mlp"],
+    "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
+    "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
+    "common/dropout_kernels.py": ["kernels/attention"],
     "operations/decode_step/kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
     "operations/decode_step/op.py": ["kernels/decode_step/test_decode_step_kernel.py"],
     "operations/sampling/kernels.py": ["kernels/sampling/test_sampling_kernel.py"],

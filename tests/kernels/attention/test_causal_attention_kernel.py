@@ -3,9 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-import interpreter
 import pytest
 import torch
 import triton.language as tl
@@ -13,28 +11,16 @@ from accuracy import LAYOUTS, assert_parity, forward, gradients, max_error, rand
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
 from fastgpt_kernels.operations.attention import op as attention
-from fastgpt_kernels.operations.attention.backward_kernels import (
-    _causal_attention_bwd_delta_kernel,
-    _causal_attention_bwd_dkdv_kernel,
-    _causal_attention_bwd_dq_kernel,
-)
-from fastgpt_kernels.operations.attention.kernels import _causal_attention_fwd_kernel
 from fastgpt_kernels.operations.attention.op import causal_attention
 from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import DEVICE
-from test_causal_attention import MASKS, attention_formula, make_inputs, make_mask
 from torch import Tensor
 
+from .test_causal_attention import MASKS, attention_formula, make_inputs, make_mask
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPCHECKS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_static",
-    "test_aot_dispatch_dynamic",
-)
 # (B, H, Tq, Tk, D), and the mask and the dropout they are tried with.
 CASES = [
     ((2, 2, 1, 7, 16), "left", 0.25),
@@ -203,10 +189,6 @@ def test_bug_strided_upstream_gradient(layout: str) -> None:
     assert_attention_parity(inputs, relayout(random(2, 2, 5, 16, seed=5).float(), layout))
 
 
-def test_bug_upstream_gradient_of_one_value() -> None:
-    assert_attention_parity(make_inputs(2, 1, 5, 7, 16), torch.ones(()).expand(2, 1, 5, 16))
-
-
 def test_mask_of_any_strides() -> None:
     inputs, mask = make_inputs(3, 1, 5, 9, 16), make_mask("holes", 3, 9)
     assert mask is not None
@@ -357,12 +339,6 @@ def test_wrong_arguments_are_named() -> None:
         causal_attention(q, k, v, dropout_p=0.1, seed=2**64)
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 5, 5, 8), (2, 0, 5, 5, 8), (2, 2, 0, 0, 8), (2, 2, 0, 5, 8), (2, 2, 5, 5, 0)])
-def test_bug_nothing_to_attend_from(sizes: tuple[int, int, int, int, int]) -> None:
-    inputs, padding = make_inputs(*sizes), make_mask("left", sizes[0], sizes[3])
-    assert causal_attention(*inputs, key_padding_mask=padding, dropout_p=0.1).shape == inputs[0].shape
-
-
 def test_bug_autocast_mixes_dtypes() -> None:
     q, k, v = make_inputs(2, 2, 6, 6, 16)
     expected = reference.causal_attention(q, k, v)
@@ -370,85 +346,3 @@ def test_bug_autocast_mixes_dtypes() -> None:
         attended = causal_attention(q.bfloat16(), k, v)
     assert attended.dtype == torch.bfloat16
     assert max_error(attended, expected) < 0.05
-
-
-# --- memory and order -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_order_of_programs_changes_nothing(dtype: torch.dtype) -> None:
-    inputs, mask = make_inputs(1, 1, 65, 70, 16, dtype=dtype), make_mask("left", 1, 70)
-    attend = partial(causal_attention, key_padding_mask=mask, dropout_p=0.25, seed=11)
-    expected = outputs_and_gradients(attend, inputs)
-    for seed in range(3):
-        with interpreter.shuffled_grid(seed):
-            again = outputs_and_gradients(attend, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-
-
-def test_every_element_is_written() -> None:
-    inputs = make_inputs(1, 1, 65, 70, 24)
-    expected = outputs_and_gradients(causal_attention, inputs)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        again = outputs_and_gradients(causal_attention, inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-
-
-@pytest.mark.skipif(not interpreter.INTERPRETING, reason="claims memory that is not there")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_tokens", "head_dim"), [(128, 64), (4096, 2)])
-def test_bug_offsets_overflow_in_large_tensors(n_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
-    """2**33 elements, by 2**20 heads, and 2**32 rows: past int32, and past what a second grid axis holds."""
-    x, statistic = torch.zeros(16, dtype=dtype), torch.zeros(16)
-    mask, seed = torch.zeros(16, dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
-    n_batch, n_heads = 2**16, 16
-    strides: Any = (n_heads * n_tokens * head_dim, head_dim, n_heads * head_dim)
-    sizes: dict[str, Any] = {"n_batch_heads": n_batch * n_heads, "n_heads": n_heads, "n_queries": n_tokens}
-    more: dict[str, Any] = {"n_keys": n_tokens, "score_scale": 1.0, "threshold": 9, "keep_scale": 1.0}
-    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": attention.padded_dim(head_dim), "BLOCK_Q": 64}
-    flags: dict[str, Any] = {"BLOCK_K": 64, "HAS_KEY_MASK": True, "HAS_DROPOUT": True}
-    grid, stats = (n_batch * n_heads * n_tokens // 64,), (statistic, statistic)
-    with interpreter.dry_run():
-        _causal_attention_fwd_kernel[grid](
-            x, x, x, mask, seed, x, *stats, *(3 * strides), **sizes, **more, **dims, **flags
-        )
-        _causal_attention_bwd_delta_kernel[grid](x, x, statistic, *(2 * strides), **sizes, **dims)
-        backward = {**sizes, **more, **dims, **flags, "scale": 1.0}
-        _causal_attention_bwd_dq_kernel[grid](x, x, x, x, *stats, statistic, mask, seed, x, *(4 * strides), **backward)
-        _causal_attention_bwd_dkdv_kernel[grid](
-            x, x, x, x, *stats, statistic, mask, seed, x, x, *(4 * strides), **backward
-        )
-
-
-# --- torch ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropped", [False, True])
-def test_operator_is_registered_in_full(dropped: bool) -> None:
-    q, k, v = (x.requires_grad_() for x in make_inputs(2, 1, 5, 7, 16))
-    mask = make_mask("left", 2, 7) if dropped else None
-    seed = torch.tensor(3) if dropped else None
-    options = (mask, seed, 0.25, 0.25 if dropped else 0.0)
-    torch.library.opcheck(attention._causal_attention_op, (q, k, v, *options), test_utils=OPCHECKS)
-    with torch.no_grad():
-        out, stats = attention._causal_attention_op(q, k, v, *options)
-        arguments = (torch.ones_like(q), q.detach(), k.detach(), v.detach(), out, stats, *options)
-        torch.library.opcheck(attention._causal_attention_backward_op, arguments, test_utils=OPCHECKS)
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_compiles_without_graph_break(dropout_p: float) -> None:
-    torch.compiler.reset()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, dropout_p=dropout_p, seed=3).transpose(1, 2).reshape(2, -1, 32)
-
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n_tokens in (5, 9):
-        inputs, upstream = make_inputs(2, 2, n_tokens, n_tokens, 16), [random(2, n_tokens, 32, seed=5).float()]
-        assert torch.equal(compiled(*inputs), attend(*inputs))
-        pairs = zip(gradients(compiled, inputs, upstream), gradients(attend, inputs, upstream), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)

@@ -10,17 +10,16 @@ import triton.language as tl
 from accuracy import DTYPES, LAYOUTS, assert_parity, forward, gradients, max_error, random, relayout
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import activation_kernels, activations, dropout
-from fastgpt_kernels.operations.gelu_mlp import kernels
-from fastgpt_kernels.operations.gelu_mlp import op as module
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.gelu_mlp.op import gelu_mlp, supports
 from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
-from test_gelu_mlp import ACTIVATIONS, mlp_formula
-from test_gelu_mlp import make_inputs as make_inputs_on_cpu
+from interpreter import DEVICE, INTERPRETING
 from torch import Tensor
+
+from .test_gelu_mlp import ACTIVATIONS, mlp_formula
+from .test_gelu_mlp import make_inputs as make_inputs_on_cpu
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 SEED = 7
@@ -275,37 +274,6 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     assert not supports(x.long())
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
-
-
-def test_registered_operations_pass_opcheck() -> None:
-    inputs = make_inputs(2, 3, 5, n_hidden=7, has_residual=True)
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    dropout = torch.tensor(SEED), "gelu_new", 0.3
-    (x, fc_weight, _, proj_weight, *_), pre = inputs, random(6, 7).to(inputs[0])
-    checks = "schema", "autograd_registration", "faketensor", "aot_dispatch_static", "aot_dispatch_dynamic"
-    backward = inputs[5].detach(), x.detach(), fc_weight.detach(), proj_weight.detach(), pre, *dropout
-    for operation, args in (
-        (module._gelu_mlp_op, (*leaves, *dropout, True)),
-        (module._gelu_mlp_backward_op, (*backward, [True] * 5)),
-        (module._gelu_mlp_backward_op, (*backward, [False, True, False, False, True])),
-    ):
-        outcome = torch.library.opcheck(operation, args, test_utils=[f"test_{check}" for check in checks])
-        assert outcome == {f"test_{check}": "SUCCESS" for check in checks}
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic: bool) -> None:
-    torch.compiler.reset()
-    function = partial(fused, dropout_p=0.3)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n_tokens in (3, 5):
-        inputs = make_inputs(2, n_tokens, 8, n_hidden=24, has_residual=True)
-        upstream = [random(2, n_tokens, 8, seed=5).float()]
-        assert_same_bits(list(gradients(compiled, inputs, upstream)), list(gradients(function, inputs, upstream)))
-        assert torch.equal(compiled(*inputs), function(*inputs))
-
-
 @pytest.mark.parametrize("wanted", range(6))
 def test_one_gradient_alone(wanted: int) -> None:
     inputs = list(make_inputs(9, 16, n_hidden=32, has_residual=True))
@@ -318,37 +286,6 @@ def test_one_gradient_alone(wanted: int) -> None:
 # --- bugs this field has had ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (0, 3, 4)])
-def test_bug_no_rows(shape: tuple[int, ...]) -> None:
-    for dropout_p in (0.0, 0.3):
-        inputs = make_inputs(*shape, n_hidden=8, has_residual=True)
-        out, _, *grads, _ = results(inputs, dropout_p=dropout_p)
-        assert out.shape == shape
-        assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
-
-
-@pytest.mark.usefixtures("small_tiles")
-def test_bug_results_depend_on_the_order_of_programs() -> None:
-    inputs = make_inputs(45, 40, n_hidden=136, has_residual=True)
-    first = results(inputs, dropout_p=0.3)
-    for seed in range(4):
-        with shuffled_grid(seed):
-            assert_same_bits(first, results(inputs, dropout_p=0.3))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("small_tiles")
-def test_bug_elements_are_not_written(dtype: torch.dtype) -> None:
-    for n_channels in (40, 33):
-        inputs = make_inputs(37, n_channels, n_hidden=72, dtype=dtype, has_residual=True)
-        first = results(inputs, dropout_p=0.3)
-        torch.use_deterministic_algorithms(True)  # Fills new memory with NaN.
-        try:
-            assert_same_bits(first, results(inputs, dropout_p=0.3))
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("small_tiles")
 def test_bug_descriptors_where_rows_are_not_aligned() -> None:
     """Every matrix in turn starts 4 bytes late: pointers take it."""
@@ -357,36 +294,3 @@ def test_bug_descriptors_where_rows_are_not_aligned() -> None:
     for late, tensor in enumerate(inputs):
         moved = torch.zeros(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
         assert_same_bits(aligned, results((*inputs[:late], moved, *inputs[late + 1 :])))
-
-
-def test_bug_upstream_gradient_without_strides() -> None:
-    inputs = make_inputs(6, 16, n_hidden=33)
-    # Not the bits of a dense gradient: a stride of 0 is one that 16 divides, for which triton compiles another form.
-    assert_mlp_parity(inputs, torch.ones(()).expand(6, 16), slack=ONE_SUM)
-
-
-@only_interpreted
-@pytest.mark.parametrize(
-    ("n_rows", "n_cols", "stride"), [(2**23, 1024, 1024), (2**29, 16, 16), (2**11, 1024, 2**22), (1024, 2**23, 2**23)]
-)
-def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
-    x = torch.zeros(1)
-    sizes: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "n_inner": 128}
-    block: dict[str, Any] = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64, "ACCUMULATOR": tl.float32}
-    block |= {"WEIGHT_TRANSPOSED": False, "DESCRIPTORS": False}
-    seed, dropout = torch.zeros(1, dtype=torch.int64), {"threshold": 9, "HAS_DROPOUT": True}
-    grid = (-(-n_rows // 64) * -(-n_cols // 64),)
-    names = "fwd_hidden", "fwd_out", "bwd_pre", "bwd_product"
-    fwd_hidden, fwd_out, bwd_pre, bwd_product = (getattr(kernels, f"_gelu_mlp_{name}_kernel")[grid] for name in names)
-    with dry_run():
-        fwd_hidden(*[x] * 5, stride, stride, **sizes, **block, ACTIVATION="gelu", STORE_PRE=True)
-        fwd_out(*[x] * 4, seed, x, *[stride] * 3, **sizes, **block, **dropout, HAS_RESIDUAL=True)
-        bwd_pre(*[x] * 6, stride, stride, **sizes, **block, ACTIVATION="gelu_new", STORE_HIDDEN=True)
-        tile = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "STORE_DPRODUCT": True, "ACCUMULATOR": tl.float32}
-        bwd_product(x, seed, x, x, stride, n_rows, n_cols, **dropout, **tile)
-
-
-@only_interpreted
-def test_no_arithmetic_overflows_in_use() -> None:
-    with check_overflow():
-        assert_mlp_parity(make_inputs(37, 33, n_hidden=70, layout="padded", has_residual=True), dropout_p=0.3)

@@ -18,10 +18,11 @@ from fastgpt_kernels.operations.linear_cross_entropy.op import linear_cross_entr
 from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
-from test_linear_cross_entropy import REDUCTIONS, LargestTensor, loss_formula
-from test_linear_cross_entropy import make_inputs as make_inputs_on_cpu
+from interpreter import DEVICE, INTERPRETING, check_overflow
 from torch import Tensor
+
+from .test_linear_cross_entropy import REDUCTIONS, LargestTensor, loss_formula
+from .test_linear_cross_entropy import make_inputs as make_inputs_on_cpu
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 HALVES = [torch.bfloat16, torch.float16]
@@ -269,80 +270,8 @@ def test_wrong_arguments_are_named() -> None:
     assert [supports(hidden.to(dtype)) for dtype in (*DTYPES, torch.int64)] == [True] * 4 + [False]
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
-
-
-def test_registered_operations_pass_opcheck() -> None:
-    inputs, labels = make_inputs(5, 5, 19, dtype=torch.bfloat16)
-    leaves, options = [x.detach().requires_grad_() for x in inputs], (labels, -100, torch.bfloat16)
-    checks = "schema", "autograd_registration", "faketensor", "aot_dispatch_static", "aot_dispatch_dynamic"
-    for operation, args in (
-        (module._summed_loss_op, (*leaves, *options, True, True)),
-        (module._summed_loss_op, (*inputs, labels, -100, torch.float32, False, False)),
-        (module._row_losses_op, (*leaves, *options)),
-        (module._row_losses_op, (*(x.float().detach().requires_grad_() for x in inputs), *options)),
-        (module._row_losses_backward_op, (torch.ones(5, device=DEVICE), *inputs, *options, False, True)),
-    ):
-        outcome = torch.library.opcheck(operation, args, test_utils=[f"test_{check}" for check in checks])
-        assert outcome == {f"test_{check}": "SUCCESS" for check in checks}
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles_without_a_graph_break(reduction: str) -> None:
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden * 2, weight, labels, reduction=reduction)
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n_rows in (5, 9):
-        inputs, labels = make_inputs(n_rows, 8, 19)
-        upstream = [torch.ones_like(loss(*inputs, labels))]
-        ours, eager = (gradients(partial(f, labels=labels), inputs, upstream) for f in (compiled, loss))
-        assert_same_bits([*ours, compiled(*inputs, labels)], [*eager, loss(*inputs, labels)])
-
-
 def test_package_finds_the_kernel() -> None:
     assert fastgpt_kernels.kernel("linear_cross_entropy") is linear_cross_entropy
-
-
-# --- memory and order -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_bug_results_depend_on_the_order_of_programs(reduction: str) -> None:
-    args = make_inputs(9, 8, 70, dtype=torch.bfloat16)
-    first = results(*args, reduction=reduction)
-    for seed in range(4):
-        with shuffled_grid(seed):
-            assert_same_bits(first, results(*args, reduction=reduction))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_bug_elements_are_not_written(reduction: str, dtype: torch.dtype) -> None:
-    args = make_inputs(5, 8, 70, dtype=dtype)
-    first = results(*args, reduction=reduction)
-    torch.use_deterministic_algorithms(True)  # Fills new memory with NaN.
-    try:
-        assert torch.empty(3).isnan().all()
-        assert_same_bits(first, results(*args, reduction=reduction))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-# Logits of 2**33 elements that no machine needs to hold: (rows, columns, stride of a row).
-@only_interpreted
-@pytest.mark.parametrize(("n_rows", "n_cols", "stride"), [(2**23, 1000, 1024), (2**27, 64, 64), (2**11, 9, 2**22)])
-def test_bug_offsets_overflow(n_rows: int, n_cols: int, stride: int) -> None:
-    flags: Any = {"HAS_GRADIENT": True, "HAS_ROW_SCALE": True, "ACCUMULATOR": tl.float32}
-    tile: Any = {"LANES": 2**17, "VECTOR": 8}
-    sizes: Any = {"logits_row_stride": stride, "n_cols": n_cols}
-    for ignore_index in (0, -100):  # labels are read as zeros
-        with dry_run():
-            kernels._linear_cross_entropy_kernel[(n_rows,)](  # pyright: ignore
-                torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1),
-                **sizes, ignore_index=ignore_index, **tile, **flags,
-            )  # fmt: skip
 
 
 @only_interpreted

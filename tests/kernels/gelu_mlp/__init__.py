@@ -1,0 +1,1 @@
+"""Tests of gelu_mlp."""
