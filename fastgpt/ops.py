@@ -52,7 +52,7 @@ def selected_backend() -> str:
 
 # Matrix units take no exact float32 or float64 products in these kernels, and the library's are expected to be faster:
 # by count of instructions, since none is measured yet. They also follow torch.set_float32_matmul_precision.
-_FASTER_IN_TORCH = {
+_FASTER_IN_TORCH: dict[tuple[str, torch.dtype | None], str] = {
     (operation, dtype): f"torch's products in {str(dtype).removeprefix('torch.')} are expected to be faster"
     for operation in ("causal_attention", "gelu_mlp")
     for dtype in (torch.float32, torch.float64)
@@ -78,8 +78,8 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype | Non
             raise KernelUnavailableError(reason)
         _warn_once(device, reason)
         return "torch", reason
-    if _selected == "auto" and (operation, dtype) in _FASTER_IN_TORCH:
-        return "torch", _FASTER_IN_TORCH[operation, dtype]
+    if _selected == "auto" and (expected := _FASTER_IN_TORCH.get((operation, dtype))):
+        return "torch", expected
     return "triton", "asked for by name" if _selected == "triton" else "kernel available"
 
 

@@ -15,7 +15,8 @@ from transformers import GPT2LMHeadModel
 
 from . import options as sampling
 from .cache import decode_tokens, prefill
-from .device_loop import Arrival, DeviceGeneration
+from .choices import Mailbox
+from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .workspace import Workspace
 
@@ -135,11 +136,14 @@ class DeviceLookupGeneration(DeviceGeneration):
 
     def _choose(self, work: Workspace, logits: Tensor) -> list[int]:
         """The tokens chosen after each of the n tokens of a step, given logits (n, V)."""
+        from fastgpt_kernels.operations.sampling.op import sample
+
         tokens, positions, slots, _ = work.state[:, : len(logits)]
         finished = torch.zeros_like(tokens, dtype=torch.bool)
         rows = Rows(tokens, positions, slots, finished, sequences=tokens.new_empty(len(tokens), 0), seen=None)
-        self._chooser(rows)(logits)
-        return Arrival.of(tokens).wait().tolist()
+        sample(logits, rows, self.options, self.request.eos_ids, self.request.pad_id)
+        mailbox = Mailbox(tokens)
+        return mailbox.read(mailbox.send()).tolist()
 
     def _append(self, token: int) -> Tensor:
         if token < 0:
@@ -150,7 +154,7 @@ class DeviceLookupGeneration(DeviceGeneration):
 
     def _goes_on(self) -> bool:
         """Whether the row needs another token. Raises ValueError when it does and its context is full."""
-        ended = self._end_tokens is not None and self.index.tokens[-1] in self._end_tokens
+        ended = self.index.tokens[-1] in self._end_tokens
         if ended or self.n_tokens >= self.request.max_length:
             return False
         if self.n_tokens == self.n_most:

@@ -1,7 +1,7 @@
 """The CUDA stream that owns a workspace's memory and graphs, and how it is ordered with the streams of callers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -51,6 +51,18 @@ class OwnStream:
         """Make this stream wait for all work queued on the caller's stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    @property
+    def can_record(self) -> bool:
+        """Whether work can be recorded in graphs."""
+        return self._stream is not None
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record work in a graph, and return what replays it. Raises as `capture` does."""
+        graph = torch.cuda.CUDAGraph()
+        with self.capture(graph):
+            work()
+        return graph.replay
 
     @contextmanager
     def capture(self, graph: Any) -> Iterator[None]:

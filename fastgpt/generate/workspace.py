@@ -5,7 +5,7 @@ next call, unless it is large. It is replaced if the weights have moved.
 B batch, T slots of the cache, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from .cache import KVCache
+from .choices import Choices
 from .streams import OwnStream
 from .weights import view_weights
 
@@ -68,7 +69,8 @@ class Workspace:
     """The memory in which one model decodes batches of one size, and on a GPU the graphs of the steps.
 
     n_rows: B. n_slots: T of the cache. n_new: the most tokens of a row in a step; more than one only if B is 1.
-    tokens, positions, slots, starts: (B * n_new,) int64, views of `state`. logits: (B * n_new, V).
+    tokens, positions, slots, starts: (B * n_new,) int64, views of `state`. logits: (B * n_new, V). choices: of the next
+    tokens, for one new token per row.
     """
 
     def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
@@ -80,10 +82,13 @@ class Workspace:
             new_zeros = self.cache.memory.new_zeros
             self.state = new_zeros(4, n_rows * n_new, dtype=torch.int64)
             self.logits = new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
+            records = self.own_stream.can_record and self.tier != "eager"
+            self.choices = Choices(self.own_stream, self.state[:, :n_rows], n_slots, records)
         self.tokens, self.positions, self.slots, self.starts = self.state
+        self._records = records
         # By the number of new tokens per row: 1 or n_new.
         self._steps: dict[int, Any] = {}
-        self._graphs: dict[int, Any] = {}
+        self._replays: dict[int, Callable[[], None]] = {}
 
     def serves(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> bool:
         """Whether it can be used again: its size fits, and the pointers in its graphs are still the model's."""
@@ -106,14 +111,11 @@ class Workspace:
 
     def decode(self, model: GPT2LMHeadModel, n_new: int = 1) -> None:
         """Fill the first n_rows * n_new logits from tokens, positions, slots and starts, and append to the cache."""
-        graph = self._graphs.get(n_new)
-        if graph is None and n_new in self._steps and self.logits.is_cuda and self.tier != "eager":
-            graph = torch.cuda.CUDAGraph()
-            with self.own_stream.capture(graph):
-                self._launch(model, n_new)
-            self._graphs[n_new] = graph
-        if graph is not None:
-            graph.replay()
+        replay = self._replays.get(n_new)
+        if replay is None and n_new in self._steps and self._records:
+            replay = self._replays[n_new] = self.own_stream.record(lambda: self._launch(model, n_new))
+        if replay is not None:
+            replay()
         elif n_new in self._steps:
             self._launch(model, n_new)
         else:  # The first step is not captured: it compiles the kernels and allocates scratch memory, cuBLAS's too.

@@ -302,7 +302,8 @@ def test_graph_replays_what_eager_launches() -> None:
     for name in ("eager", "graph"):
         with workspace.tier(name):
             runs.append([ours.generate(**inputs, **GREEDY, max_new_tokens=30).tolist() for _ in range(2)])
-    assert workspace._kept[ours]._graphs[1] is not None
+    assert 1 in workspace._kept[ours]._replays
+    assert None not in workspace._kept[ours].choices._replays.values()
     assert runs[0] == runs[1]
 
 
