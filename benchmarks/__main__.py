@@ -1,4 +1,4 @@
-"""The benchmarks as commands: python -m benchmarks gpu|tune|cpu|curves|lookup|guard|report, each with --help."""
+"""The benchmarks as commands: python -m benchmarks gpu|tune|cpu|curves|lookup|host|guard|report, each with --help."""
 
 import sys
 from importlib import import_module
@@ -12,6 +12,7 @@ COMMANDS = {
     "cpu": "benchmarks.cpu.command",
     "curves": "benchmarks.cpu.curves",
     "lookup": "benchmarks.cpu.lookup",
+    "host": "benchmarks.cpu.host",
     "guard": "benchmarks.cpu.guard",
     "report": "benchmarks.report.command",
 }

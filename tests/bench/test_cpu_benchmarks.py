@@ -1,4 +1,4 @@
-"""The CPU's benchmarks beside `fastgpt bench`: curves, and what prompt lookup gains."""
+"""The CPU's benchmarks beside `fastgpt bench`: curves, what prompt lookup gains, and Python's time per token."""
 
 import json
 import subprocess
@@ -10,10 +10,11 @@ import pytest
 import torch
 from paths import ROOT
 
-from benchmarks.cpu import lookup
+from benchmarks.cpu import host, lookup
 from benchmarks.report import records, tables
 from fastgpt import generate as engine
 from fastgpt.bench.parity import ParityError
+from fastgpt.generate import device_loop
 
 
 def run(module: str, file: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -70,3 +71,19 @@ def test_forwards_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "TOKENS_OF_A_FORWARD", (1, 3))
     rows = lookup.measure_forwards("demo", torch.bfloat16, 16, 5)
     assert [(row["tokens"], row["context"], len(row["samples_s"])) for row in rows] == [(1, 16, 5), (3, 16, 5)]
+
+
+def test_host_time_is_that_of_the_engine_on_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: set[type] = set()
+    iterate = device_loop.DeviceGeneration.__iter__
+
+    def note(self: device_loop.DeviceGeneration) -> Any:
+        taken.add(type(self))
+        return iterate(self)
+
+    monkeypatch.setattr(device_loop.DeviceGeneration, "__iter__", note)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    host.main(tmp_path / "host.json", tokens=40, rounds=1)
+    figures = json.loads((tmp_path / "host.json").read_text())["us_per_token"]
+    assert set(figures) == {f"{name}, batch {n}" for name in host.CALLS for n in (1, 8, 64)}
+    assert taken == {device_loop.DeviceGeneration}

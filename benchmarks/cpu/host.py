@@ -1,0 +1,93 @@
+"""Python's share of a generated token on kernels: the engine's own loop, with everything that it asks of a GPU stubbed.
+
+    python -m benchmarks host --out host.json
+
+It bounds tokens/s from above wherever the GPU is faster. Calls of CUDA's runtime (two graph launches, a copy and an event
+per token) are not in it, because there need be no GPU.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from transformers import GPT2Config
+
+import fastgpt
+from fastgpt.bench import machine
+from fastgpt.doctor import versions
+
+CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 0, "seed": 1},
+    "top-k": {"do_sample": True, "top_k": 50, "seed": 1},
+    "top-p": {"do_sample": True, "top_k": 0, "top_p": 0.9, "seed": 1},
+}
+
+
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """The engine as on a GPU on which every kernel and every graph takes no time and no call of the driver."""
+    from fastgpt_kernels.operations.sampling import op as sampling
+
+    from fastgpt.generate import device_loop, streams, workspace
+
+    def prefill(model: Any, cache: Any, ids: Tensor, *arguments: Any) -> Tensor:
+        return torch.zeros(len(ids), model.config.vocab_size)
+
+    def launch(self: workspace.Workspace, model: Any, n_new: int) -> None:
+        self._steps[n_new] = object()
+
+    with ExitStack() as stack:
+        for owner, name, stub in (
+            (device_loop, "prefill", prefill),
+            (workspace.Workspace, "_launch", launch),
+            (sampling, "launch", lambda *arguments, **options: None),
+            (streams.OwnStream, "can_record", property(lambda own: True)),
+            (streams.OwnStream, "record", lambda own, work: lambda: None),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stub))
+        stack.enter_context(fastgpt.backend("triton"))
+        yield
+
+
+def microseconds_per_token(model: Any, n_rows: int, call: dict[str, Any], n_tokens: int, n_rounds: int) -> float:
+    """The median over rounds: the time of many tokens less that of one, per step."""
+    ids = torch.ones(n_rows, 4, dtype=torch.int64)
+    options = {"attention_mask": torch.ones_like(ids), "eos_token_id": 2, "pad_token_id": 0, **call}
+
+    def seconds(n: int) -> float:
+        return machine.seconds(lambda: model.generate(ids, max_new_tokens=n, **options), torch.device("cpu"))
+
+    seconds(8)  # records
+    return 1e6 * median((seconds(n_tokens) - seconds(1)) / (n_tokens - 1) for _ in range(n_rounds))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON with all figures")],
+    tokens: Annotated[int, typer.Option(help="generated in one call")] = 500,
+    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 7,
+) -> None:
+    """Python's time per token of the engine on kernels, with GPU work stubbed."""
+    os.environ["TRITON_INTERPRET"] = "1"  # so that the kernels' way is taken; none of them runs
+    torch.set_num_threads(1)
+    config = GPT2Config(
+        n_layer=12, n_embd=16, n_head=2, vocab_size=67, n_positions=1024, bos_token_id=0, eos_token_id=0
+    )
+    model = fastgpt.GPT2LMHeadModel(config).eval()
+    figures = {}
+    with stubbed():
+        for n_rows in (1, 8, 64):
+            for name, call in CALLS.items():
+                figures[f"{name}, batch {n_rows}"] = microseconds_per_token(model, n_rows, call, tokens, rounds)
+                Console(stderr=True).print(f"{name}, batch {n_rows}: {figures[f'{name}, batch {n_rows}']:.1f} us")
+    content = {"machine": machine.describe(torch.device("cpu")), "versions": versions(), "us_per_token": figures}
+    out.write_text(json.dumps(content, indent=1) + "\n")
