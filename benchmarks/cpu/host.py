@@ -2,8 +2,8 @@
 
     python -m benchmarks host --out host.json
 
-It bounds tokens/s from above wherever the GPU is faster. Calls of CUDA's runtime (two graph launches, a copy and an event
-per token) are not in it, because there need be no GPU.
+It bounds tokens/s from above wherever the GPU is faster. The calls of CUDA that remain (two graph launches, a copy and
+an event per token) are not in it, because there need be no GPU.
 """
 
 import json
