@@ -4,6 +4,7 @@ from .accounting import count_parameters
 from .checkpoint.headers import CheckpointError
 from .demo import load_demo
 from .generate import release
+from .generate.api import warmup
 from .generate.routing import explain
 from .model.patching import patch, unpatch
 from .modeling import (
@@ -33,4 +34,5 @@ __all__ = [
     "patch",
     "release",
     "unpatch",
+    "warmup",
 ]

@@ -24,6 +24,7 @@ from transformers import GPT2Config
 import fastgpt
 from fastgpt.bench import machine
 from fastgpt.doctor import versions
+from fastgpt.generate import device_loop, streams, workspace
 
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -37,8 +38,6 @@ CALLS: dict[str, dict[str, Any]] = {
 def stubbed() -> Iterator[None]:
     """The engine as on a GPU on which every kernel and every graph takes no time and no call of the driver."""
     from fastgpt_kernels.operations.sampling import op as sampling
-
-    from fastgpt.generate import device_loop, streams, workspace
 
     def prefill(model: Any, cache: Any, ids: Tensor, *arguments: Any) -> Tensor:
         return torch.zeros(len(ids), model.config.vocab_size)

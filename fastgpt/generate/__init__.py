@@ -6,9 +6,10 @@
 from .cache import KVCache, decode_one_token, decode_tokens, prefill
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
+from .kept import release
 from .lookup import DeviceLookupGeneration, LookupGeneration
 from .weights import view_weights, watched
-from .workspace import obstacle, release, tier
+from .workspace import obstacle, tier
 
 __all__ = [
     "DeviceGeneration",

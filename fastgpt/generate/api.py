@@ -5,10 +5,11 @@ run the call; if not, transformers' loop runs.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
@@ -16,8 +17,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..model.patching import ATTENTION
 from . import options as sampling
 from . import routing
+from .kept import release
 from .prompts import pad_left
-from .workspace import release
 
 # The parameters of transformers' loops over tokens, in order; a function that replaced a loop may not show them.
 LOOP = (
@@ -37,6 +38,22 @@ def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
         return ours
 
     return change
+
+
+def warmup(model: Any, batch: Iterable[int] = (1,), prompt_tokens: int = 512, **options: Any) -> None:
+    """Generate a few tokens at every batch size, so that the first calls that count compile, record and allocate less.
+
+    On a GPU, kernels are compiled and CUDA graphs recorded for these batch sizes and this way of choosing tokens. A
+    prompt of another length can still compile a kernel or two.
+    model: a GPT-2 with `generate`. batch: numbers of sequences. prompt_tokens: of each, as many as the context allows.
+    options: of the calls to come, as `generate` takes them. Raises as `generate` does.
+    """
+    n_tokens = max(1, min(prompt_tokens, model.config.n_positions - 2))
+    for n_rows in batch:
+        ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64, device=model.device)
+        chosen = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0} | options
+        for _ in range(2):  # The first step compiles and the second is recorded, even where each call ends at once.
+            model.generate(ids, **chosen, max_new_tokens=2)
 
 
 class GenerationMethods:

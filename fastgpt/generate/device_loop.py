@@ -14,7 +14,8 @@ from . import options as sampling
 from .cache import prefill, without_autograd
 from .choices import Mailbox
 from .host_loop import Request
-from .workspace import Workspace, workspace
+from .kept import workspace
+from .workspace import Workspace
 
 
 class DeviceGeneration:

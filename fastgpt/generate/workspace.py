@@ -1,7 +1,6 @@
 """The workspace of decode steps on kernels: their memory, their CUDA graphs, and the tier on which they run.
 
-Every step runs the same kernels on the same memory, so one CUDA graph replays them. A model's workspace is kept for the
-next call, unless it is large. It is replaced if the weights have moved.
+Every step runs the same kernels on the same memory, so one CUDA graph replays them.
 B batch, T slots of the cache, V vocabulary.
 """
 
@@ -9,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights
@@ -23,9 +21,6 @@ from .weights import view_weights
 
 TIERS = ("auto", "eager", "graph", "persistent")
 _selected_tier = "auto"
-# A workspace is kept for the next call of `generate()` if its cache and copies of weights take up to 1 GiB. A cache
-# gets room for the whole context if that fits.
-_KEPT_BYTES = 2**30
 
 
 @contextmanager
@@ -90,10 +85,9 @@ class Workspace:
         self._steps: dict[int, Any] = {}
         self._replays: dict[int, Callable[[], None]] = {}
 
-    def serves(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> bool:
-        """Whether it can be used again: its size fits, and the pointers in its graphs are still the model's."""
-        fits = (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
-        return fits and self.fixed == fixed_in_graphs(view_weights(model))
+    def serves(self, n_rows: int, n_slots: int, n_new: int) -> bool:
+        """Whether a call of this size on the selected tier can use it."""
+        return (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
 
     @property
     def n_bytes(self) -> int:
@@ -151,40 +145,3 @@ def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
     """
     held = chain(weights._replace(layers=()), *weights.layers)
     return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
-
-
-_kept: WeakKeyDictionary[GPT2LMHeadModel, Workspace] = WeakKeyDictionary()
-
-
-@contextmanager
-def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
-    """The workspace that is kept for a model if it serves, else a new one; no other call can take it meanwhile.
-
-    It is kept again only if the block ends without an exception, because after one its state is unknown.
-    """
-    taken = _kept.pop(model, None)
-    if taken is None or not taken.serves(model, n_rows, n_slots, n_new):
-        del taken
-        n_context = max(n_slots, model.config.n_positions)
-        n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
-        n_slots = n_context if n_context * n_bytes_of_slot <= _KEPT_BYTES else n_slots
-        taken = Workspace(model, n_rows, n_slots, n_new)
-    taken.own_stream.come_first()
-    taken.refresh(model)
-    try:
-        yield taken
-    finally:
-        taken.own_stream.come_after()
-    if taken.n_bytes <= _KEPT_BYTES:
-        _kept[model] = taken
-
-
-def release(model: torch.nn.Module) -> None:
-    """Free what is kept on the device for the next call of a model: its cache, graphs and copies of weights.
-
-    model: a GPT-2, or a module that contains one, such as an adapter; without effect if nothing is kept. The next call
-    allocates everything again. A running call keeps its workspace until it ends. Moving a model by `to()` and similar
-    methods releases it too.
-    """
-    for module in model.modules():
-        _kept.pop(module, None)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from models import pair, tiny_config, token_ids
 from torch import Tensor
 
 import fastgpt
-from fastgpt.generate import choices, workspace
+from fastgpt.generate import choices, kept, workspace
 from fastgpt.generate.streams import OwnStream
 
 PROMPTS = token_ids(2, 5, 131)
@@ -119,13 +119,13 @@ def test_the_choices_asked_for_last_are_kept(model: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(choices, "_KEPT_GRAPHS", 2)
     for number in (0, 3, 4, 4, 3, 0):
         generate(model, CALLS[number])
-    assert len(workspace._kept[model].choices._replays) == 2
+    assert len(kept.workspaces(model)[-1].choices._replays) == 2
     assert recorder.n_records == 1 + 4
 
 
 def test_what_a_call_returns_is_not_overwritten_by_the_next(model: Any) -> None:
     ids = PROMPTS.to(DEVICE)
     first = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **BASE)
-    kept = first.clone()
+    before = first.clone()
     generate(model, CALLS[1])
-    assert torch.equal(first, kept)
+    assert torch.equal(first, before)

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import workspace
+from fastgpt.generate import kept, workspace
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 
@@ -127,7 +127,7 @@ def test_nothing_is_kept_of_a_call_that_failed_in_a_step(
         patched.setattr(owner, name, fail)
         with pytest.raises(type(fault)):
             ours.generate(prompt(), **GREEDY)
-    assert ours not in workspace._kept
+    assert not kept.workspaces(ours)
     check()
 
 
@@ -137,10 +137,10 @@ def test_nothing_is_kept_of_an_abandoned_stream(checked) -> None:
     stream = ours.stream(prompt(), **GREEDY)
     next(stream)
     check()  # while the other is suspended, with memory of its own
-    kept = workspace._kept.get(ours)
+    works = kept.workspaces(ours)
     next(stream)
     stream.close()
-    assert workspace._kept.get(ours) is kept
+    assert kept.workspaces(ours) == works
     check()
 
 
@@ -323,12 +323,12 @@ def test_streamed_tokens_are_the_callers_own() -> None:
 def test_release_and_moves_free_what_is_kept(checked, backend: str, move: Callable[[Any], Any]) -> None:
     ours, check = checked
     check()
-    kept = [weakref.ref(work) for work in [workspace._kept.get(ours)] if work is not None]
-    assert len(kept) == (backend == "triton")
+    works = [weakref.ref(work) for work in kept.workspaces(ours)]
+    assert len(works) == (backend == "triton")
     move(ours)
     gc.collect()
-    assert ours not in workspace._kept
-    assert [work for work in kept if work() is not None] == []
+    assert not kept.workspaces(ours)
+    assert [work for work in works if work() is not None] == []
     check()
 
 
@@ -344,8 +344,9 @@ def test_packed_weights_count_in_the_limit(backend: str, monkeypatch: pytest.Mon
     _, ours = small_pair(n_embd=128)
     with engine.tier("persistent"):
         ours.generate(prompt(), **GREEDY)
-        kept = workspace._kept[ours]
-        assert kept.n_bytes > kept.cache.memory.nbytes + 12 * 128 * 128 * 4
-        monkeypatch.setattr(workspace, "_KEPT_BYTES", kept.cache.memory.nbytes)
+        (work,) = kept.workspaces(ours)
+        n_bytes = work.cache.memory.nbytes
+        assert work.n_bytes > n_bytes + 12 * 128 * 128 * 4
+        monkeypatch.setattr(kept, "limit_bytes", lambda device: n_bytes)
         ours.generate(prompt(), **GREEDY)
-        assert ours not in workspace._kept
+        assert not kept.workspaces(ours)

@@ -9,7 +9,7 @@ import torch
 from models import pair, tiny_config, token_ids
 
 import fastgpt
-from fastgpt.generate import streams, workspace
+from fastgpt.generate import kept, streams, workspace
 from fastgpt.generate.streams import OwnStream
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
@@ -92,12 +92,12 @@ def test_a_workspace_warms_up_on_its_stream_and_calls_take_turns(monkeypatch: py
         workspace.Workspace, "_launch", lambda self, model, n_new: self._steps.update({n_new: object()})
     )
     _, ours = pair(tiny_config())
-    with workspace.workspace(ours, 1, 8) as work:
+    with kept.workspace(ours, 1, 8) as work:
         work.decode(ours)
         work.decode(ours)
     assert log == ["inside", "first", "after", "inside", "first", "after"]
     log.clear()
-    with pytest.raises(KeyboardInterrupt), workspace.workspace(ours, 1, 8):
+    with pytest.raises(KeyboardInterrupt), kept.workspace(ours, 1, 8):
         raise KeyboardInterrupt
     assert log == ["first", "after"]
 

@@ -1,0 +1,94 @@
+"""The workspaces that are kept for a model's next calls: of several sizes, within a limit, until its weights move."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GPT2LMHeadModel
+
+from .weights import view_weights
+from .workspace import Workspace, fixed_in_graphs
+
+# By model, the one used last at the end.
+_kept: WeakKeyDictionary[GPT2LMHeadModel, list[Workspace]] = WeakKeyDictionary()
+
+
+@contextmanager
+def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
+    """A workspace that is kept for a model if one serves, else a new one; no other call can take it meanwhile.
+
+    It is kept again only if the block ends without an exception, because after one its state is unknown.
+    """
+    taken = _take(model, n_rows, n_slots, n_new) or _allocate(model, n_rows, n_slots, n_new)
+    taken.own_stream.come_first()
+    taken.refresh(model)
+    try:
+        yield taken
+    finally:
+        taken.own_stream.come_after()
+    _keep(model, taken)
+
+
+def workspaces(model: GPT2LMHeadModel) -> Sequence[Workspace]:
+    """Those that are kept for a model, the one used last at the end."""
+    return tuple(_kept.get(model, ()))
+
+
+def release(model: torch.nn.Module) -> None:
+    """Free what is kept on the device for the next calls of a model: its caches, graphs and copies of weights.
+
+    model: a GPT-2, or a module that contains one, such as an adapter; without effect if nothing is kept. The next call
+    allocates everything again. A running call keeps its workspace until it ends. Moving a model by `to()` and similar
+    methods releases it too.
+    """
+    for module in model.modules():
+        _kept.pop(module, None)  # type: ignore[arg-type]
+
+
+def _take(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> Workspace | None:
+    held = _kept.get(model)
+    if not held:
+        return None
+    # The pointers in the graphs are no longer the model's where its weights have moved.
+    fixed = fixed_in_graphs(view_weights(model))
+    held[:] = [work for work in held if work.fixed == fixed]
+    for work in reversed(held):
+        if work.serves(n_rows, n_slots, n_new):
+            held.remove(work)
+            return work
+    return None
+
+
+def _allocate(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> Workspace:
+    """A new workspace, with room for the whole context where half the limit allows it, so that it serves longer."""
+    n_context = max(n_slots, model.config.n_positions)
+    n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
+    if n_context * n_bytes_of_slot <= limit_bytes(model.device) // 2:
+        n_slots = n_context
+    try:
+        return Workspace(model, n_rows, n_slots, n_new)
+    except torch.OutOfMemoryError:
+        if not _kept:
+            raise
+    _kept.clear()  # of all models: what a call needs comes before what may be of use later
+    return Workspace(model, n_rows, n_slots, n_new)
+
+
+def _keep(model: GPT2LMHeadModel, work: Workspace) -> None:
+    """Keep it for the next calls, and of those before it what the limit leaves room for."""
+    limit = limit_bytes(model.device)
+    held: list[Any] = [*_kept.get(model, ()), work]
+    while held and sum(one.n_bytes for one in held) > limit:
+        del held[0]
+    if held:
+        _kept[model] = held
+    else:
+        _kept.pop(model, None)
+
+
+def limit_bytes(device: torch.device) -> int:
+    """The most that is kept for a model: an eighth of a GPU's memory, and 1 GiB at least."""
+    n_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(2**30, n_bytes // 8)
