@@ -72,6 +72,7 @@ def groups(extent: Extent) -> Iterator[dict[str, Step]]:
         if size == first:
             yield {"tests": gpu_kernels.tests}
             yield {"ceilings": gpu_kernels.ceilings}
+            yield {f"decode batches {size}": partial(gpu_models.decode_batches, size=size)}
             yield {f"memory {size}": partial(gpu_models.memory, size=size)}
             yield {f"latency {size}": partial(gpu_models.latency, size=size)}
         yield {f"compiled {size}": partial(gpu_models.compiled, size=size)}

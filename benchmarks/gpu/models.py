@@ -43,6 +43,15 @@ def decode(run: Run, size: str) -> Iterator[Part]:
         yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
+def decode_batches(run: Run, size: str) -> Iterator[Part]:
+    """tokens/s of the batch sizes between."""
+    extent = run.extent
+    for n_batch in extent.more_decode_batches:
+        prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
+        measure = partial(_bench, run, size, "decode", n_batch, prompt_tokens, extent.baselines)
+        yield Part(f"batch {n_batch}", measure, _LIMIT_S)
+
+
 def prefill(run: Run, size: str) -> Iterator[Part]:
     """tokens/s with all logits, of many sequences and of one."""
     for n_batch in (run.extent.n_batch, 1):

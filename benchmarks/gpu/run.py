@@ -35,6 +35,7 @@ class Extent:
     row_s: float
     n_runs: int
     decode_batches: tuple[int, ...]
+    more_decode_batches: tuple[int, ...]
     decode_context: int
     n_new_tokens: int
     memory_batches: tuple[int, ...]
@@ -66,6 +67,7 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         row_s=0.1,
         n_runs=5,
         decode_batches=(1, 64),
+        more_decode_batches=(2, 4, 5, 8, 16, 32),
         decode_context=512,
         n_new_tokens=128,
         memory_batches=(1, 2, 4, 8, 16, 32),
@@ -91,6 +93,7 @@ def dry() -> Extent:
         row_s=0.0,
         n_runs=5,
         decode_batches=(1, 2),
+        more_decode_batches=(3,),
         decode_context=12,
         n_new_tokens=4,
         memory_batches=(1, 2),

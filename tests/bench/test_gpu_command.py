@@ -131,10 +131,11 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     assert list(records.benchmarks(result)) == [
         *("decode tiny, batch 1", "decode tiny, batch 2", "prefill tiny, batch 2", "prefill tiny, batch 1"),
         "train tiny, batch 2",
+        "decode batches tiny, batch 3",
         *("compiled tiny, decode, batch 1", "compiled tiny, decode, batch 2", "compiled tiny, prefill, batch 2"),
     ]
     for name, content in records.benchmarks(result).items():
-        more = {"fastgpt, eager"} if name.startswith("decode") else set()
+        more = {"fastgpt, eager"} if name.startswith("decode tiny") else set()
         more |= {"fastgpt, lookup 8"} if name == "decode tiny, batch 1" else set()
         assert {row["contender"] for row in content["results"]} == {"fastgpt", "hf-sdpa"} | more
         assert content["gate"]
