@@ -27,8 +27,8 @@ LONG_CALLS = {"decode": "bf16 small B=1", "persistent_decode": "bf16 small"}
 PARITY = [
     "kernels/layer_norm/test_layer_norm.py::test_add_layer_norm_is_as_accurate_as_eager[kernel-shape1-0.1-dtype0]",
     "kernels/layer_norm/test_layer_norm.py::test_add_layer_norm_is_as_accurate_as_eager[kernel-shape1-0.1-dtype2]",
-    "kernels/gelu_mlp/test_gelu_mlp_kernel.py::test_residual_and_dropout[shape2-8-0.25-dtype0]",
-    "kernels/gelu_mlp/test_gelu_mlp_kernel.py::test_residual_and_dropout[shape2-8-0.25-dtype2]",
+    "kernels/gelu_mlp/test_gelu_mlp.py::test_residual_and_dropout[kernel-shape2-8-0.25-dtype0]",
+    "kernels/gelu_mlp/test_gelu_mlp.py::test_residual_and_dropout[kernel-shape2-8-0.25-dtype2]",
 ]
 RACING = """
 import torch, triton, triton.language as tl

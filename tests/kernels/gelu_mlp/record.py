@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import pytest
 import torch
 import triton.language as tl
-from fastgpt_kernels.operations.gelu_mlp import kernels, tiles
+from fastgpt_kernels.operations.gelu_mlp import kernels
 from records import Record, Shapes
+
+from .formula import several_programs
 
 
 def shapes_of(*shape: int, has_residual: bool = False) -> Shapes:
@@ -17,13 +18,6 @@ def shapes_of(*shape: int, has_residual: bool = False) -> Shapes:
 def with_dropout(n: int) -> tuple[Shapes, dict[str, Any]]:
     options = {"activation": "silu", "dropout_p": 0.25, "seed": torch.tensor(3)}
     return shapes_of(3, n, 16, has_residual=True), options
-
-
-def several_programs(patch: pytest.MonkeyPatch) -> None:
-    """With tensor descriptors and few programs where they can hold the matrices."""
-    patch.setattr(
-        tiles, "product_tile", lambda size, _, describable: tiles.ProductTile(16, 64, 32, 4, 2, int(describable))
-    )
 
 
 def launch(n_rows: int, n_cols: int, stride: int) -> None:
