@@ -191,7 +191,8 @@ def _decode_attention_kernel(
     """One program attends to one split of the keys of one head of one row.
 
     qkv: (B, 3, H, D) of the newest tokens. Split 0 stores their keys and values in their slots of the caches
-    (B, H, n_slots, D), if these exist, and reads new keys from qkv. A split is whole blocks: short contexts fill few.
+    (B, H, n_slots, D), if these exist, and reads new keys from qkv. A split is a whole number of blocks, so a short
+    context fills only the first splits.
     BLOCK_NEW: 0 where every row has its own sequence. Otherwise the rows, at most BLOCK_NEW, are consecutive newest
     tokens of one sequence with one cache (H, n_slots, D), and each also sees those before it.
     With one split mixed (B, H, D) is the result; otherwise mixed (N_SPLITS, B, H, D) is not normalised and comes with

@@ -62,7 +62,7 @@ def _channels(BLOCK_C: tl.constexpr):
 def _norm(x, weight, bias, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """The norm of a row of C channels.
 
-    It omits the second centring of `layer_norm`, for which all programs would wait twice per layer.
+    It omits the second centring of `layer_norm`, because all programs would wait for it twice per layer.
     """
     centered = tl.where(_channels(BLOCK_C) < C, x - tl.sum(x) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered) / C + eps)
