@@ -52,7 +52,7 @@ def memory_at_batch(
 
 
 def _peak(work: workloads.Work, device: torch.device) -> dict[str, Any]:
-    """As `fastgpt bench` counts it: after a first run, which makes the optimiser's state."""
+    """The peak as `fastgpt bench` counts it: after a first run, because that allocates the optimiser's state."""
     work.run()
     growth, measure = machine.peak_growth(work.run, device)
     peak = None if growth is None else work.held_bytes() + growth

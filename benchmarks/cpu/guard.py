@@ -32,7 +32,10 @@ MIN_DROP = 0.03
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a ratio was and is. allowed: how far it may fall; now is None where the baseline could not be measured."""
+    """A ratio in the committed result (then) and measured again (now, None if the baseline could not be measured).
+
+    allowed: how far it may fall.
+    """
 
     work: str
     baseline: str
@@ -70,13 +73,13 @@ def _spread(ratio: Mapping[str, Any]) -> float:
 
 
 def measure_again(then: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """The result of the same options, now. Raises ParityError when fastgpt is wrong."""
+    """Run the benchmark of a result again, with its options. Raises ParityError when fastgpt is wrong."""
     with benchmark.progress_bar(console) as progress:
         return benchmark.run_benchmark(BenchmarkOptions(**then["options"]), progress)
 
 
 def render(verdicts: Sequence[Verdict], console: Console) -> None:
-    """Print all of them as a table."""
+    """Print the verdicts as a table."""
     table = Table("work", "beside")
     for heading in ("then", "now", "may fall by", ""):
         table.add_column(heading, justify="right")

@@ -66,7 +66,7 @@ def measure_texts(dtype: torch.dtype, n_runs: int, progress: Progress) -> list[d
 
 
 def in_turns(calls: Mapping[Any, Callable[[], Any]], n_runs: int) -> dict[Any, list[float]]:
-    """Seconds of each call on the CPU, after one that does not count."""
+    """Seconds of each call on the CPU. One call runs before, untimed."""
     samples: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(n_runs + 1):
         for name in rotated(list(calls), turn):
@@ -75,7 +75,7 @@ def in_turns(calls: Mapping[Any, Callable[[], Any]], n_runs: int) -> dict[Any, l
 
 
 def _count_forwards(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """What a generation with lookup gives, and in how many forwards, the prompt's included."""
+    """The result of a generation with lookup, and its number of forwards, including the prompt's."""
     with patch.object(engine.lookup, "decode_tokens", wraps=engine.decode_tokens) as decode:
         return call(), 1 + decode.call_count
 

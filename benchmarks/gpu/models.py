@@ -33,7 +33,7 @@ _LIMIT_S, _COMPILED_LIMIT_S = 120.0, 300.0
 
 
 def decode(run: Run, size: str) -> Iterator[Part]:
-    """tokens/s of one sequence and of many, around one context."""
+    """Decoding: tokens/s of one sequence and of many, around one context."""
     prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
     for n_batch in run.extent.decode_batches:
         peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in run.extent.tiers}
@@ -44,7 +44,7 @@ def decode(run: Run, size: str) -> Iterator[Part]:
 
 
 def decode_batches(run: Run, size: str) -> Iterator[Part]:
-    """tokens/s of the batch sizes between."""
+    """Decoding: tokens/s of the batch sizes between one and the largest."""
     extent = run.extent
     for n_batch in extent.more_decode_batches:
         prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
@@ -53,21 +53,21 @@ def decode_batches(run: Run, size: str) -> Iterator[Part]:
 
 
 def prefill(run: Run, size: str) -> Iterator[Part]:
-    """tokens/s with all logits, of many sequences and of one."""
+    """Prefill with all logits: tokens/s of many sequences and of one."""
     for n_batch in (run.extent.n_batch, 1):
         measure = partial(_bench, run, size, "prefill", n_batch, run.extent.n_tokens, run.extent.baselines)
         yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
 def train(run: Run, size: str) -> Iterator[Part]:
-    """tokens/s and peak memory of a training step."""
+    """A training step: tokens/s and peak memory."""
     n_batch = _training_batch(run.extent.shapes[size], run.extent.n_batch)
     measure = partial(_bench, run, size, "train", n_batch, run.extent.n_tokens, run.extent.baselines)
     yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
 def compiled(run: Run, size: str) -> Iterator[Part]:
-    """Decode and prefill beside torch.compile, whose compiling takes most of the time."""
+    """Decoding and prefill compared with torch.compile, which spends most of this step compiling."""
     extent = run.extent
     prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
     for workload, n_batch, n_tokens in (
@@ -79,7 +79,7 @@ def compiled(run: Run, size: str) -> Iterator[Part]:
 
 
 def _training_batch(shape: Shape, n_batch: int) -> int:
-    """n_batch for the small model and fewer for others: activations grow with layers times channels."""
+    """n_batch for the small model and fewer for larger ones, because activations grow with layers times channels."""
     return min(n_batch, max(2, n_batch * 12 * 768 // (shape.n_layer * shape.n_embd)))
 
 
@@ -134,7 +134,7 @@ def _expenses(options: BenchmarkOptions, n: int = 30) -> list[dict[str, Any]]:
 def _decode_on_tier(
     tier: str, workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
 ) -> Work:
-    """Our decoding on one tier. Raises ParityError where it is wrong, ValueError where the tier cannot run."""
+    """Our decoding on one tier. Raises ParityError if its tokens are wrong, ValueError if the tier cannot run."""
     model = workloads.contender(workloads.OURS, base, ids.device, dtype)
     if ids.device.type == "cuda":
         with engine.tier(tier), torch.no_grad():
@@ -154,7 +154,7 @@ def _decode_on_tier(
 def _decode_with_lookup(
     n_proposed: int, workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype
 ) -> Work:
-    """Our decoding with prompt lookup. Raises ParityError where it is wrong."""
+    """Our decoding with prompt lookup. Raises ParityError if its tokens are wrong."""
     model = workloads.contender(workloads.OURS, base, ids.device, dtype)
     assert model.generation_config is not None
     model.generation_config.prompt_lookup_num_tokens = n_proposed
@@ -165,7 +165,7 @@ def _decode_with_lookup(
 
 @torch.no_grad()
 def check_greedy_tokens(base: GPT2LMHeadModel, sequence: Tensor, n_prompt: int, dtype: torch.dtype) -> None:
-    """Raise ParityError unless every new token is as likely as the likeliest, but for the rounding of dtype.
+    """Raise ParityError unless every new token is as likely as the likeliest, up to the rounding of dtype.
 
     base: the same model in float32. sequence: (1, T), the prompt and what was generated.
     """

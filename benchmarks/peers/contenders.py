@@ -1,4 +1,4 @@
-"""Contenders other than torch and transformers, left out with a reason if not installed or if results differ.
+"""Contenders other than torch and transformers. One that is not installed, or that differs, is left out with a reason.
 
 On a CPU whole models: ctranslate2 and onnxruntime on the very weights, for prefill and decode. On a GPU operations:
 liger-kernel, cut-cross-entropy, flash-attn, quack-kernels. Shapes: B batch, T tokens, H heads, V vocabulary.
@@ -47,7 +47,7 @@ def _contender(build: Callable[[GPT2LMHeadModel, int], Remote]) -> MakeWork:
 
 
 def check_engine(engine: Engine, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) -> None:
-    """The gate: logits within 64 ulps of transformers' largest, and equal greedy tokens. Raises ParityError."""
+    """Raise ParityError unless logits agree within 64 ulps of transformers' largest and greedy tokens are equal."""
     with torch.no_grad():
         theirs = base(ids, use_cache=False).logits
     difference = (engine.logits(ids) - theirs).abs().max().item()
@@ -131,7 +131,7 @@ OPERATION_PEERS: dict[str, dict[str, MakeOperation]] = {
 
 
 def with_peers(case: operations.Case, shape: Shape) -> tuple[operations.Case, list[dict[str, Any]]]:
-    """A case with the peers that are installed and agree with the reference, and for each other a row that says why."""
+    """A case with the peers that are installed and agree with the reference, and a row of reasons for each other."""
     contenders, left_out = dict(case.contenders), []
     for name, reason, function in _judged(case, shape):
         if reason is None:

@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, ids: Tensor, n_tokens: int) -> tuple[Tensor, list[float]]:
-        """(B, n_tokens) greedy tokens after ids (B, T), at no end token, and when each column of them was there."""
+        """The greedy tokens (B, n_tokens) after ids (B, T), and when each column was ready. No end token stops them."""
         ...
 
 
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
 
 class Remote:
-    """An engine in a process of its own, idle but for the calls below.
+    """An engine in a process of its own, which is idle between the calls below.
 
     ctranslate2 binds the OpenMP library that torch has loaded. In one process the library then counts more threads than
     CPUs and lets torch's sleep between its loops: a decode step of torch took 31 ms in place of 21 while such an engine
@@ -64,11 +64,11 @@ class Remote:
         return torch.from_numpy(tokens), times
 
     def seconds(self, workload: str, ids: Tensor, n_tokens: int) -> float:
-        """How long the engine took, by the clock of its own process: decode from the first token to the last."""
+        """Time by the clock of the engine's own process. Decoding is timed from the first token to the last."""
         return self._call(_seconds, workload, ids.numpy(), n_tokens)
 
     def peak_growth(self, workload: str, ids: Tensor, n_tokens: int) -> tuple[int | None, str]:
-        """As `machine.peak_growth`, of the engine's process."""
+        """What `machine.peak_growth` measures, for the engine's process."""
         return self._call(_peak_growth, workload, ids.numpy(), n_tokens)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ def _peak_growth(workload: str, ids: np.ndarray, n_tokens: int) -> tuple[int | N
 
 
 class CTranslate2:
-    """The model converted in memory: its tokens are the ids as text, so that no tokenizer is needed."""
+    """The model, converted in memory. Its tokens are the ids as text, so that no tokenizer is needed."""
 
     def __init__(self, base: GPT2LMHeadModel, n_batch: int, n_threads: int):
         import ctranslate2  # type: ignore[import-not-found]
@@ -163,7 +163,7 @@ class CTranslate2:
 
 
 class OnnxRuntime:
-    """The model exported with its cache as inputs and outputs, which stay where the runtime put them."""
+    """The model, exported with its cache as inputs and outputs. The runtime keeps these in its own memory."""
 
     def __init__(self, base: GPT2LMHeadModel, n_batch: int, n_threads: int):
         import onnxruntime  # type: ignore[import-not-found]

@@ -23,7 +23,7 @@ PLOTS = RESULTS / "plots"
 
 
 def all_plots(results: Sequence[Result]) -> list[plots.Plot]:
-    """Those that there are results for."""
+    """The plots for which there are results."""
     drawn = []
     for device in dict.fromkeys(result.device for result in results):
         group = [result for result in results if result.device == device]
@@ -44,7 +44,7 @@ def all_plots(results: Sequence[Result]) -> list[plots.Plot]:
 
 
 def sections(results: Sequence[Result]) -> Iterator[tuple[Path, str, str]]:
-    """(file, marker, what stands there) of everything generated in a document."""
+    """Everything generated in a document: (file, marker, text between the markers)."""
     images = [f"![{plot.caption}](../{(PLOTS / plot.name).as_posix()}.svg)" for plot in all_plots(results)]
     yield Path("README.md"), "speeds", headline(results)
     yield Path("docs/results.md"), "measured", "\n\n".join([*speed_tables(results), *images])
@@ -57,7 +57,7 @@ def _paper(results: Sequence[Result]) -> str:
 
 
 def with_section(text: str, marker: str, body: str) -> str:
-    """text with body between `<!-- marker -->` and `<!-- /marker -->`. Raises ValueError when it has no such place."""
+    """Replace what stands between the two markers in text. Raises ValueError when a marker is missing."""
     start, end = f"<!-- {marker}: written by python -m benchmarks report -->", f"<!-- /{marker} -->"
     before, opened, rest = text.partition(start)
     _, closed, after = rest.partition(end)

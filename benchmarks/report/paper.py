@@ -1,4 +1,4 @@
-"""Step times on paper: what bytes, FLOPs and launches allow, for one GPU and for eight. Predictions, not measurements.
+"""Step times predicted, not measured, from bytes, FLOPs and launches, on one GPU and on eight.
 
 Letters as in `fastgpt.accounting`: L layers, C channels, F hidden width, V vocabulary, B batch, T tokens; N = B*T.
 """
@@ -24,7 +24,11 @@ BATCH, TOKENS = 16, 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one GPU: bytes/s of its memory, FLOP/s of a large product, bytes/s to the others, s lost a launch."""
+    """Rates of one GPU.
+
+    bandwidth: bytes/s of its memory. matrix_rate: FLOP/s of a large product. link_rate: bytes/s to the other GPUs.
+    launch_s: seconds that a launch adds.
+    """
 
     bandwidth: float
     matrix_rate: float
@@ -49,7 +53,7 @@ class Work:
     n_launches: int
 
     def seconds(self, machine: Machine) -> float:
-        """Memory and products overlap, launches do not."""
+        """The time if memory accesses and products overlap, and launches do not."""
         floor_s = max(self.n_bytes / machine.bandwidth, self.flops / machine.matrix_rate)
         return floor_s + self.n_launches * machine.launch_s
 
@@ -70,12 +74,12 @@ def decode_work(shape: Shape, batch: int, context: int, element_bytes: int = 2) 
 
 
 def _forward_work(shape: Shape, batch: int, tokens: int, element_bytes: int, pairs: int, n_keys: int) -> list[Work]:
-    """pairs: of a query and a key that one head of one sequence multiplies."""
+    """The work of one forward pass. pairs: how many query-key pairs one head of one sequence multiplies."""
     C, F, V, L = shape.n_embd, shape.hidden_width, shape.vocab_size, shape.n_layer
     N, e = batch * tokens, element_bytes
 
     def product(name: str, n_in: int, n_out: int, n: int) -> Work:
-        """n products of (N, n_in) and (n_in, n_out)."""
+        """The work of n products of (N, n_in) and (n_in, n_out)."""
         return Work(name, (N * (n_in + n_out) + n_in * n_out) * e, 2 * N * n_in * n_out, 1).times(n)
 
     return [
@@ -92,12 +96,12 @@ def _forward_work(shape: Shape, batch: int, tokens: int, element_bytes: int, pai
 
 
 def training_work(shape: Shape, batch: int, tokens: int, element_bytes: int = 2) -> list[Work]:
-    """Forward and backward, which is taken as twice the forward pass; AdamW comes on top."""
+    """Forward and backward without AdamW. Backward is counted as twice the forward pass."""
     return [work.times(3) for work in prefill_work(shape, batch, tokens, element_bytes)]
 
 
 def adamw_work(n_parameters: int) -> Work:
-    """A fused step in float32."""
+    """The work of one fused step in float32."""
     return Work("AdamW", accounting.adamw_bytes(n_parameters), 0, 1)
 
 
@@ -110,10 +114,11 @@ def seconds(works: Sequence[Work], machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A training step of N_GPUS GPUs, each with its own batch; all of a GPU.
+    """A training step on N_GPUS GPUs, each with its own batch; all figures are those of one GPU.
 
-    wire_bytes: sent, and as many received. hidden_s, exposed_s: the step when all of that runs behind the backward
-    pass (FSDP2: and the forward pass), and when none of it does. state_bytes: weights, gradients and moments held.
+    wire_bytes: what it sends; it receives as much. hidden_s: the step's time if all communication overlaps the backward
+    pass (FSDP2: and the forward pass). exposed_s: the time if none of it does. state_bytes: weights, gradients and
+    moments that it holds.
     """
 
     wire_bytes: float
@@ -141,7 +146,7 @@ def fsdp2(shape: Shape, machine: Machine) -> Scaled:
 def _scaled(
     passes: list[Work], share: float, adamw: Work, wire_bytes: float, state_bytes: float, machine: Machine
 ) -> Scaled:
-    """share: of the passes, behind which the wire can hide."""
+    """share: the part of the passes that communication can overlap."""
     passes_s, wire_s = seconds(passes, machine), wire_bytes / machine.link_rate
     adamw_s = adamw.seconds(machine)
     hidden_s = (1 - share) * passes_s + max(share * passes_s, wire_s) + adamw_s
@@ -152,7 +157,7 @@ def _scaled(
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """The tables, and beside the predictions whatever was measured; results: of `fastgpt bench`."""
+    """The tables of predictions, with the measured speeds where results of `fastgpt bench` have them."""
     blocks = [
         f"One GPU, at {H200.bandwidth / 1e12:.1f} TB/s, {H200.matrix_rate / 1e12:.0f} TFLOP/s and "
         f"{1e6 * H200.launch_s:.0f} us a launch, bfloat16; decoding one sequence at {DECODE_CONTEXT} tokens of "
@@ -225,7 +230,7 @@ def _measured_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rounded(speed: float) -> str:
-    """Three digits: a prediction has no more."""
+    """Three digits, because a prediction is not more exact."""
     digits = max(0, 2 - math.floor(math.log10(speed)))
     return f"{float(f'{speed:.3g}'):,.{digits}f}"
 

@@ -1,6 +1,6 @@
-"""Plots of the results as SVG files, each of which says from which figures it was drawn.
+"""Plots of the results as SVG files. Each file names the figures from which it was drawn.
 
-They stand on a white ground of their own, so that a light and a dark page show the same picture.
+The background is white, so that light and dark pages show the same picture.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#
 
 @dataclass(frozen=True)
 class Plot:
-    """A file's name without its ending, the text for those who do not see it, its figures, and how they are drawn."""
+    """name: of the file, without its suffix. caption: the text in place of the picture. figures: what is drawn."""
 
     name: str
     caption: str
@@ -32,7 +32,7 @@ class Plot:
 
     @property
     def fingerprint(self) -> str:
-        """Of the figures: the drawing itself differs between versions of matplotlib."""
+        """A hash of the figures, because the drawing itself differs between versions of matplotlib."""
         return hashlib.sha256(json.dumps([self.name, self.figures], sort_keys=True).encode()).hexdigest()
 
     def is_drawn(self, file: Path) -> bool:
@@ -40,7 +40,7 @@ class Plot:
         return file.is_file() and self.fingerprint in file.read_text()
 
     def save(self, file: Path) -> None:
-        """Draw into a file, whose bytes depend on the figures and on matplotlib alone."""
+        """Draw into a file. Its bytes depend only on the figures and the version of matplotlib."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -186,8 +186,8 @@ def _curves(
 def kernel_times(name: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
     """Milliseconds of one call of every operation, forward and backward, stacked: fastgpt's above torch's.
 
-    sizes: the rows of `benchmarks.operations.measure` by the model's name. Operations that either lacks are left out
-    of both, or their sums could not be compared.
+    sizes: the rows of `benchmarks.operations.measure` by the model's name. An operation that either
+    contender lacks is left out of both, because otherwise their sums could not be compared.
     """
     times: dict[str, dict[str, dict[str, float]]] = {}
     for size, rows in sizes.items():

@@ -1,5 +1,7 @@
-"""What a file of results holds: of `fastgpt bench` and `benchmarks cpu` one benchmark of whole models, of
-`benchmarks gpu` steps with their parts. Steps that are not known here are passed over.
+"""What a file of results holds.
+
+A file of `fastgpt bench` or `benchmarks cpu` holds one benchmark of whole models. A file of `benchmarks gpu` holds
+steps with their parts. Unknown steps are ignored.
 """
 
 import json
@@ -20,17 +22,17 @@ class Result:
 
     @property
     def device(self) -> str:
-        """The folder that it lies in."""
+        """The name of the file's folder."""
         return self.file.parent.name
 
     @property
     def name(self) -> str:
-        """Of what is drawn from it."""
+        """The device and the file's name, with which the names of its plots begin."""
         return f"{self.device}-{self.file.stem}"
 
 
 def load(folder: Path) -> list[Result]:
-    """Every result in a folder, by device and name. Raises ValueError on a file that holds none that may be quoted."""
+    """Every result in a folder, by device and name. Raises ValueError if a file holds a dry run or no result."""
     results = [Result(file, json.loads(file.read_text())) for file in sorted(folder.glob("*/*.json"))]
     for result in results:
         if result.content.get("dry_run"):
@@ -41,13 +43,13 @@ def load(folder: Path) -> list[Result]:
 
 
 def benchmarks(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Benchmarks of whole models by step and part, "" for that of `fastgpt bench`."""
+    """Benchmarks of whole models by step and part; the one of `fastgpt bench` has the name ""."""
     found = {f"{step}, {part}": inner for step, part, inner in _parts(content) if "results" in inner}
     return ({"": content} if "results" in content else {}) | found
 
 
 def operations(content: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """Rows of operations by the model's size; one that failed has a row with its fault."""
+    """Rows of operations by the model's size. An operation that failed has a row with its fault."""
     sizes: dict[str, list[Row]] = {}
     for step, operation, inner in _parts(content):
         if step.startswith("kernels "):
@@ -99,7 +101,7 @@ def faults(content: Mapping[str, Any]) -> list[str]:
 
 
 def _parts(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(step, part, what it holds), but for parts that are a figure or a word."""
+    """(step, part, content) of every part whose content is more than a number or a word."""
     for step, parts in content.items():
         for part, inner in parts.items() if isinstance(parts, Mapping) else ():
             if isinstance(inner, Mapping | list):

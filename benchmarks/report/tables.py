@@ -27,7 +27,7 @@ _VERSIONS = ("torch", "triton", "transformers", *CPU_PEERS)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text; a bar within a cell is escaped."""
+    """A Markdown table. A bar within a cell is escaped."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
@@ -80,7 +80,7 @@ def _speed_table(group: Sequence[tuple[Result, Mapping[str, Any]]]) -> str:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """One sequence at a time on one machine, a GPU where there are results of one: a heading and a short table."""
+    """A heading and a short table of one sequence at a time on one machine, which is a GPU if results of one exist."""
     device = "gpu" if any(result.device == "gpu" and benchmarks(result.content) for result in results) else "cpu"
     chosen: dict[tuple[int, int], tuple[str, list[str]]] = {}
     for result in results:
@@ -102,7 +102,7 @@ def headline(results: Sequence[Result]) -> str:
 
 
 def describe_work(content: Mapping[str, Any], workload: str) -> str:
-    """What was run in a benchmark of whole models, in words."""
+    """The options of a benchmark of whole models, in words."""
     options = content["options"]
     tokens = f"{options['batch']} x {options['prompt_tokens']}"
     what = f"{workload} of {tokens}" if workload != "decode" else f"decode of {options['new_tokens']} after {tokens}"
@@ -113,7 +113,7 @@ def describe_work(content: Mapping[str, Any], workload: str) -> str:
 
 
 def detail_tables(results: Sequence[Result]) -> list[str]:
-    """A heading and a table for everything that was measured beside the speed of whole models."""
+    """A heading and a table for everything that was measured in addition to the speed of whole models."""
     kinds: list[tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Any], str]]] = [
         ("Operations", operations, _operation_table),
         ("The library's products", products, _product_table),
@@ -206,7 +206,7 @@ def _forward_table(dtypes: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _operation_table(rows: Sequence[Row]) -> str:
-    """fastgpt's time of each operation and pass beside torch's and that of the fastest other contender."""
+    """The time of each operation and pass, of fastgpt, of torch and of the fastest other contender."""
     table = []
     for (operation, direction), contenders in _by_pass(rows).items():
         ours = contenders.get(OURS, {})
@@ -232,7 +232,7 @@ def _operation_table(rows: Sequence[Row]) -> str:
 
 
 def _by_pass(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Rows by (operation, pass) and contender; a finding about the whole operation is fastgpt's."""
+    """Rows by (operation, pass) and contender. A finding about a whole operation is listed under fastgpt."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if "direction" in row or "contender" not in row:

@@ -42,7 +42,7 @@ class Hopper:
     _count_sectors: Any
 
     def _in_flight(self, places, n_bytes, site):
-        """Nothing may be written where a product that was not waited for reads."""
+        """Check that nothing is written where a product still reads that was not waited for."""
         flying = [p for group in (*self.product_groups, self.loose_products) for p, _, _ in group]
         if flying:
             chunks = np.unique((places[:, None] + np.arange(0, n_bytes, 16)) >> 4)
@@ -52,7 +52,7 @@ class Hopper:
     # --- barriers in shared memory ----------------------------------------------------------------------------------
 
     def _each(self, address, mask, site):
-        """(lane, program, address) of lanes that act."""
+        """(lane, program, address) of each lane that acts."""
         lanes = range(self.width) if mask is None else np.flatnonzero(mask)
         return [(lane, int(self.program[lane]), int(address[lane])) for lane in lanes]
 
@@ -63,7 +63,7 @@ class Hopper:
         return found
 
     def _touch(self, address, mask, writes, site):
-        """A barrier is set up and taken down as plain memory is written; its users read it."""
+        """Record the access: setting up or removing a barrier writes its memory, and using it reads it."""
         places, lanes = self._places(address, mask, 8, site)
         warps, epochs = (self.warp, self.epochs) if lanes is None else (self.warp[lanes], self.epochs[lanes])
         (self.pool.shared.write if writes else self.pool.shared.read)(places, 8, warps, epochs, self.sites[site])
@@ -98,7 +98,7 @@ class Hopper:
             barrier.left, barrier.phase = barrier.count, barrier.phase ^ 1
 
     def mbarrier_test(self, address, parity, mask, site):
-        """Whether the phase of a parity is over."""
+        """Whether the phase with this parity has completed."""
         self._touch(address, mask, False, site)
         result = np.zeros(self.width, bool)
         lanes = np.arange(self.width) if mask is None else np.flatnonzero(mask)
@@ -217,7 +217,7 @@ class Hopper:
                 self._store_tile(*copy)
 
     def finish(self):
-        """At the end of a program everything arrives."""
+        """At the end of a program, let all copies arrive."""
         self.bulk_commit(None)
         self.bulk_wait(0, None, False)
         self.wgmma_commit(None)
@@ -242,7 +242,7 @@ class Hopper:
     # --- products of four warps -------------------------------------------------------------------------------------
 
     def _matrix_places(self, bits, rows, k, element, k_is_inner):
-        """Of the elements (rows, k) of a tile, in bytes."""
+        """The places of the elements (rows, k) of a tile, in bytes."""
         start, leading, stride = (bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4
         mode, row, inner = bits >> 62, np.arange(rows)[:, None], np.arange(k)[None, :]
         if bits >> 49 & 7:
@@ -321,7 +321,7 @@ class Hopper:
         self.loose_products = []
 
     def wgmma_wait(self, n_left, mask, site):
-        """Operands in shared memory must be what they were until the product is waited for."""
+        """Check that operands in shared memory have not changed before the product is waited for."""
         while len(self.product_groups) > n_left:
             for places, before, issued in self.product_groups.pop(0):
                 if (self.pool.shared.view(2, 1)[places >> 1] != before).any():

@@ -32,7 +32,7 @@ _FORMATS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1":
 
 @dataclass
 class Launch:
-    """One that was run."""
+    """A launch that was run."""
 
     kernel: str
     grid: tuple
@@ -96,7 +96,7 @@ class _AbsentGpu:
 def executing(
     architecture: str, n_multiprocessors: int = 2, edit: Callable | None = None, **options: Any
 ) -> Iterator[Session]:
-    """Launches in the block run here. options: those of `machine.Options`."""
+    """Run the launches of the block here. options: those of `machine.Options`."""
 
     session = Session(machine.Options(**options), edit)
 
@@ -168,7 +168,7 @@ def _run(
 
 
 def _span(name: str, tensor: torch.Tensor) -> tuple:
-    """Name, first byte of the tensor, byte behind its last, and the same of its storage."""
+    """The name, the first byte of the tensor, the byte after its last, and both of its storage."""
     size = tensor.element_size()
     first = tensor.data_ptr()
     extent = (

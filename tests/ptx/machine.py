@@ -30,8 +30,8 @@ _PARAMETER_BASE = 0x70000000
 
 @dataclass
 class Options:
-    """warps: each warp by itself, in an order drawn from seed, instead of all in lock-step. lanes: about how many at
-    once. max_steps: blocks after which a pool is taken to hang."""
+    """warps: run each warp by itself, in an order drawn from seed, instead of all in lock-step. lanes: about how many
+    run at once. max_steps: a pool that executes more blocks is said to hang."""
 
     warps: bool = False
     seed: int = 0
@@ -71,7 +71,7 @@ def run_grid(
 
 
 class Pool:
-    """Some programs of a grid that run side by side."""
+    """Some programs of a grid, which run side by side."""
 
     def __init__(self, program, grid, numbers, parameters, n_shared, memory, report, options, cooperative, descriptors):
         self.program, self.grid, self.parameters = program, grid, parameters
@@ -152,7 +152,7 @@ class Pool:
         self.release(identity, n_threads)
 
     def release(self, identity: int, n_threads: int = 0) -> None:
-        """Whoever waits, where all have arrived."""
+        """Let waiting lanes continue in the programs where all have arrived."""
         arrived = self.arrived.get(identity)
         if arrived is None:
             return
@@ -193,7 +193,7 @@ class Pool:
                 self.report.note("different barriers meet", self.program.entry.blocks[max(places)].last, str(places))
 
     def left(self, team: "Team", mask: np.ndarray | None) -> None:
-        """Lanes have come to their end."""
+        """Note that lanes have ended."""
         if mask is None:
             np.subtract.at(self.live, team.programs_of_warps, 32)
         else:
@@ -204,7 +204,7 @@ class Pool:
 
 @dataclass(eq=False)
 class Fiber:
-    """Lanes of a team that stand at the same block; mask: None for all of them."""
+    """Lanes of a team that are at the same block. mask: None means all lanes."""
 
     pc: int
     mask: np.ndarray | None
@@ -213,7 +213,7 @@ class Fiber:
 
 @dataclass(eq=False)
 class Join:
-    """Where lanes that parted meet again. expected: those that are to come, without those that came to their end."""
+    """Where diverged lanes reconverge. expected: the lanes that still have to come, without those that ended."""
 
     pc: int
     expected: np.ndarray
@@ -261,7 +261,7 @@ class Team(Hopper):
     # --- control ----------------------------------------------------------------------------------------------------
 
     def add(self, pc: int, mask: np.ndarray | None, joins: tuple = ()) -> None:
-        """Lanes go on at a block, together with those that stand there."""
+        """Let lanes continue at a block, together with those that are there already."""
         if mask is not None and mask.all():
             mask = None
         while joins and joins[-1].pc == pc:
@@ -291,7 +291,7 @@ class Team(Hopper):
         self.add(pc + 1, mask & ~taken, joins)
 
     def leave(self, joins: tuple, mask: np.ndarray | None) -> None:
-        """Lanes at their end are expected nowhere any more."""
+        """Remove lanes that have ended from every place where they are expected."""
         for join in reversed(joins):
             join.expected = join.expected & ~(self.all if mask is None else mask)
             if join in self.open_joins and join.expected.any() and (join.arrived == join.expected).all():
@@ -301,7 +301,7 @@ class Team(Hopper):
                 self.open_joins.remove(join)
 
     def release_warps(self) -> bool:
-        """Nobody can go on: whole warps need not wait for other warps."""
+        """Called when no lane can continue: whole warps need not wait for other warps."""
         for join in reversed(self.open_joins):
             missing = (join.expected & ~join.arrived).reshape(-1, 32).any(1)
             going = join.arrived & ~np.repeat(missing, 32)
@@ -378,7 +378,7 @@ class Team(Hopper):
     # --- values -----------------------------------------------------------------------------------------------------
 
     def both(self, mask, chosen):
-        """Lanes in both; None for all of them."""
+        """The lanes in both masks. None means all lanes."""
         if mask is None:
             return None if chosen.all() else chosen
         return mask & chosen
@@ -399,7 +399,7 @@ class Team(Hopper):
         return self.caches[key]
 
     def address_of(self, name, kind, width):
-        """Of shared memory 0; of a parameter that is a descriptor, a number that stands for it."""
+        """0 for shared memory; for a parameter that is a descriptor, a number that stands for it."""
         symbols = self.pool.program.entry.symbols
         if name in symbols and symbols[name][0] == "shared":
             return self.constant(f"u{width}", 0).view(_KINDS[kind])
@@ -450,7 +450,7 @@ class Team(Hopper):
         return self.caches[key]
 
     def shuffle_by(self, mode, b, c):
-        """From which lane each takes its value, and whether that is one of its segment."""
+        """The lane from which each lane takes its value, and whether that lane is in its segment."""
         lane = self.lane
         b, c = b.astype(np.int64) & 31, c.astype(np.int64)
         segment, clamp = c >> 8 & 31, c & 31
@@ -584,7 +584,7 @@ class Team(Hopper):
         counts[f"global {what} sectors"] += np.unique(keys).size
 
     def atomic(self, space, operation, kind, address, mask, words, site):
-        """Lane after lane. Returns what was there before."""
+        """Execute lane after lane. Returns what was in memory before."""
         places = np.arange(self.width) if mask is None else np.flatnonzero(mask)
         instruction = self.sites[site]
         if kind not in _KINDS:
@@ -626,7 +626,7 @@ class Team(Hopper):
     # --- shared memory ----------------------------------------------------------------------------------------------
 
     def _places(self, address, mask, n_bytes, site):
-        """(positions in shared memory, lanes or None), without those that lie outside."""
+        """(positions in shared memory, lanes or None). Positions outside are left out."""
         lanes = None if mask is None else np.flatnonzero(mask)
         offset = address.astype(np.int64)
         base = self.base
@@ -707,7 +707,7 @@ class Team(Hopper):
             self._count_banks(places, lanes, n_bytes, "store")
 
     def _count_banks(self, places, lanes, n_bytes, what):
-        """Passes over the 32 banks that a warp's access takes, and those that its bytes need."""
+        """How many passes over the 32 banks a warp's access takes, and how many its bytes need."""
         warp = self.warp if lanes is None else self.warp[lanes]
         lane = self.lane if lanes is None else self.lane[lanes]
         words = max(1, n_bytes // 4)
@@ -725,7 +725,7 @@ class Team(Hopper):
     # --- asynchronous copies ----------------------------------------------------------------------------------------
 
     def copy(self, to, of, mask, size, taken, site):
-        """cp.async: `taken` bytes from global memory, and zeros up to size; they arrive when they are waited for."""
+        """cp.async: copy `taken` bytes from global memory, and zeros up to size. They arrive when a lane waits."""
         places, lanes = self._places(to, mask, size, site)
         if places.size == 0:
             return
@@ -789,7 +789,7 @@ class Team(Hopper):
         self.loose_copies = outside
 
     def copy_wait(self, n_left, mask):
-        """All groups of a lane but its n_left latest arrive."""
+        """Let all groups of a lane arrive except its n_left latest."""
         newer = np.zeros(self.width, int)
         for group in reversed(self.copy_groups):
             committed, pending, copies = group

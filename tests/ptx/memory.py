@@ -45,7 +45,7 @@ class Region:
     reader: np.ndarray | None = None
 
     def view(self, size: int, count: int) -> np.ndarray:
-        """Elements of some bytes, in rows of `count`; it begins at a multiple of 16 bytes before the region."""
+        """The memory as elements of some bytes, in rows of `count`, from a multiple of 16 bytes before the region."""
         key = size, count
         if key not in self.views:
             first = self.start & ~15
@@ -74,7 +74,7 @@ class GlobalMemory:
 
     @staticmethod
     def _joined(spans: list) -> list[Region]:
-        """Sorted, those that touch as one."""
+        """The regions in order. Regions that touch become one."""
         regions: list[Region] = []
         for name, start, end in sorted(spans, key=lambda s: s[1:]):
             if regions and start <= regions[-1].end:
@@ -86,7 +86,7 @@ class GlobalMemory:
         return regions
 
     def region(self, first: int, last: int) -> Region | None:
-        """The one that holds all bytes from first up to last."""
+        """The region that holds all bytes from first up to last."""
         known = self.last
         if known is not None and known.start <= first and last <= known.end:
             return known
@@ -97,7 +97,7 @@ class GlobalMemory:
         return None
 
     def split(self, addresses: np.ndarray, n_bytes: int, instruction: object, what: str) -> list:
-        """(region, positions of the addresses in it); what lies nowhere is reported and left out."""
+        """(region, positions of the addresses in it). An address outside of all regions is reported and left out."""
         if addresses.size == 0:
             return []
         if int(addresses.max()) > 2**62:
@@ -294,7 +294,7 @@ class SharedMemory:
             self.read_warp[units[many]] = -2
 
     def write(self, places, n_bytes, warps, epochs, instruction, lands=True, unchanged=None) -> None:
-        """lands: False when a copy begins. unchanged: accesses that store what is there already."""
+        """lands: False when a copy begins. unchanged: accesses that store the value that is already there."""
         units = self.units(places, n_bytes)
         if self.uninitialised and lands:
             self.written[units] = True
@@ -338,7 +338,7 @@ class SharedMemory:
             self.write_warp[units] = warps[:, None]
 
     def settle(self, places, n_bytes) -> None:
-        """A copy has arrived and everybody who asked its barrier may read it."""
+        """Note that a copy has arrived: all who tested its barrier may read it."""
         units = self.units(places, n_bytes)
         if self.uninitialised:
             self.written[units] = True

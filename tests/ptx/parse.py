@@ -63,7 +63,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """%r1|%p1: a result and the predicate beside it."""
+    """%r1|%p1: a result and its predicate."""
 
     first: object
     second: object
@@ -88,7 +88,7 @@ class Instruction:
 
 @dataclass
 class Block:
-    """A run of instructions that is entered at its first and left behind its last."""
+    """Instructions that are entered only at the first and left only after the last."""
 
     number: int
     instructions: list = field(default_factory=list)
@@ -253,7 +253,7 @@ def _header(text: str) -> _Function:
 
 
 def _parameters(text: str) -> list[tuple[str, str, int, int]]:
-    """(type, name, bytes, alignment) of each."""
+    """(type, name, bytes, alignment) of each declaration."""
     parameters = []
     for part in text.split(","):
         if not part.strip():
@@ -271,7 +271,7 @@ def _parameters(text: str) -> list[tuple[str, str, int, int]]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         if character in "[{(":
@@ -334,7 +334,7 @@ def _resolve(function: _Function, functions: dict, registers: dict, counter: lis
     scope_numbers, n_scopes = [0], 0
 
     def label(name: str) -> str:
-        """A label may stand in several scopes: the innermost is meant."""
+        """Find a label. If several scopes have it, the innermost is meant."""
         for number in reversed(scope_numbers):
             if name in labels[number]:
                 return f"{name}{suffix}#{number}"
