@@ -19,7 +19,6 @@ from fastgpt.bench import machine
 from fastgpt.bench.parity import ParityError
 
 from ..operations import timing as operations
-from ..operations.timing import TINY
 from ..peers import contenders as peers
 from . import waits
 from .run import ROOT, Part, Run
@@ -61,7 +60,7 @@ def _tests(run: Run, test: str) -> dict[str, Any]:
 
 def rates(run: Run) -> Iterator[Part]:
     """Bandwidth in bytes/s and matrix rate in FLOP/s, the ceilings of everything that follows."""
-    if run.extent.shapes is TINY:
+    if run.extent.is_dry:
         measured = {"bandwidth": 1e9, "matrix_rate": 1e9}
     else:
         measured = machine.measure_rates(run.extent.device, run.extent.dtype)
@@ -72,7 +71,7 @@ def rates(run: Run) -> Iterator[Part]:
 def wait_times(run: Run) -> Iterator[Part]:
     """An empty grid barrier, and a node of a CUDA graph: the fixed costs of the decode tiers."""
     device, row_s = run.extent.device, run.extent.row_s
-    n_times = 2 if run.extent.shapes is TINY else 200
+    n_times = 2 if run.extent.is_dry else 200
     yield Part("grid barrier", partial(waits.barrier_seconds, device, n_times, row_s))
     yield Part("graph node", partial(waits.node_seconds, device, False, n_times, row_s))
     if chip.overlaps_launches(device):
@@ -81,7 +80,7 @@ def wait_times(run: Run) -> Iterator[Part]:
 
 def ceilings(run: Run) -> Iterator[Part]:
     """A copy, a read, a large product, and the library's own rate in every product of GPT-2."""
-    n_bytes, width = (2**16, 64) if run.extent.shapes is TINY else (2**32, 8192)
+    n_bytes, width = (2**16, 64) if run.extent.is_dry else (2**32, 8192)
     yield Part("memory", partial(_memory_rates, run, n_bytes))
     yield Part("large product", partial(_product, run, width, width, width, bias=False))
     for size, shape in run.extent.shapes.items():

@@ -47,6 +47,10 @@ class Extent:
     tests: tuple[str, ...]
     n_processes: int
 
+    @property
+    def is_dry(self) -> bool:
+        return self.device.type == "cpu"
+
 
 def tests_of_kernels() -> list[Path]:
     """The files whose tests run kernels. Some of their tests run the reference too, with an id that starts so."""
