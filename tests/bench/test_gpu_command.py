@@ -101,7 +101,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(cut_off: tuple[Path, dict[str,
     assert "decode tiny" in result["seconds"]
     assert "kernels tiny" in result
     assert "kernels tiny" not in result["seconds"]
-    assert "train tiny" not in result
+    assert "profile tiny" not in result
 
 
 def test_the_same_command_goes_on(cut_off: tuple[Path, dict[str, Any]], whole: tuple[dict[str, Any], str]) -> None:
