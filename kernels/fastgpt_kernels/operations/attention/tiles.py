@@ -57,11 +57,7 @@ _ATTENTION_ON = {
     "sm_86": _ATTENTION_SM86,
     "sm_89": _ATTENTION_SM86,
     "sm_90": {("fwd", 4, 128): AttentionTile(16, 16, 4, 2)},
-    "sm_100": {
-        ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
-        ("dq", 2, 128): AttentionTile(32, 32, 4, 1),
-        ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2),
-    },
+    "sm_100": {**_ATTENTION_SM86, ("dq", 2, 128): AttentionTile(32, 32, 4, 1)},
     "sm_120": {
         ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
         ("dq", 2, 128): AttentionTile(32, 32, 8, 2),

@@ -31,6 +31,9 @@ _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
 # For rows that do not start at multiples of 16 bytes, whose elements are loaded one by one.
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3), 4: ProductTile(32, 64, 32, 8, 1)}
+# Replacements on sm_100, by bytes per element and `describable`, because triton 3.7.1 spills a few bytes of the tiles
+# above: compiled, not timed.
+_PRODUCT_SM100 = dict.fromkeys(((4, False), (8, True), (8, False)), ProductTile(32, 64, 16, 4, 1))
 # The interpreter sums a column of a tile row by row, not as a tree: with few rows it errs as little as eager torch.
 _PRODUCT_OF_CPU = ProductTile(32, 128, 64, 4, 2)
 
@@ -57,6 +60,8 @@ def product_tile(element_size: int, architecture: str, describable: bool) -> Pro
         return _PRODUCT_OF_CPU
     if architecture == "sm_90" and element_size == 2 and describable:
         return _PRODUCT_DESCRIPTORS_HOPPER
+    if architecture == "sm_100" and (element_size, describable) in _PRODUCT_SM100:
+        return _PRODUCT_SM100[element_size, describable]
     return (_PRODUCT if describable else _PRODUCT_OF_ODD_ROWS)[element_size]
 
 
