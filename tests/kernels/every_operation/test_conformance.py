@@ -117,12 +117,7 @@ def registered_calls(operation: str, form: str, wanted: slice = slice(None)) -> 
 
 @every_form
 @pytest.mark.parametrize("wanted", [slice(None), slice(1, 2)], ids=["all", "one"])
-def test_registered_operations_pass_opcheck(
-    operation: str, form: str, wanted: slice, request: pytest.FixtureRequest
-) -> None:
-    if (operation, form, wanted) == ("gelu_mlp", "residual, dropout", slice(1, 2)):
-        reason = "gelu_mlp_backward returns the gradient of proj_bias unasked where there is dropout, unlike its fake"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_registered_operations_pass_opcheck(operation: str, form: str, wanted: slice) -> None:
     calls = registered_calls(operation, form, wanted)
     assert calls
     for registered, args in calls:

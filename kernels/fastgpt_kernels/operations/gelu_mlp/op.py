@@ -203,7 +203,7 @@ def _product_bwd(
     n_rows, n_cols = dout.shape
     stores = seed is not None or dout.dtype != dtype
     if not stores and not wants_bias:
-        return dout, dout.new_empty(0)
+        return dout, dout.new_empty(0, dtype=dtype)
     dproduct = torch.empty_like(dout, dtype=dtype, memory_format=torch.contiguous_format) if stores else dout
     tile = tiles.GELU_MLP_BWD_PRODUCT
     n_col_tiles = cdiv(n_cols, tile.block_cols)
@@ -216,7 +216,7 @@ def _product_bwd(
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, STORE_DPRODUCT=stores,
         ACCUMULATOR=triton_accumulator(dtype), num_warps=tile.num_warps, **_dropout(seed, dropout_p),
     )  # fmt: skip
-    return dproduct, partials.sum(0).to(dtype)
+    return dproduct, partials.sum(0).to(dtype) if wants_bias else dout.new_empty(0, dtype=dtype)
 
 
 def gelu_mlp_bwd(
