@@ -43,6 +43,7 @@ def _serve(connection: Connection, extent: Extent) -> None:
     """Take steps until the connection ends. Every answer is (what, name of the part, value)."""
     os.setsid()  # what a part starts is killed with this process
     if extent.is_dry:
+        torch.set_num_threads(1)  # more gain nothing at this size, and cost much where other processes are busy
         import_module("interpreter")  # of the tests: it mends triton's own where that computes otherwise than a GPU
     run = Run(extent, {}, lambda text: connection.send(("says", text, None)))
     with contextlib.suppress(EOFError, BrokenPipeError):
