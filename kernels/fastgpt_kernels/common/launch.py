@@ -29,7 +29,7 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """A context in which the GPU that holds x is the current one; nearly free where it is already."""
-    is_current = not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    is_current = not x.is_cuda or x.device.index == torch.cuda.current_device()
     return nullcontext() if is_current else torch.cuda.device(x.device)
 
 

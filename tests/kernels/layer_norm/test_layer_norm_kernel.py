@@ -168,15 +168,17 @@ def test_bug_saved_sum_is_shared_with_the_caller() -> None:
         y.sum().backward()
 
 
-def test_bug_launched_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("current", [0, 1])
+def test_bug_launched_on_another_gpu(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[str] = []
 
     @contextmanager
-    def device(name: str) -> Iterator[None]:
-        entered.append(name)
+    def device(device: torch.device) -> Iterator[None]:
+        entered.append(str(device))
         yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     kernel = {(5,): lambda *args, **options: entered.append("launched")}
-    launch.launch(kernel, 5, SimpleNamespace(is_cuda=True, device="cuda:1"))  # pyright: ignore
-    assert entered == ["cuda:1", "launched"]
+    launch.launch(kernel, 5, SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")))  # pyright: ignore
+    assert entered == ["cuda:1", "launched"][current:]
