@@ -23,8 +23,11 @@ from . import bench as benchmark
 from . import doctor as checks
 from .accounting.tables import render
 from .bench import profiling
+from .corpus import read_text
+from .evaluation import evaluate_text, settle_windows
 from .generate import options as sampling
-from .text import settle_place, stream_text
+from .progress import progress_bar
+from .text import load_model_and_tokenizer, settle_place, stream_text
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -143,7 +146,7 @@ def bench(
         raise typer.BadParameter("--plot needs matplotlib: pip install 'fastgpt[bench]'")
     for option, file in {"--json": json_file, "--plot": plot_file, "--profile": profile_file}.items():
         _check_output(option, file)
-    with benchmark.progress_bar(notes) as progress:
+    with progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
     for result in results:
         benchmark.render(result, _tables())
@@ -153,6 +156,34 @@ def bench(
         benchmark.plot(results, plot_file)
     if profile_file is not None:
         profiling.render(profiling.profile(series[0], profile_file), notes)
+
+
+@app.command("eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="The text, in UTF-8.")],
+    model: Model = "demo",
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a window; the model's whole context.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens from window to window; half a context.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts a text: loss, perplexity and bits per byte over a sliding window."""
+    with _wrong_usage():
+        settle_place(device, dtype)
+        ops.selected_backend()
+        text = read_text(file)
+    network, tokenizer = load_model_and_tokenizer(model, device, dtype)
+    with _wrong_usage():
+        context, stride = settle_windows(network.config.n_positions, context, stride)
+    with progress_bar(notes) as progress:
+        result = evaluate_text(text, network, tokenizer, context=context, stride=stride, batch=batch, progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print(result.result())
+    print(result.speed(), file=sys.stderr)
 
 
 @app.command()

@@ -1,16 +1,15 @@
 """Tokens/s compared with transformers on the same weights: workloads, parity gate, timed runs, tables and plots."""
 
+from ..progress import Progress, progress_bar
 from .parity import ParityError
 from .plotting import plot, render
 from .runs import (
     SCHEMA,
     BenchmarkOptions,
     MakeWork,
-    Progress,
     bring_together,
     compare,
     make_tokens,
-    progress_bar,
     rotated,
     run_benchmark,
     run_series,

@@ -14,13 +14,12 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from rich import progress
-from rich.console import Console
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from .. import accounting, ops
 from ..doctor import versions
+from ..progress import Progress
 from ..text import DTYPES, default_device
 from . import machine, parity, workloads
 from .workloads import BASELINES, OURS, WORKLOADS
@@ -31,8 +30,6 @@ MIN_RUNS = 5
 # Makes the work of a further contender from (workload, base, ids, n_new_tokens, dtype), as `make_work` takes them. An
 # exception skips the contender and is the reason.
 MakeWork = Callable[[str, GPT2LMHeadModel, Tensor, int, torch.dtype], workloads.Work]
-# Called with a description of the step, how many steps are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 # --- options --------------------------------------------------------------------------------------------------------
 
@@ -310,12 +307,3 @@ class _Steps:
     def _say(self, what: str) -> None:
         if self.progress is not None:
             self.progress(what, self.n_done, self.n_steps)
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    """A progress bar on a rich console while the block runs, as the `progress` of `run_benchmark`."""
-    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting")
-        yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)

@@ -1,17 +1,13 @@
-"""How well a text is predicted: the loss of the model, and for comparison that of a bigram model on the same tokens.
+"""What a run of the recipe measured, and a bigram model, whose loss on the same tokens is for comparison.
 
 A text is `ids` (n + 1,) int64: an end-of-text token and n tokens, which are all predicted. V is the vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-import fastgpt
 
 
 class Parts(NamedTuple):
@@ -33,22 +29,6 @@ class Outcome:
     bigram_loss: float
     bigram_bits_per_byte: float
     bigram_strength: float
-
-
-@torch.no_grad()
-def model_loss(model: fastgpt.GPT2LMHeadModel, ids: Tensor) -> float:
-    """The model's mean negative log-likelihood of ids[1:], in nats per token.
-
-    Each token is predicted once, from at least half a context of tokens before it where the text has them.
-    """
-    half = model.config.n_positions // 2
-    total = 0.0
-    for start in range(0, len(ids) - 1, half):
-        window = ids[max(0, start - half) : start + half + 1].to(model.device)
-        labels = ids[start + 1 : start + half + 1].to(model.device)
-        logits = model(window[None, :-1]).logits[0, -len(labels) :]  # (at most half, V)
-        total += F.cross_entropy(logits.double(), labels, reduction="sum").item()
-    return total / (len(ids) - 1)
 
 
 class Bigram:
@@ -76,8 +56,3 @@ class Bigram:
     def best_strength(self, ids: Tensor) -> float:
         """The strength with the lowest loss on ids, among 2**(i/4) from 2**-4 to 2**16."""
         return min((2 ** (i / 4) for i in range(-16, 65)), key=lambda strength: self.loss(ids, strength))
-
-
-def bits_per_byte(loss: float, ids: Tensor, text: str) -> float:
-    """A loss in nats per token of `ids` in bits per byte of `text` in UTF-8: the same for every tokenizer."""
-    return loss * (len(ids) - 1) / math.log(2) / len(text.encode())

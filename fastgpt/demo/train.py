@@ -34,8 +34,10 @@ from transformers import (
 
 import fastgpt
 
+from ..corpus import encode, read_text
+from ..evaluation import bits_per_byte, mean_loss
 from .card import model_card
-from .measure import Bigram, Outcome, Parts, bits_per_byte, model_loss
+from .measure import Bigram, Outcome, Parts
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 2 + 256  # these two and every byte
@@ -75,12 +77,6 @@ def train_tokenizer(text: str, vocab_size: int, context: int) -> PreTrainedToken
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """An end-of-text token and the text's n tokens: (n + 1,) int64."""
-    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    return torch.tensor([tokenizer.eos_token_id, *ids])
 
 
 def windows(ids: Tensor, context: int, stride: int) -> list[Tensor]:
@@ -148,7 +144,7 @@ def train(
     training_s = time.perf_counter() - started
 
     model.eval()
-    loss = model_loss(model, held_out_ids)
+    loss = mean_loss(model, held_out_ids)
     bigram = Bigram(training_ids, model.config.vocab_size)
     strength = bigram.best_strength(validation_ids)
     bigram_loss = bigram.loss(held_out_ids, strength)
@@ -168,16 +164,6 @@ def train(
 # --- command line ---------------------------------------------------------------------------------------------------
 
 TEMPERATURE = 0.8
-
-
-def read_text(file: Path) -> str:
-    """The file's text with unchanged line ends. Raises ValueError when there is no such file or it is not UTF-8."""
-    try:
-        return file.read_bytes().decode()
-    except FileNotFoundError:
-        raise ValueError(f"no file {file}: give a text file in UTF-8") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as text in UTF-8: {error}") from None
 
 
 def sample(model: fastgpt.GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:

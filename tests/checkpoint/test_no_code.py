@@ -75,6 +75,7 @@ COMMANDS: dict[str, list[str]] = {
     "bench --random-weights": [*BENCH, "--random-weights", "--model"],
     "params": ["params"],
     "verify": ["verify"],
+    "eval": ["eval", str(ROOT / "LICENSE"), "--model"],
 }
 
 
@@ -89,7 +90,7 @@ def test_no_command_runs_it(command: str, checkpoint: Checkpoint, capsys: pytest
 
 def test_every_command_that_takes_a_checkpoint_is_tried() -> None:
     assert {words[0] for words in COMMANDS.values()} | {"doctor"} == {
-        command.callback.__name__ for command in cli.app.registered_commands if command.callback
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
     }
 
 

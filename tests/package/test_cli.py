@@ -7,39 +7,13 @@ import sys
 
 import pytest
 import torch
+from commands import assert_one_line_error
 from fastgpt_kernels import KernelUnavailableError
 from models import tiny_config
 
 import fastgpt
 from fastgpt import cli
 from fastgpt import generate as engine
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def run_command(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main(list(arguments))
-        captured = capsys.readouterr()
-        assert isinstance(exit_info.value.code, int)
-        return Result(exit_info.value.code, captured.out, captured.err)
-
-    return run_command
-
-
-def assert_one_line_error(result: Result, code: int, *words: str) -> None:
-    assert result.code == code
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1, result.err
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in result.err
-    assert result.out == ""
 
 
 def test_generate_streams_the_prompt_and_its_continuation(run) -> None:

@@ -14,7 +14,7 @@ from models import DATA
 
 import fastgpt
 from fastgpt.demo import train
-from fastgpt.demo.measure import model_loss
+from fastgpt.evaluation import mean_loss
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_loss_on_held_out_text_is_what_the_card_says(demo) -> None:
     """On an excerpt of the held-out part: near the card's figure for all of it, and below the bigram model's."""
     model, tokenizer = demo
     ids = train.encode(tokenizer, (DATA / "held_out.txt").read_text())
-    loss = model_loss(model, ids)
+    loss = mean_loss(model, ids)
     on_the_card, bigram = losses_on_the_card((folder() / "README.md").read_text())
     assert loss == pytest.approx(on_the_card, abs=0.15)
     assert loss < bigram < math.log(model.config.vocab_size)

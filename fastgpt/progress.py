@@ -1,0 +1,19 @@
+"""How far a long piece of work is: what it calls, and a bar that shows it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import progress
+from rich.console import Console
+
+# Called with a description of the step, how many steps are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A progress bar on a rich console while the block runs."""
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)
