@@ -3,12 +3,12 @@
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import triton.language as tl
-from fastgpt_kernels.operations.linear_cross_entropy import kernels, tiles
-from interpreter import INTERPRETING
+from fastgpt_kernels.operations.linear_cross_entropy import kernels
 from records import Record, Shapes
+
+from .formula import several_programs
 
 N_VOCABULARY = 131
 
@@ -16,13 +16,6 @@ N_VOCABULARY = 131
 def reduced(n: int, reduction: str) -> tuple[Shapes, dict[str, Any]]:
     labels = torch.tensor([0, 4, -100, N_VOCABULARY - 1, 7]).repeat(n // 5 + 1)[:n]
     return {"hidden": (n, 16), "weight": (N_VOCABULARY, 16)}, {"labels": labels, "reduction": reduction}
-
-
-def several_programs(patch: pytest.MonkeyPatch) -> None:
-    """Several chunks too."""
-    patch.setattr(tiles, "linear_cross_entropy_chunk_rows", lambda *_: 4)
-    if INTERPRETING:
-        patch.setattr(tiles, "LINEAR_CROSS_ENTROPY_LANES", 8)
 
 
 def launch(n_rows: int, n_cols: int, stride: int) -> None:
