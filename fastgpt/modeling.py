@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.utils.generic import can_return_tuple
 
-from . import ops
+import fastgpt.ops as ops
+
 from .checkpoint.loading import LoadingMixin, check_config
 from .generate.api import GenerationMethods
 from .model.attention import nothing_hidden

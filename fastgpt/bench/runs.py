@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+import fastgpt.bench.machine as machine
+import fastgpt.bench.parity as parity
+import fastgpt.bench.workloads as workloads
+
 from .. import accounting, ops
 from ..doctor import versions
 from ..progress import Progress
 from ..text import DTYPES, default_device
-from . import machine, parity, workloads
 from .workloads import BASELINES, OURS, WORKLOADS
 
 SCHEMA = 1

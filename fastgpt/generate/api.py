@@ -15,10 +15,10 @@ from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..model.patching import ATTENTION
-from . import options as sampling
-from . import routing
 from .kept import release
+from .options import Seed, check_generation_options, refusing_nan, settle_seed
 from .prompts import pad_left
+from .routing import Handover, log_mode, try_engine
 
 # The parameters of transformers' loops over tokens, in order; a function that replaced a loop may not show them.
 LOOP = (
@@ -80,7 +80,7 @@ class GenerationMethods:
         seed: determines every draw, whatever batch a prompt is in. None draws from torch's generator.
         Raises ValueError on wrong sampling options and on NaN logits.
         """
-        sampling.check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
+        check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
         prompt = kwargs.get("input_ids", inputs)
         if isinstance(prompt, list | tuple):
             if kwargs.get("attention_mask") is not None:
@@ -92,7 +92,7 @@ class GenerationMethods:
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
         if seed is not None:
-            logits_processor = LogitsProcessorList([*(logits_processor or []), sampling.Seed(seed)])
+            logits_processor = LogitsProcessorList([*(logits_processor or []), Seed(seed)])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
 
     def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
@@ -102,7 +102,7 @@ class GenerationMethods:
         Raises ValueError at once on a call that the engine cannot run, and RuntimeError when the weights were moved or
         replaced before the next token.
         """
-        return self.generate(inputs, streamer=routing.Handover(), **options)
+        return self.generate(inputs, streamer=Handover(), **options)
 
     @wraps(GenerationMixin.init_continuous_batching)
     def init_continuous_batching(self, *args, **kwargs):
@@ -120,7 +120,7 @@ class GenerationMethods:
         return manager
 
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
-        routing.log_mode(generation_mode)
+        log_mode(generation_mode)
         super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
 
     # transformers' `generate` calls one of these loops once it has prepared everything.
@@ -136,15 +136,13 @@ class GenerationMethods:
     @wraps(GenerationMixin._beam_search)  # type: ignore[attr-defined]
     def _beam_search(self, *args, **call):
         call = dict(zip(LOOP, args, strict=False)) | call
-        call["logits_processor"] = sampling.refusing_nan(call["logits_processor"])
+        call["logits_processor"] = refusing_nan(call["logits_processor"])
         return super()._beam_search(call.pop("input_ids"), **call)  # type: ignore[misc]
 
     def _through_engine(self, loop: Callable, args: tuple, call: dict[str, Any]) -> Any:
         call = dict(zip(LOOP, args, strict=False)) | call
-        processors = sampling.settle_seed(
-            call["logits_processor"], call["generation_config"], call.get("attention_mask")
-        )
-        call["logits_processor"] = sampling.refusing_nan(processors)
+        processors = settle_seed(call["logits_processor"], call["generation_config"], call.get("attention_mask"))
+        call["logits_processor"] = refusing_nan(processors)
         input_ids = call.pop("input_ids")
-        generated = routing.try_engine(self, input_ids, **call)
+        generated = try_engine(self, input_ids, **call)
         return loop(input_ids, **call) if generated is None else generated

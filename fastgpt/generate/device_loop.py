@@ -10,18 +10,18 @@ from fastgpt_kernels.operations.sampling.reference import SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from . import options as sampling
 from .cache import prefill, without_autograd
 from .choices import Mailbox
 from .host_loop import Request
 from .kept import workspace
+from .options import NAN_LOGITS, seen_tokens
 from .workspace import Workspace
 
 
 class DeviceGeneration:
     """Like `Generation`, but the sampling kernel chooses every token: iterate over it, then read `sequences`.
 
-    options: the request's processors as `sampling.device_options` translates them.
+    options: the request's processors as `options.device_options` translates them.
     """
 
     n_new = 1  # most tokens of a row in a step
@@ -58,7 +58,7 @@ class DeviceGeneration:
         logits = prefill(self.model, work.cache, request.ids, request.mask, request.positions)
         self._start(work)
         choices, mailbox = work.choices, Mailbox(work.tokens)
-        seen = sampling.seen_tokens(request.processors, request.ids, work.logits.shape[1])
+        seen = seen_tokens(request.processors, request.ids, work.logits.shape[1])
         choices.begin(request.ids, self.options, request.eos_ids, self._end_tokens, request.pad_id, seen)
         choices.append(logits)
         newest, n_chosen = mailbox.send(), n_prompt + 1
@@ -73,7 +73,7 @@ class DeviceGeneration:
             tokens = mailbox.read(newest)
             values = tokens.tolist()
             if min(values) < 0:
-                raise ValueError(sampling.NAN_LOGITS)
+                raise ValueError(NAN_LOGITS)
             self.n_tokens += 1
             yield tokens
             if self._end_tokens:

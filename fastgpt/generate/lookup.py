@@ -13,11 +13,11 @@ from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from . import options as sampling
 from .cache import decode_tokens, prefill
 from .choices import Mailbox
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
+from .options import NAN_LOGITS
 from .workspace import Workspace
 
 # The longest run of tokens that is looked up, unless `max_matching_ngram_size` is given.
@@ -147,7 +147,7 @@ class DeviceLookupGeneration(DeviceGeneration):
 
     def _append(self, token: int) -> Tensor:
         if token < 0:
-            raise ValueError(sampling.NAN_LOGITS)
+            raise ValueError(NAN_LOGITS)
         self.index.extend([token])
         self.n_tokens += 1
         return torch.tensor([token])

@@ -19,20 +19,21 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .. import ops
+import fastgpt.ops as ops
+
 from ..model import twin
 from ..model.compat import CACHE
 from ..model.patching import ATTENTION
-from . import options as sampling
-from . import workspace
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .lookup import LONGEST_LOOKUP, DeviceLookupGeneration, LookupGeneration
+from .options import ON_DEVICE, RefuseNaN, device_options
 from .weights import watched
+from .workspace import obstacle as kernel_obstacle
 
 logger = logging.getLogger("fastgpt")
 
-_PROCESSORS: set[type[LogitsProcessor]] = {*sampling.ON_DEVICE, sampling.RefuseNaN}
+_PROCESSORS: set[type[LogitsProcessor]] = {*ON_DEVICE, RefuseNaN}
 _OTHER_ASSISTANTS = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
 _INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_tensor"}
 
@@ -60,7 +61,7 @@ def describe(model: GPT2LMHeadModel) -> str:
         return f"transformers' loop: {obstacle}"
     if not ops.runs_kernels(model.device):
         return "the engine: static cache, torch operations"
-    obstacle = workspace.obstacle(model, n_rows=1)
+    obstacle = kernel_obstacle(model, n_rows=1)
     if obstacle is not None:
         return f"the engine: static cache, torch operations, because {obstacle}"
     return f"the engine: static cache, kernels{' in a CUDA graph' if model.device.type == 'cuda' else ''}"
@@ -209,8 +210,8 @@ def _start(model: Any, request: Request, config: GenerationConfig) -> Generation
     obstacle, n_proposed = None, config.prompt_lookup_num_tokens
     n_longest = config.max_matching_ngram_size or LONGEST_LOOKUP
     if ops.runs_kernels(model.device):
-        options = sampling.device_options(request.processors, request.do_sample, len(request.ids), model.device)
-        obstacle = workspace.obstacle(model, len(request.ids))
+        options = device_options(request.processors, request.do_sample, len(request.ids), model.device)
+        obstacle = kernel_obstacle(model, len(request.ids))
         if options is None:
             obstacle = obstacle or "its logits processors have no kernel"
         elif n_proposed is not None and options.repetition_penalty != 1:

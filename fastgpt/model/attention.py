@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from .. import ops
+import fastgpt.ops as ops
+
 from .patching import ATTENTION
 
 

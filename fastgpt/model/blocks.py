@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
-from .. import ops
+import fastgpt.ops as ops
+
 from .attention import attend, is_nothing_hidden
 from .checks import check_positions, check_token_ids
 from .compat import CACHE, take_cache

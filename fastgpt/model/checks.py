@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .. import ops
+import fastgpt.ops as ops
 
 _PAST_THE_CONTEXT = "position {value} is outside the context: n_positions is {limit}"
 
