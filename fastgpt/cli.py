@@ -3,30 +3,39 @@
 Exit codes: 0 done, 1 the work failed, 2 wrong usage. An error is one line; --debug adds the traceback.
 """
 
-import json
-import math
 import os
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
 import typer
-from rich.console import Console
 
 from . import accounting, ops
 from . import bench as benchmark
 from . import doctor as checks
 from .accounting.tables import render
 from .bench import profiling
-from .corpus import read_text
+from .corpus import pack, read_text, text_files
 from .evaluation import evaluate_text, settle_windows
 from .generate import options as sampling
 from .progress import progress_bar
+from .terminal import (
+    Interrupted,
+    check_output,
+    check_text,
+    notes,
+    numbers,
+    print_json,
+    strict_json,
+    tables,
+    write_now,
+    wrong_usage,
+)
 from .text import load_model_and_tokenizer, settle_place, stream_text
 from .verify import verify_checkpoint
 
@@ -39,7 +48,7 @@ app = typer.Typer(
 )
 # click's UsageError, wherever this version of typer keeps it.
 UsageError: Any = typer.BadParameter.__base__
-notes = Console(stderr=True, highlight=False)
+
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU when there is one.")]
@@ -76,11 +85,11 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
-    with _wrong_usage():
+    with wrong_usage():
         settle_place(device, dtype)
         ops.selected_backend()
         sampling.check_sampling_options(temperature=temperature or None, top_p=top_p)
-        _check_text(prompt)
+        check_text(prompt)
     result = stream_text(
         prompt,
         model,
@@ -92,10 +101,10 @@ def generate(
         prompt_lookup=prompt_lookup,
         device=device,
         dtype=dtype,
-        write=None if as_json else _write_now,
+        write=None if as_json else write_now,
     )
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     print(result.summary(), file=sys.stderr)
 
 
@@ -122,7 +131,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure tokens/s compared with transformers on the same weights, after a parity check."""
-    with _wrong_usage():
+    with wrong_usage():
         ops.selected_backend()
         series = [
             benchmark.BenchmarkOptions(
@@ -138,20 +147,20 @@ def bench(
                 runs=runs,
             )
             for name in (dtype.split(",") if dtype is not None else [None])
-            for n_batch in _numbers("--batch", batch)
+            for n_batch in numbers("--batch", batch)
         ]
     if profile_file is not None and len(series) > 1:
         raise typer.BadParameter("--profile takes one dtype and one batch size")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'fastgpt[bench]'")
     for option, file in {"--json": json_file, "--plot": plot_file, "--profile": profile_file}.items():
-        _check_output(option, file)
+        check_output(option, file)
     with progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
     for result in results:
-        benchmark.render(result, _tables())
+        benchmark.render(result, tables())
     if json_file is not None:
-        json_file.write_text(_strict_json(benchmark.bring_together(results)) + "\n")
+        json_file.write_text(strict_json(benchmark.bring_together(results)) + "\n")
     if plot_file is not None:
         benchmark.plot(results, plot_file)
     if profile_file is not None:
@@ -170,20 +179,93 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte over a sliding window."""
-    with _wrong_usage():
+    with wrong_usage():
         settle_place(device, dtype)
         ops.selected_backend()
         text = read_text(file)
     network, tokenizer = load_model_and_tokenizer(model, device, dtype)
-    with _wrong_usage():
+    with wrong_usage():
         context, stride = settle_windows(network.config.n_positions, context, stride)
     with progress_bar(notes) as progress:
         result = evaluate_text(text, network, tokenizer, context=context, stride=stride, batch=batch, progress=progress)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
     else:
         print(result.result())
     print(result.speed(), file=sys.stderr)
+
+
+@app.command()
+def train(
+    invocation: typer.Context,
+    text: Annotated[
+        Path, typer.Argument(help="A text file in UTF-8, or a directory whose *.txt files are taken in order.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: the model, checkpoints, log.jsonl and loss.png.")],
+    model: Model = "demo",
+    validation: Annotated[Path | None, typer.Option(help="Text to measure on; the end of the text.")] = None,
+    held_out: Annotated[float, typer.Option(help="The share of the text that its end is.")] = 0.05,
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence; the model's whole context.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of passes.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its peak; a cosine follows.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations and checkpoints; a tenth of all.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the order of sequences and of dropout.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint; --resume goes on bitwise."""
+    if find_spec("accelerate") is None:
+        raise typer.BadParameter("training needs accelerate: pip install 'fastgpt[train]'")
+    from . import train as training
+
+    with wrong_usage():
+        settings = training.Settings(
+            context=context,
+            epochs=epochs,
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            every=every,
+            keep=keep,
+            seed=seed,
+        )
+        place, _ = settle_place(device)
+        ops.selected_backend()
+        texts = [read_text(file) for file in text_files(text)]
+        measured = None if validation is None else read_text(validation)
+        training.check_folder(out, resume)
+    network, tokenizer = load_model_and_tokenizer(model, "cpu", "float32")
+    with progress_bar(notes) as progress:
+        with wrong_usage():
+            context, _ = settle_windows(network.config.n_positions, context)
+            corpus = pack(texts, tokenizer, context, held_out=held_out, validation=measured, progress=progress)
+        outcome = training.fine_tune(
+            network,
+            tokenizer,
+            corpus,
+            out,
+            settings,
+            name=model,
+            device=place,
+            resume=resume,
+            say=partial(notes.print, soft_wrap=True),
+            progress=progress,
+        )
+    if outcome.step < outcome.n_steps:
+        again = shlex.join(["fastgpt", *invocation.obj, *([] if resume else ["--resume"])])
+        raise Interrupted(f"interrupted and saved at step {outcome.step} of {outcome.n_steps}; to go on: {again}")
+    print(f"validation loss {outcome.loss:.4f}: written to {out}; try: fastgpt generate 'Once' --model {out}")
 
 
 @app.command()
@@ -197,12 +279,12 @@ def params(
 ) -> None:
     """Count parameters, storage, FLOPs and the physical limits of a model, from its configuration alone."""
     accounting.count_parameters(name)  # outside, because a fault of the model is not wrong usage
-    with _wrong_usage():
+    with wrong_usage():
         report = accounting.report(name, bandwidth=bandwidth, matrix_rate=matrix_rate, batch=batch, context=context)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        render(report, _tables())
+        render(report, tables())
 
 
 @app.command()
@@ -214,7 +296,7 @@ def verify(
     with notes.status("checking") as status:
         report = verify_checkpoint(directory, progress=status.update)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         for file, sha256 in report.files.items():
             print(f"{sha256}  {file}")
@@ -231,77 +313,15 @@ def verify(
 @app.command()
 def doctor(device: Device = None, as_json: AsJson = False) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
-    with _wrong_usage():
+    with wrong_usage():
         settle_place(device)
     diagnosis = checks.diagnose(device)
     if as_json:
-        _print_json(diagnosis)
+        print_json(diagnosis)
     else:
-        checks.render(diagnosis, _tables())
+        checks.render(diagnosis, tables())
     if not diagnosis["parity"]["passed"]:
         raise typer.Exit(1)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
-
-
-@contextmanager
-def _wrong_usage() -> Iterator[None]:
-    """Turn a ValueError of the work into an error of usage."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _check_text(prompt: str) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not UTF-8 from its character {error.start} on") from error
-
-
-def _check_output(option: str, file: Path | None) -> None:
-    """Raise, before hours of work, when the result cannot be written to a file."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise typer.BadParameter(f"{option}: {file} is a directory")
-    if not file.parent.is_dir():
-        raise typer.BadParameter(f"{option}: there is no directory {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise typer.BadParameter(f"{option}: {file} cannot be written")
-
-
-def _tables() -> Console:
-    # A pipe or a file has no width of its own.
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def _write_now(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(_strict_json(value))
-
-
-def _strict_json(value: Any) -> str:
-    """JSON that every parser accepts: NaN and infinity become null."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -315,11 +335,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
         words = [word for word in options if word != "--debug"] + rest
-        code = app(words, prog_name="fastgpt", standalone_mode=False)
+        code = app(words, prog_name="fastgpt", standalone_mode=False, obj=words)
         sys.stdout.flush()
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "fastgpt"
         _fail(f"{error.format_message()} (see {command} --help)", code=2)
+    except Interrupted as interrupted:
+        _fail(str(interrupted), code=130)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", code=130)
     except BrokenPipeError:

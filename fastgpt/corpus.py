@@ -1,11 +1,13 @@
-"""Text as tokens: files are read as UTF-8 and encoded piece by piece.
+"""Text as tokens: files are read as UTF-8, encoded piece by piece, and packed into sequences of equal length.
 
 A text is `ids` (n + 1,) int64: an end-of-text token, which stands before every text, and the text's n tokens.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ from .progress import Progress
 
 PIECE_CHARACTERS = 2**16
 _LINE_FEED_AFTER_TEXT = re.compile(r"(?<=\S)\n")
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the *.txt files of a directory in the order of their names. Raises ValueError without any."""
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no *.txt file in {path}: give a text file in UTF-8 or a directory of them")
+    return files
 
 
 def read_text(file: Path) -> str:
@@ -56,3 +66,48 @@ def pieces(text: str, n_characters: int) -> Iterator[str]:
         end = cut.start() if cut else len(text)
         yield text[start:end]
         start = end
+
+
+class Corpus(NamedTuple):
+    """training: (N, T) sequences. validation: (n,) tokens that only measure."""
+
+    training: Tensor
+    validation: Tensor
+
+    def digest(self) -> str:
+        """Tells a corpus from another one."""
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self)).hexdigest()[:16]
+
+
+def pack(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    held_out: float,
+    validation: str | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenise texts and cut them, an end-of-text token before each, into sequences of `context` tokens.
+
+    validation: a text to measure on. Without it the last sequences do, a share of `held_out` and at least one.
+    Raises ValueError when the texts are too short for one sequence, or held_out is not between 0 and 1.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be above 0 and below 1, not {held_out}")
+    ids = torch.cat([encode(tokenizer, text, progress) for text in texts])
+    n_sequences = len(ids) // context
+    n_held_out = 0 if validation is not None else max(1, round(held_out * n_sequences))
+    n_training = n_sequences - n_held_out
+    if n_training < 1:
+        needed = (1 + n_held_out) * context
+        raise ValueError(f"the text is too short: {len(ids)} tokens, and {needed} are the least: give a longer text")
+    measured = ids[n_training * context :] if validation is None else encode(tokenizer, validation, progress)
+    if len(measured) < 2:
+        raise ValueError(f"the validation text is too short: {len(measured)} tokens")
+    return Corpus(ids[: n_training * context].view(n_training, context), measured)
+
+
+def examples(rows: Any) -> list[dict[str, Tensor]]:
+    """Rows of tokens in the form that Trainer takes; every token is a label."""
+    return [{"input_ids": row, "labels": row} for row in rows]

@@ -116,6 +116,11 @@ def mean_loss(
     return total.item() / (len(ids) - 1)
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many equally likely tokens a model in effect chooses. Infinite above what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def bits_per_byte(loss: float, ids: Tensor, text: str) -> float:
     """A loss in nats per token of `ids` in bits per byte of `text` in UTF-8: the same for every tokenizer."""
     return loss * (len(ids) - 1) / math.log(2) / len(text.encode())
@@ -139,7 +144,7 @@ def evaluate_text(
     seconds = time.perf_counter() - started
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity(loss),
         bits_per_byte=bits_per_byte(loss, ids, text),
         n_tokens=len(ids) - 1,
         n_bytes=len(text.encode()),

@@ -12,8 +12,8 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A progress bar on a rich console while the block runs."""
+    """A progress bar on a rich console while the block runs; none where nobody looks at the console."""
     columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
-    with progress.Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting")
         yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)

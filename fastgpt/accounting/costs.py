@@ -11,6 +11,24 @@ from .shapes import Shape, count_parameters
 H200_BANDWIDTH = 4.3e12
 H200_MATRIX_RATE = 7.9e14
 
+# Dense bf16 FLOP/s with float32 sums, from the makers' data sheets, by a part of the name that torch gives the device.
+_PEAK_RATES = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 80GB HBM3": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+}
+
+
+def peak_rate(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a GPU; None for one that is not in the table."""
+    words = f" {device_name} ".replace("-", " ")
+    return next((rate for part, rate in _PEAK_RATES.items() if f" {part} " in words), None)
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 

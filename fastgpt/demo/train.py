@@ -6,12 +6,10 @@ The text is cut in order into three parts: for training, for validation (it sele
 smoothing), and a held-out part that is only measured. The measurements go into the model card.
 """
 
-import math
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,17 +23,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 import fastgpt
 
-from ..corpus import encode, read_text
+from ..corpus import encode, examples, read_text
 from ..evaluation import bits_per_byte, mean_loss
+from ..trainer import Report
 from .card import model_card
 from .measure import Bigram, Outcome, Parts
 
@@ -93,23 +89,7 @@ def openings(ids: Tensor, context: int, newline: int) -> list[Tensor]:
     return [torch.cat([ids[:1], ids[i : i + context - 1]]) for i in starts.tolist() if i + context - 1 <= len(ids)]
 
 
-def examples(rows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
-    """Rows of tokens in the form that Trainer takes; every token is a label."""
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
 # --- training -------------------------------------------------------------------------------------------------------
-
-
-class Progress(TrainerCallback):
-    """One line on standard error for each evaluation."""
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs
-    ) -> None:
-        training_loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
-        losses = f"training loss {training_loss:.4f}, validation loss {metrics['eval_loss']:.4f}"
-        print(f"step {state.global_step} of {state.max_steps}: {losses}", file=sys.stderr, flush=True)
 
 
 def train(
@@ -135,7 +115,7 @@ def train(
         args=args,
         train_dataset=examples(windows(training_ids, context, stride=16) + openings(training_ids, context, newline)),  # type: ignore[arg-type]
         eval_dataset=examples(windows(validation_ids, context, stride=context)),  # type: ignore[arg-type]
-        callbacks=[Progress()],
+        callbacks=[Report(lambda line: print(line, file=sys.stderr, flush=True))],
     )
     trainer.remove_callback(PrinterCallback)
 
@@ -197,7 +177,7 @@ def run(
 ) -> None:
     """Train a small GPT-2 and its tokenizer on a text file, and compare it with a bigram model."""
     if find_spec("accelerate") is None:
-        raise ValueError("transformers' Trainer needs accelerate: pip install accelerate")
+        raise ValueError("training needs accelerate: pip install 'fastgpt[train]'")
     text = read_text(text_file)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")

@@ -76,13 +76,15 @@ COMMANDS: dict[str, list[str]] = {
     "params": ["params"],
     "verify": ["verify"],
     "eval": ["eval", str(ROOT / "LICENSE"), "--model"],
+    "train": ["train", str(ROOT / "LICENSE"), "--context=32", "--steps=1", "--out=OUT", "--model"],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_runs_it(command: str, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word.replace("OUT", str(checkpoint.folder.parent / "out")) for word in COMMANDS[command]]
     with pytest.raises(SystemExit) as exit_info:
-        cli.main([*COMMANDS[command], str(checkpoint.folder)])
+        cli.main([*words, str(checkpoint.folder)])
     assert exit_info.value.code in (0, 1), capsys.readouterr().err
     assert not checkpoint.mark.exists()
     assert "trust_remote_code" not in "".join(capsys.readouterr())

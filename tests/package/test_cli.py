@@ -12,7 +12,7 @@ from fastgpt_kernels import KernelUnavailableError
 from models import tiny_config
 
 import fastgpt
-from fastgpt import cli
+from fastgpt import cli, terminal
 from fastgpt import generate as engine
 
 
@@ -181,7 +181,7 @@ def test_an_interrupt_ends_in_one_line_and_the_next_call_is_right(run, monkeypat
 
 
 def test_json_has_no_numbers_without_end(run, monkeypatch) -> None:
-    assert json.loads(cli._strict_json({"a": [float("nan"), 1.5, {"b": float("-inf")}]})) == {
+    assert json.loads(terminal.strict_json({"a": [float("nan"), 1.5, {"b": float("-inf")}]})) == {
         "a": [None, 1.5, {"b": None}]
     }
     result = run("params", "gpt2", "--bandwidth", "1e308", "--batch", "1000000", "--json")

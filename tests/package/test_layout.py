@@ -11,7 +11,8 @@ from paths import ROOT
 PARENTS = {"fastgpt": ROOT, "fastgpt_kernels": ROOT / "kernels", "benchmarks": ROOT}
 # What need not be installed is imported where it is used, and so are the modules that import triton.
 OPTIONAL = {
-    "triton", "matplotlib", "ctranslate2", "onnxruntime", "liger_kernel", "cut_cross_entropy", "quack", "flash_attn",
+    "triton", "accelerate", "matplotlib",
+    "ctranslate2", "onnxruntime", "liger_kernel", "cut_cross_entropy", "quack", "flash_attn",
 }  # fmt: skip
 
 

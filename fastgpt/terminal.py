@@ -1,0 +1,91 @@
+"""What the commands share: checks of what was typed, and where results and notes go."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+notes = Console(stderr=True, highlight=False)
+
+
+class Interrupted(Exception):
+    """Ctrl-C ended a command, which says how to go on."""
+
+
+# --- what was typed -------------------------------------------------------------------------------------------------
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of an option that are separated by commas. Raises BadParameter, typer's error of usage."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
+
+
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Turn a ValueError of the work into an error of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def check_text(prompt: str) -> None:
+    """Raise ValueError when a shell gave bytes that are no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 from its character {error.start} on") from error
+
+
+def check_output(option: str, file: Path | None) -> None:
+    """Raise, before hours of work, when the result cannot be written to a file."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise typer.BadParameter(f"{option}: {file} is a directory")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"{option}: there is no directory {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise typer.BadParameter(f"{option}: {file} cannot be written")
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def tables() -> Console:
+    """Where tables go: standard output, in a fixed width where it is a pipe or a file, which have none of their own."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def write_now(text: str) -> None:
+    """Write a piece of text that is shown before the next one comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a result on standard output."""
+    print(strict_json(value))
+
+
+def strict_json(value: Any) -> str:
+    """JSON that every parser accepts: NaN and infinity become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,171 @@
+"""Fine-tune a GPT-2 on text, in a folder from which a run that was broken off goes on bitwise.
+
+The folder of a run: options.json (what it was asked for), log.jsonl (measurements), loss.png (their curve),
+checkpoint-N for the last steps N, and at the end the model with its tokenizer.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import is_bf16_available
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
+
+from .corpus import Corpus
+from .curve import draw_curve
+from .modeling import GPT2LMHeadModel
+from .progress import Progress
+from .trainer import Interrupt, LogFile, Report, RunTrainer, last_checkpoint
+
+LOG, CURVE, OPTIONS = "log.jsonl", "loss.png", "options.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Raises ValueError, with the value, on what cannot be.
+
+    context: tokens of a sequence; None takes the model's. epochs: passes over the text; steps counts instead where it
+    is given. batch: sequences at a time. accumulate: batches that make one step. learning_rate: its peak, reached after
+    5% of the steps; a cosine leads from there to 0. every: steps between two evaluations, with a checkpoint at each;
+    None takes a tenth of all. keep: checkpoints that stay. seed: of the order of sequences and of dropout.
+    """
+
+    context: int | None = None
+    epochs: float = 1.0
+    steps: int | None = None
+    batch: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    every: int | None = None
+    keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"context": 2, "steps": 1, "batch": 1, "accumulate": 1, "every": 1, "keep": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, not {value}")
+        for name, limit in {"epochs": math.inf, "learning_rate": math.inf}.items():
+            if not 0 < getattr(self, name) < limit:
+                raise ValueError(f"{name} must be above 0 and below {limit}, not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), not {self.seed}")
+
+    def n_steps(self, n_sequences: int) -> int:
+        per_epoch = math.ceil(math.ceil(n_sequences / self.batch) / self.accumulate)
+        return self.steps or math.ceil(self.epochs * per_epoch)
+
+
+# --- the folder of a run --------------------------------------------------------------------------------------------
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Make the folder of a run. Raises ValueError when it cannot be written, or is not empty and not to be resumed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
+    if not resume and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty: give another folder, or --resume to go on with the run in it")
+
+
+def _check_options(out: Path, options: dict[str, Any]) -> None:
+    """Raise ValueError when a run would go on with other options than it began with; a new run writes them down."""
+    file = out / OPTIONS
+    if not file.exists():
+        file.write_text(json.dumps(options, indent=2) + "\n")
+    before = json.loads(file.read_text())
+    for name, value in options.items():
+        if before.get(name) != value:
+            raise ValueError(f"the run in {out} began with {name} {before.get(name)}, not {value}: resume it with that")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """step: where a run has ended, of n_steps. loss: on the validation text, in nats per token."""
+
+    step: int
+    n_steps: int
+    loss: float
+
+
+def fine_tune(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    out: Path,
+    settings: Settings,
+    *,
+    name: str,
+    device: torch.device,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train a float32 model, in bfloat16 where a GPU has it, and save it with its tokenizer in `out`.
+
+    out: as `check_folder` leaves it. name: the model's, as the run was asked for. resume: go on from the last
+    checkpoint, if there is one. say: takes a line for each evaluation.
+    After Ctrl-C the result has step < n_steps, and what is saved is a checkpoint.
+    Raises TrainingError when the loss is not finite or the disk is full, ValueError when the options of a resumed run
+    differ.
+    """
+    if device.index:
+        raise ValueError(f"training takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES")
+    n_steps = settings.n_steps(len(corpus.training))
+    every = settings.every or math.ceil(n_steps / 10)
+    _check_options(out, asdict(settings) | {"model": name, "text": corpus.digest()})
+    checkpoint = last_checkpoint(out) if resume else None
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=n_steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=settings.weight_decay,
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and is_bf16_available(),
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=checkpoint is None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=settings.keep,
+        logging_steps=math.ceil(every / 10),
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        seed=settings.seed,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # Trainer would spread the batch over all GPUs with torch's old DataParallel.
+    interrupt = Interrupt()
+    callbacks = [Report(say, progress), LogFile(out / LOG), interrupt]
+    trainer = RunTrainer(model, corpus, args=args, processing_class=tokenizer, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+
+    if checkpoint is not None and checkpoint == out / f"checkpoint-{n_steps}":  # Trainer would make one more step.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        model.load_state_dict(GPT2LMHeadModel.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+    else:
+        with interrupt.listening():
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    history = trainer.state.log_history
+    draw_curve(history, out / CURVE)
+    if trainer.state.global_step == n_steps:
+        trainer.save_whole(out)
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return Outcome(trainer.state.global_step, n_steps, losses[-1])
