@@ -2,8 +2,8 @@
 
 The calls of `shipped` run on CPU tensors. Triton is told that a GPU is present, and a hook records and skips each
 launch. Figures come from the machine code that triton makes. A launch fails when it does not compile, spills registers,
-needs more shared memory than the chip has, rounds float32 to tf32, or multiplies half-precision matrices on sm_90
-without wgmma.
+needs more shared memory than the chip has, rounds float32 to tf32 unasked or not where asked, or multiplies
+half-precision matrices on sm_90 without wgmma.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from ..common import chip
-from .shipped import Call, calls
+from .shipped import TF32, Call, calls
 
 # Shared memory of one program, in KiB.
 SHARED_LIMITS = {
@@ -36,7 +36,8 @@ _MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
 # The width in bytes of a store to local memory in the machine code.
 _STORE_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
-# Kernels of prefill and training that multiply matrices: in half precision they must use wgmma on sm_90.
+# Kernels of prefill and training that multiply matrices: in half precision they must use wgmma on sm_90, and tf32 where
+# it is asked for.
 _MATRIX_KERNELS = {
     "_causal_attention_fwd_kernel", "_causal_attention_bwd_dq_kernel", "_causal_attention_bwd_dkdv_kernel",
     "_gelu_mlp_fwd_hidden_kernel", "_gelu_mlp_fwd_out_kernel", "_gelu_mlp_bwd_pre_kernel",
@@ -160,10 +161,13 @@ def _failure(launch: Launch, finding: Finding) -> str | None:
         return f"{finding.spilled_bytes} bytes spilled"
     if finding.shared_bytes > shared_limit * 1024:
         return f"{finding.shared_bytes} bytes of shared memory exceed {shared_limit} KiB"
-    if finding.tf32:
+    multiplies = launch.kernel in _MATRIX_KERNELS
+    asks_for_tf32 = multiplies and launch.label.startswith(TF32) and finding.architecture.startswith("sm_")
+    if finding.tf32 and not asks_for_tf32:
         return f"{finding.tf32} tf32 instructions"
-    has_tensor_cores = launch.kernel in _MATRIX_KERNELS and launch.label.startswith(_HALF)
-    if has_tensor_cores and finding.architecture == "sm_90" and not finding.wgmma:
+    if asks_for_tf32 and not finding.tf32:
+        return "no tf32 instruction"
+    if multiplies and launch.label.startswith(_HALF) and finding.architecture == "sm_90" and not finding.wgmma:
         return "no wgmma instruction"
     return None
 
@@ -183,7 +187,7 @@ def _read_cuda(compiled: CompiledKernel) -> dict[str, Any]:
         "registers": usage["REG"],
         "spilled_bytes": spilled,
         "wgmma": ptx.count("wgmma.mma_async"),
-        "tf32": ptx.count(".tf32"),
+        "tf32": len(re.findall(r"[.:]tf32\b", ptx)),
     }
 
 

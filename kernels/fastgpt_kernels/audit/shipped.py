@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.decode_weights import DecodeLayer, DecodeWeights
+from ..common.precision import float32_products
 from ..operations.attention import op as attention
 from ..operations.decode_step.op import DecodeStep
 from ..operations.gelu_mlp import op as gelu_mlp
@@ -23,6 +24,8 @@ from ..operations.persistent_decode.op import PersistentDecoder
 from ..operations.sampling import op as sampling
 from ..operations.sampling.reference import Rows, SamplingOptions
 
+# How labels of float32 begin where torch may round it to tf32.
+TF32 = "fp32 as tf32"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 # Channels and heads of the four sizes.
 _SIZES = {"small": (768, 12), "medium": (1024, 16), "large": (1280, 20), "xl": (1600, 25)}
@@ -58,6 +61,19 @@ def _with_backward(operation: Callable[..., Any], *args: Any, **options: Any) ->
     return run
 
 
+def _with_tf32(call: Call) -> Iterator[Call]:
+    """A call, and if it multiplies float32 in a kernel the same where torch may round float32 to tf32."""
+    yield call
+    if not call.label.startswith("fp32"):
+        return
+
+    def run() -> None:
+        with float32_products(tf32=True):
+            call.run()
+
+    yield call._replace(label=call.label.replace("fp32", TF32, 1), run=run)
+
+
 # --- operations -----------------------------------------------------------------------------------------------------
 
 # float16 differs from bfloat16 only in conversions.
@@ -89,7 +105,9 @@ def _attention(_: str) -> Iterator[Call]:
             options = {"key_padding_mask": mask if has_mask else None, "dropout_p": dropout_p, "seed": 0}
             heads = (packed[:, :, part].transpose(1, 2) for part in range(3))
             label = f"{_NAMES[dtype]} D={head_dim}{' mask' * has_mask}{' dropout' * (dropout_p > 0)}"
-            yield Call("causal_attention", label, _with_backward(attention.causal_attention, *heads, **options))
+            yield from _with_tf32(
+                Call("causal_attention", label, _with_backward(attention.causal_attention, *heads, **options))
+            )
 
 
 def _linear_cross_entropy(_: str) -> Iterator[Call]:
@@ -112,7 +130,7 @@ def _gelu_mlp(_: str) -> Iterator[Call]:
             options = {"residual": residual, "dropout_p": 0.1, "seed": 0} if is_last else {}
             label = f"{_NAMES[dtype]} {activation}{' residual dropout' * is_last}{' odd' * (width % 2)}"
             weights = fc, fc_bias, proj, proj_bias, activation
-            yield Call("gelu_mlp", label, _with_backward(gelu_mlp.gelu_mlp, x, *weights, **options))
+            yield from _with_tf32(Call("gelu_mlp", label, _with_backward(gelu_mlp.gelu_mlp, x, *weights, **options)))
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def launch(n_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     sizes: dict[str, Any] = {"n_batch_heads": n_batch * n_heads, "n_heads": n_heads, "n_queries": n_tokens}
     more: dict[str, Any] = {"n_keys": n_tokens, "score_scale": 1.0, "threshold": 9, "keep_scale": 1.0}
     dims: dict[str, Any] = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim), "BLOCK_Q": 64}
-    flags: dict[str, Any] = {"BLOCK_K": 64, "HAS_KEY_MASK": True, "HAS_DROPOUT": True}
+    flags: dict[str, Any] = {"BLOCK_K": 64, "HAS_KEY_MASK": True, "HAS_DROPOUT": True, "PRECISION": "ieee"}
     grid, stats = (n_batch * n_heads * n_tokens // 64,), (statistic, statistic)
     fwd: Any = kernels._causal_attention_fwd_kernel[grid]
     names = "delta", "dq", "dkdv"

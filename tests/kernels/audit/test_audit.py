@@ -65,6 +65,17 @@ def test_limit_of_shared_memory_is_the_chips() -> None:
         assert str(audit._failure(LAUNCH, beyond)).endswith(f"exceed {limit} KiB")
 
 
+def test_tf32_is_demanded_where_it_is_asked_for() -> None:
+    asking = audit.Launch("gelu_mlp", "fp32 as tf32 gelu", "", "_gelu_mlp_fwd_hidden_kernel", "{}")
+    assert audit._failure(asking, FINDING) == "no tf32 instruction"
+    assert audit._failure(asking, replace(FINDING, tf32=8)) is None
+    assert audit._failure(asking, replace(FINDING, architecture="gfx942")) is None
+    rows = asking._replace(kernel="_gelu_mlp_bwd_product_kernel")  # which multiplies no matrices
+    assert audit._failure(rows, FINDING) is None
+    unasked = asking._replace(label="fp32 gelu")
+    assert audit._failure(unasked, replace(FINDING, tf32=8)) == "8 tf32 instructions"
+
+
 @pytest.mark.parametrize(
     ("machine_code", "n_bytes"),
     [
@@ -126,6 +137,16 @@ def test_every_visible_kernel_is_audited() -> None:
     for launches in shipped_launches().values():
         assert len({(launch.kernel, launch.label) for launch in launches}) == len(launches)
     assert {launch.kernel for launches in shipped_launches().values() for launch in launches} == written
+
+
+def test_torchs_setting_for_float32_reaches_every_product() -> None:
+    for architecture, launches in shipped_launches().items():
+        products = [launch for launch in launches if launch.kernel in audit._MATRIX_KERNELS]
+        rounded = {launch.kernel for launch in products if "PRECISION=tf32" in launch.label}
+        assert rounded == (set() if architecture.startswith("gfx") else audit._MATRIX_KERNELS)
+        for launch in products:
+            asks = launch.label.startswith(audit.TF32)
+            assert f"PRECISION={'tf32' if asks else 'ieee'}" in launch.label
 
 
 def test_bug_float64_takes_arguments_in_float32() -> None:

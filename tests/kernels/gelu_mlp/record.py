@@ -24,7 +24,7 @@ def launch(n_rows: int, n_cols: int, stride: int) -> None:
     x, seed = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     sizes: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "n_inner": 128}
     block: dict[str, Any] = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64, "ACCUMULATOR": tl.float32}
-    block |= {"WEIGHT_TRANSPOSED": False, "DESCRIPTORS": False}
+    block |= {"WEIGHT_TRANSPOSED": False, "DESCRIPTORS": False, "PRECISION": "ieee"}
     dropout: dict[str, Any] = {"threshold": 9, "HAS_DROPOUT": True}
     grid = (-(-n_rows // 64) * -(-n_cols // 64),)
     names = "fwd_hidden", "fwd_out", "bwd_pre", "bwd_product"

@@ -52,7 +52,7 @@ def _causal_attention_bwd_dkdv_kernel(
     v_batch_stride, v_head_stride, v_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
     n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dk and dv of one block of keys of one head. The first, with most queries, start first.
 
@@ -99,22 +99,22 @@ def _causal_attention_bwd_dkdv_kernel(
             dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
             delta = tl.load(delta_ptr + q_pos, mask=q_in, other=0.0)
 
-            score = tl.dot(k, tl.trans(q), input_precision="ieee")
+            score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             p = _weights(score, row_max[None, :], row_norm[None, :], score_scale, IS_WIDE)
             if not SEES_ALL:
                 p = tl.where((q_pos + n_past)[None, :] >= k_pos[:, None], p, 0.0)
             if HAS_KEY_MASK:
                 p = tl.where(k_in[:, None], p, 0.0)
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[None, :], k_offset[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
 
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=dv.dtype)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
             dscore = p * (dp - delta[None, :])
-            dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee", out_dtype=dk.dtype)
+            dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
 
     start = (batch * n_keys * n_heads + head) * HEAD_DIM
     in_keys = k_pos < n_keys
@@ -130,7 +130,7 @@ def _recompute(
     q, dout, row_max, row_norm, k_ptr, v_ptr, key_mask_ptr, seed, batch_head, q_start, k_start,
     k_token_stride, v_token_stride, n_keys, n_past, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    IS_DIAGONAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of keys, and for each query the weights of these keys and the gradients of the weights."""
     IS_WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth >= 32
@@ -140,13 +140,13 @@ def _recompute(
     k = _load_rows(k_ptr, k_pos, k_in, k_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
     v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
 
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = _weights(score, row_max[:, None], row_norm[:, None], score_scale, IS_WIDE)
     if IS_DIAGONAL:
         p = tl.where((q_start + q_offset + n_past)[:, None] >= k_pos[None, :], p, 0.0)
     if HAS_KEY_MASK:
         p = tl.where(k_in[None, :], p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -160,7 +160,7 @@ def _causal_attention_bwd_dq_kernel(
     v_batch_stride, v_head_stride, v_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
     n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dq of one block of queries of one head; in float32 also delta."""
     batch_head, batch, head, block = _locate(n_batch_heads, n_heads)
@@ -192,7 +192,7 @@ def _causal_attention_bwd_dq_kernel(
                 k_token_stride=k_token_stride, v_token_stride=v_token_stride, n_keys=n_keys, n_past=n_keys - n_queries,
                 score_scale=score_scale, threshold=threshold, keep_scale=keep_scale,
                 HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                IS_DIAGONAL=True, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT,
+                IS_DIAGONAL=True, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip
             delta += tl.sum(rounded_product(p, dp), axis=1)
         tl.store(delta_ptr + row, delta, mask=q_in)
@@ -208,10 +208,10 @@ def _causal_attention_bwd_dq_kernel(
                 k_token_stride=k_token_stride, v_token_stride=v_token_stride, n_keys=n_keys, n_past=n_keys - n_queries,
                 score_scale=score_scale, threshold=threshold, keep_scale=keep_scale,
                 HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                IS_DIAGONAL=IS_DIAGONAL, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT,
+                IS_DIAGONAL=IS_DIAGONAL, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip
             dscore = p * (dp - delta[:, None])
-            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee", out_dtype=dq.dtype)
+            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
 
     dq_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
     _store_rows(dq_ptr, dq * scale, q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)

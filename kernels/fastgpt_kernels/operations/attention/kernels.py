@@ -89,7 +89,7 @@ def _causal_attention_fwd_kernel(
     v_batch_stride, v_head_stride, v_token_stride,
     n_batch_heads, n_heads, n_queries, n_keys, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes one block of queries of one head, by an online softmax over blocks of keys."""
     IS_WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32
@@ -118,7 +118,7 @@ def _causal_attention_fwd_kernel(
             k_in = _unmasked_keys(key_mask_ptr, k_pos, n_keys, HAS_KEY_MASK)
             k = _load_rows(k_ptr, k_pos, k_in, k_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL)
 
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if IS_DIAGONAL:
                 score = tl.where(last_key[:, None] >= k_pos[None, :], score, -float("inf"))
             if HAS_KEY_MASK:
@@ -137,7 +137,7 @@ def _causal_attention_fwd_kernel(
 
             # Load masked values as zero: a weight of zero times NaN or Inf would be NaN.
             v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=acc.dtype)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
 
     if HAS_KEY_MASK:
         # A row that sees no key gives zeros; backward masks its weights like those of any hidden key.

@@ -16,6 +16,7 @@ from ...common import chip
 from ...common.arithmetic import LOG2_E
 from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import FP_FUSION, cdiv, eager_or_registered, on_device
+from ...common.precision import product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .backward_kernels import (
@@ -134,8 +135,8 @@ def padded_dim(head_dim: int) -> int:
 
 
 def _tile(kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
-    head_dim, architecture = q.shape[-1], chip.architecture(q.device)
-    tile = tiles.attention_tile(kernel, head_dim, q.element_size(), architecture, seed is not None)
+    head_dim, architecture, precision = q.shape[-1], chip.architecture(q.device), product_precision(q)
+    tile = tiles.attention_tile(kernel, head_dim, q.element_size(), architecture, seed is not None, precision)
     return {
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_dim(head_dim),
@@ -143,6 +144,7 @@ def _tile(kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor 
         "BLOCK_K": tile.block_k,
         "HAS_KEY_MASK": key_padding_mask is not None,
         "HAS_DROPOUT": seed is not None,
+        "PRECISION": precision,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **FP_FUSION,

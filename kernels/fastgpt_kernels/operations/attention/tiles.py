@@ -12,8 +12,8 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
-# By kernel, bytes per element, and largest head size: compiled, not timed. float32 uses no tensor cores here, so its
-# accumulators limit the tile.
+# By kernel, bytes per element, and largest head size: compiled, not timed. float32 uses no tensor cores here unless it
+# is rounded to tf32, so its accumulators limit the tile.
 ATTENTION = {
     ("fwd", 2, 64): AttentionTile(64, 64, 4, 3),
     ("fwd", 2, 128): AttentionTile(128, 64, 8, 2),
@@ -69,14 +69,28 @@ _ATTENTION_ON = {
     },
     "gfx942": {("dkdv", 2, 128): AttentionTile(16, 32, 4, 2)},
 }
+# Replacements where products of float32 are rounded to tf32, because triton (3.6 to 3.9) spills a few bytes of the
+# tiles above: compiled, not timed.
+_ATTENTION_TF32 = {
+    ("fwd", 64): AttentionTile(64, 32, 8, 1),
+    ("fwd", 128): AttentionTile(16, 16, 4, 1),
+    ("dq", 64): AttentionTile(32, 32, 4, 2),
+    ("dkdv", 64): AttentionTile(16, 32, 4, 2),
+}
+_ATTENTION_TF32_HOPPER = {
+    ("fwd", 128): AttentionTile(64, 16, 4, 1),
+    ("dq", 64): AttentionTile(32, 32, 4, 2),
+    ("dkdv", 64): AttentionTile(32, 32, 4, 2),
+}
 
 
 def attention_tile(
-    kernel: str, head_dim: int, element_size: int, architecture: str, has_dropout: bool
+    kernel: str, head_dim: int, element_size: int, architecture: str, has_dropout: bool, precision: str
 ) -> AttentionTile:
     """The tile of a kernel, fwd, dq or dkdv.
 
-    element_size: bytes of q's dtype. architecture: as returned by `chip.architecture`.
+    element_size: bytes of q's dtype. architecture: as returned by `chip.architecture`. precision: of products, as
+    returned by `product_precision`.
     """
     padded_dim = 64 if head_dim <= 64 else 128
     if architecture == "cpu":
@@ -88,6 +102,10 @@ def attention_tile(
         return _ATTENTION_FWD_HOPPER
     if architecture == "sm_90" and not has_dropout and key == ("dkdv", 2, 64):
         return _ATTENTION_DKDV_HOPPER
+    if precision == "tf32":
+        tf32 = _ATTENTION_TF32_HOPPER if architecture == "sm_90" else _ATTENTION_TF32
+        if replacement := tf32.get((kernel, padded_dim)):
+            return replacement
     special = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
     tile = _ATTENTION_ON.get(architecture, {}).get(key) or special.get(key) or ATTENTION[key]
     # A thread on AMD GPUs can use 512 registers only in programs of at most 4 warps.

@@ -91,7 +91,7 @@ def _column_quarters(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 def _product_quarters(
     x_ref, weight_ref, tile, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of x (n_rows, n_inner) @ weight (n_inner, n_cols): its first row and column, and its column quarters.
 
@@ -110,7 +110,7 @@ def _product_quarters(
             weight = _load_tile(
                 weight_ref, start, col, n_inner, n_cols, weight_row_stride, BLOCK_INNER, BLOCK_COLS, DESCRIPTORS
             )
-        acc = tl.dot(x, weight, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACCUMULATOR)
     return row, col, _column_quarters(acc, BLOCK_ROWS, BLOCK_COLS)
 
 
@@ -128,7 +128,7 @@ def _gelu_mlp_fwd_hidden_kernel(
     x_ref, weight_ref, bias_ptr, pre_ref, hidden_ref, x_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ACTIVATION: tl.constexpr, STORE_PRE: tl.constexpr,
-    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden (n_rows, n_cols) = activation(pre), pre = x (n_rows, n_inner) @ weight + bias."""
     n_tiles = _n_tiles(n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
@@ -137,7 +137,7 @@ def _gelu_mlp_fwd_hidden_kernel(
             x_ref, weight_ref, tile, x_row_stride=x_row_stride, weight_row_stride=weight_row_stride,
             n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
-            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR, PRECISION=PRECISION,
         )  # fmt: skip
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
@@ -158,7 +158,7 @@ def _gelu_mlp_fwd_out_kernel(
     hidden_row_stride, weight_row_stride, residual_row_stride, n_rows, n_cols, n_inner, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (n_rows, n_cols) = residual + dropout(hidden (n_rows, n_inner) @ weight + bias)."""
     n_tiles = _n_tiles(n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS)
@@ -167,7 +167,7 @@ def _gelu_mlp_fwd_out_kernel(
             hidden_ref, weight_ref, tile, x_row_stride=hidden_row_stride, weight_row_stride=weight_row_stride,
             n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
-            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR, PRECISION=PRECISION,
         )  # fmt: skip
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):
@@ -192,7 +192,7 @@ def _gelu_mlp_bwd_pre_kernel(
     dproduct_row_stride, weight_row_stride, n_rows, n_cols, n_inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ACTIVATION: tl.constexpr, STORE_HIDDEN: tl.constexpr,
-    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dpre (n_rows, n_cols) = (dproduct (n_rows, n_inner) @ weight) * activation'(pre), and its sum over each row tile.
 
@@ -204,7 +204,7 @@ def _gelu_mlp_bwd_pre_kernel(
             dproduct_ref, weight_ref, tile, x_row_stride=dproduct_row_stride, weight_row_stride=weight_row_stride,
             n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS, BLOCK_INNER=BLOCK_INNER,
-            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR,
+            WEIGHT_TRANSPOSED=WEIGHT_TRANSPOSED, DESCRIPTORS=DESCRIPTORS, ACCUMULATOR=ACCUMULATOR, PRECISION=PRECISION,
         )  # fmt: skip
         QUARTER: tl.constexpr = BLOCK_COLS // 4
         for i in tl.static_range(4):

@@ -23,6 +23,7 @@ from ...common.launch import (
     on_device,
     triton_accumulator,
 )
+from ...common.precision import product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import (
@@ -151,7 +152,8 @@ def _launch_product(
             *refs, weight_row_stride=weight.stride(0), n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_INNER=tile.block_inner,
             WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=triton_accumulator(x.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **arguments, **FP_FUSION,
+            PRECISION=product_precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **arguments, **FP_FUSION,
         )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ class ProductTile(NamedTuple):
 # other runs its epilogue. Compiled, not timed.
 _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
 # By bytes per element; compiled without spills for every audited GPU, not timed. In half precision 32 inner elements
-# keep three stages within the 64 KiB of gfx942. float32 and float64 use no tensor cores here; with more stages in
-# float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
+# keep three stages within the 64 KiB of gfx942. float64, and float32 that is not rounded to tf32, use no tensor cores
+# here; with more stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
 _PRODUCT = {2: ProductTile(128, 128, 32, 8, 3), 4: ProductTile(64, 64, 32, 8, 1), 8: ProductTile(32, 64, 16, 8, 2)}
 # For rows that do not start at multiples of 16 bytes, whose elements are loaded one by one.
 _PRODUCT_OF_ODD_ROWS = {**_PRODUCT, 2: ProductTile(64, 128, 32, 8, 3), 4: ProductTile(32, 64, 32, 8, 1)}
