@@ -1,6 +1,7 @@
 """Settings that must be made before a test imports torch and transformers."""
 
 import os
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU, Triton kernels run in the CPU interpreter. triton reads this variable on import.
+# Without a GPU, Triton kernels run in the CPU interpreter. triton reads this variable on import, and the interpreter is
+# repaired for all tests, because some of them import no kernel and yet run one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if find_spec("triton") is not None:
+    import interpreter  # noqa: F401
 
 # Small operations in several test processes gain nothing from more threads.
 torch.set_num_threads(1)

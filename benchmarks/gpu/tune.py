@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -36,6 +37,7 @@ from fastgpt.ops import backend
 
 from ..operations import timing as operations
 from ..operations.timing import TINY
+from .run import ROOT
 
 MIN_GAIN = 1.02
 _log = Console(stderr=True, highlight=False)
@@ -272,6 +274,9 @@ def main(
     if dry_run and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported, as it is by now
         again = [sys.executable, "-m", "benchmarks", "tune", *sys.argv[2:]]
         os.execve(sys.executable, again, os.environ | {"TRITON_INTERPRET": "1"})
+    if dry_run:
+        sys.path.append(str(ROOT / "tests"))
+        import_module("interpreter")  # of the tests: it mends triton's own where that computes otherwise than a GPU
     shapes = TINY if dry_run else {name: PRESETS[name] for name in sizes.split(",")}
     device = torch.device("cpu" if dry_run else "cuda")
     findings = []
