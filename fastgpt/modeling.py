@@ -25,7 +25,8 @@ from .model.attention import nothing_hidden
 from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, PositionEmbedding, TokenEmbedding
 from .model.checks import check_labels, check_length
 from .model.compat import CACHE
-from .model.outputs import training_logits
+from .model.compiled_logits import compiled_logits
+from .model.outputs import head_dtype, training_logits
 from .model.patching import ATTENTION, forward_of, replaces, swap_classes
 from .model.plain import is_as_imported, is_plain
 
@@ -135,9 +136,13 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
         )
         if n_items is not None:
             loss = loss / (n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items)
+        if torch.compiler.is_compiling():
+            logits = compiled_logits(hidden_states, weight, head_dtype(hidden_states))
+        else:
+            logits = training_logits(hidden_states, weight, loss)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
-            logits=training_logits(hidden_states, weight, loss),  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -159,7 +164,6 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
         return (
             options.get("labels") is not None
             and self.training
-            and not torch.compiler.is_compiling()
             and not ops.is_transformed()
             and "logits_to_keep" not in options
             and "ignore_index" not in options

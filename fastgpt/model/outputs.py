@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 _CURE = "pass logits_to_keep=0 to the model, which computes the loss from the logits as transformers does"
-_NO_PATH = f"the gradient of this loss does not pass through output.logits: {_CURE}"
+NO_PATH = f"the gradient of this loss does not pass through output.logits: {_CURE}"
 
 
 class _Product:
@@ -64,7 +64,7 @@ class _GradientWanted:
     def refuse(self, *_: Any) -> None:
         # FSDP's hooks only detect the start of backward, and it has another one on the loss for that.
         if self.retained or not all(map(_is_of_torch, self.hooks.values())):
-            raise RuntimeError(_NO_PATH)
+            raise RuntimeError(NO_PATH)
 
 
 def _is_of_torch(hook: Callable) -> bool:
@@ -97,7 +97,7 @@ class TrainingLogits(Tensor):
     @torch.compiler.disable(reason="logits of a training step are computed when they are read")
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _WITHOUT_VALUES:
+        if func not in WITHOUT_VALUES:
             return func(*tree_map_only(TrainingLogits, _plain, args), **tree_map_only(TrainingLogits, _plain, kwargs))
         if func in (torch.autograd.grad, torch.autograd.backward):
             _refuse_gradients(*args, **kwargs)
@@ -126,16 +126,20 @@ def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> Trai
     hidden_states: (B, T, C). weight: (V, C). loss: the fused loss, whose graph does not contain these logits: its
     backward raises RuntimeError if somebody waits for their gradient.
     """
-    device_type, dtype = hidden_states.device.type, hidden_states.dtype
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    logits = _Head.apply(hidden_states, weight, _Product(hidden_states, weight, dtype))
+    logits = _Head.apply(hidden_states, weight, _Product(hidden_states, weight, head_dtype(hidden_states)))
     if logits.grad_fn is not None and loss.grad_fn is not None:
         logits._wanted = _GradientWanted()
         node: Any = loss.grad_fn
         node.metadata[_GradientWanted] = logits._wanted
         node.register_prehook(logits._wanted.refuse)
     return logits
+
+
+def head_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of transformers' logits: the one of autocast where it is on."""
+    device_type, dtype = hidden_states.device.type, hidden_states.dtype
+    is_cast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if is_cast else dtype
 
 
 class _Head(torch.autograd.Function):
@@ -178,7 +182,7 @@ def _refuse_gradients(outputs: Iterable[Any], inputs: Iterable[Any] | None = Non
             continue
         seen.add(node)
         if node.metadata.get(_GradientWanted) in wanted:
-            raise RuntimeError(_NO_PATH)
+            raise RuntimeError(NO_PATH)
         waiting += [following for following, _ in node.next_functions]
 
 
@@ -216,7 +220,7 @@ _METHODS = (
     "is_complex is_signed is_inference is_pinned is_same_size __len__ __hash__ register_hook retain_grad "
     "requires_grad_ detach_ detach clone to float double half bfloat16"
 )
-_WITHOUT_VALUES = {
+WITHOUT_VALUES = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
     *(getattr(Tensor, name) for name in _METHODS.split()),
     Tensor.grad.__set__,  # type: ignore[attr-defined]
