@@ -60,15 +60,15 @@ def models() -> tuple[Any, Any, Tensor]:
     return theirs.train(), ours.train(), token_ids(2, N_ROWS // 2, N_VOCAB)
 
 
-def of_outputs(model: Any) -> Callable[[Tensor], Any]:
+def of_outputs(model: Any) -> Callable[..., Any]:
     return model
 
 
-def of_the_loss(model: Any) -> Callable[[Tensor], Any]:
+def of_the_loss(model: Any) -> Callable[..., Any]:
     return lambda ids, labels: model(ids, labels=labels).loss
 
 
-def with_converted_logits(model: Any) -> Callable[[Tensor], Any]:
+def with_converted_logits(model: Any) -> Callable[..., Any]:
     """As accelerate prepares a model for mixed precision."""
     return lambda ids, labels: convert_to_fp32(model(ids, labels=labels))
 
