@@ -13,7 +13,8 @@ Progress = Callable[[str, int, int], None]
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """A progress bar on a rich console while the block runs; none where nobody looks at the console."""
-    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn()
+    times = progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), *times
     with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting")
         yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)

@@ -6,6 +6,7 @@ checkpoint-N for the last steps N, and at the end the model with its tokenizer.
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -121,6 +122,8 @@ def fine_tune(
     Raises TrainingError when the loss is not finite or the disk is full, ValueError when the options of a resumed run
     differ.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this training runs in one process: for several, see examples/ddp.py")
     if device.index:
         raise ValueError(f"training takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES")
     n_steps = settings.n_steps(len(corpus.training))
@@ -164,8 +167,8 @@ def fine_tune(
         with interrupt.listening():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     history = trainer.state.log_history
-    draw_curve(history, out / CURVE)
     if trainer.state.global_step == n_steps:
         trainer.save_whole(out)
+    draw_curve(history, out / CURVE)
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return Outcome(trainer.state.global_step, n_steps, losses[-1])

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,11 @@ class TrainingError(RuntimeError):
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint. What a killed run left unfinished is removed."""
+    """The newest checkpoint that is whole. A run that was killed while it saved leaves one that is not."""
     whole = {}
-    for folder in out.glob("checkpoint-*"):
-        try:
-            whole[json.loads((folder / "trainer_state.json").read_bytes())["global_step"]] = folder  # written last
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
+    for state in out.glob("checkpoint-*/trainer_state.json"):  # the file that is written last
+        with suppress(ValueError):
+            whole[json.loads(state.read_bytes())["global_step"]] = state.parent
     return whole[max(whole)] if whole else None
 
 
@@ -53,7 +51,8 @@ class Report(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.progress is not None:
-            self.progress(f"loss {self.training_loss:.4f}{self.speed}", state.global_step, state.max_steps)
+            loss = "" if math.isnan(self.training_loss) else f", loss {self.training_loss:.4f}"
+            self.progress(f"step {state.global_step}{loss}{self.speed}", state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
         self.training_loss = logs.get("loss", self.training_loss)
@@ -86,7 +85,7 @@ class LogFile(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Lets Ctrl-C end the training after the step that runs, with a checkpoint; a second one ends it at once."""
+    """Lets Ctrl-C end a run after the step that it is in, with a checkpoint; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.is_asked = False

@@ -100,7 +100,8 @@ def test_the_validation_loss_is_that_of_eval(inputs: list[str], run, tmp_path: P
         (tmp_path / name).write_text(text)
     measured, out = tmp_path / "c.md", tmp_path / "out"
     measured.write_text("What light through yonder window breaks?" * 5)
-    result = run("train", str(tmp_path), *inputs[1:], "--validation", str(measured), "--out", str(out))
+    options = ["--validation", str(measured), "--every", "3", "--out", str(out)]
+    result = run("train", str(tmp_path), *inputs[1:], *options)
     assert result.code == 0
     assert "step 8 of 8: training loss" in result.err
     assert "MFU" in result.err
@@ -231,7 +232,9 @@ def test_resuming_runs_no_code(inputs, whole: Path, run, tmp_path: Path) -> None
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_a_number_stops_it(inputs, run, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("every", [2, 40])
+def test_a_loss_that_is_not_a_number_stops_it(every: int, inputs, run, tmp_path: Path, monkeypatch) -> None:
+    """With 40, losses are looked at in step 8 for the first time, and Ctrl-C in step 5 asks for a checkpoint."""
     compute_loss = trainer.RunTrainer.compute_loss
 
     def spoilt(self, *call, **named):
@@ -239,12 +242,19 @@ def test_a_loss_that_is_not_a_number_stops_it(inputs, run, tmp_path: Path, monke
         return loss * (float("nan") if self.state.global_step == 4 else 1)
 
     monkeypatch.setattr(trainer.RunTrainer, "compute_loss", spoilt)
+    if every == 40:
+        at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
     out = tmp_path / "out"
-    result = run("train", *inputs, "--out", str(out))
+    result = run("train", *inputs, "--every", str(every), "--out", str(out))
     assert result.code == 1
-    message = f"the loss of step 5 is nan: training stopped, and a smaller --learning-rate may help; the last good {''}"
-    assert message + f"checkpoint is {out / 'checkpoint-4'}" in result.err.splitlines()[-1]
-    assert torch.isfinite(fastgpt.GPT2LMHeadModel.from_pretrained(out / "checkpoint-4").lm_head.weight).all()
+    message = result.err.splitlines()[-1]
+    assert message.startswith("error: the loss of step 5 is nan: training stopped")
+    if every == 40:
+        assert message.endswith("there is no checkpoint before it")
+        assert not list(out.glob("checkpoint-*"))
+    else:
+        assert message.endswith(f"the last good checkpoint is {out / 'checkpoint-4'}")
+        assert fastgpt.GPT2LMHeadModel.from_pretrained(out / "checkpoint-4").lm_head.weight.isfinite().all()
 
 
 def test_weights_that_are_not_finite_are_not_saved(inputs, run, tmp_path: Path) -> None:
@@ -313,6 +323,11 @@ def test_folders_that_cannot_be_used(inputs, whole: Path, run, tmp_path: Path) -
     )
     (tmp_path / "none").mkdir()
     assert_one_line_error(run("train", str(tmp_path / "none"), *inputs[1:], "--out", str(tmp_path / "out")), 2, "*.txt")
+
+
+def test_several_processes_are_refused(inputs, run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_line_error(run("train", *inputs, "--out", str(tmp_path)), 1, "one process", "examples/ddp.py")
 
 
 def test_without_accelerate_it_says_what_to_install(inputs, run, tmp_path: Path, monkeypatch) -> None:
