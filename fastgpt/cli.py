@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 
-from . import accounting, ops
+from . import accounting, measured, ops
 from . import bench as benchmark
 from . import doctor as checks
 from .accounting.tables import render
@@ -311,10 +312,19 @@ def verify(
 
 
 @app.command()
-def doctor(device: Device = None, as_json: AsJson = False) -> None:
+def doctor(
+    device: Device = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First time every operation against torch, for `auto` to follow.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="With --measure: a preset's name, or a directory.")] = "gpt2",
+    as_json: AsJson = False,
+) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
     with wrong_usage():
-        settle_place(device)
+        place, _ = settle_place(device)
+    if measure:
+        _measure(model, place)
     diagnosis = checks.diagnose(device)
     if as_json:
         print_json(diagnosis)
@@ -322,6 +332,16 @@ def doctor(device: Device = None, as_json: AsJson = False) -> None:
         checks.render(diagnosis, tables())
     if not diagnosis["parity"]["passed"]:
         raise typer.Exit(1)
+
+
+def _measure(model: str, place: torch.device) -> None:
+    """Write the table of measurements of a GPU."""
+    if place.type != "cuda":
+        raise RuntimeError("doctor --measure needs a GPU: it times the kernels that run there")
+    measured.check_writable()
+    with progress_bar(notes) as progress:
+        table = benchmark.measure_against_torch(model, place, progress)
+    print(f"wrote {measured.write(table)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import ops
+from . import measured, ops
 from .checkpoint.headers import one_line
 from .generate import routing
 from .model.patching import patch
@@ -85,8 +85,10 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         except (KernelUnavailableError, ValueError) as error:
             backend, reason = "none", str(error)
         operations[operation] = {"backend": backend, "reason": reason}
-        if backend == "triton" and (in_float32 := ops.explain(operation, device, torch.float32))[0] == "torch":
-            operations[f"{operation} in float32"] = dict(zip(("backend", "reason"), in_float32, strict=True))
+        for dtype in (torch.float32, torch.bfloat16) if backend == "triton" else ():
+            if (choice := ops.explain(operation, device, dtype)) != (backend, reason):
+                name = f"{operation} in {str(dtype).removeprefix('torch.')}"
+                operations[name] = dict(zip(("backend", "reason"), choice, strict=True))
     try:
         generate = routing.describe(patch(_tiny_model(device)).eval())
     except (KernelUnavailableError, ValueError) as error:
@@ -101,6 +103,7 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend_setting": ops.backend_setting(),
         "first_kernel": _first_kernel(torch.device(device)),
+        "measurements": _measurements(torch.device(device)),
         "operations": operations,
         "generate": generate,
         "parity": check_parity(device),
@@ -114,13 +117,21 @@ def _first_kernel(device: torch.device) -> str:
     return fastgpt_kernels.why_unavailable(OPERATIONS[0], device) or "compiled and launched"
 
 
+def _measurements(device: torch.device) -> str:
+    """The table of this GPU that `auto` follows, or why there is none."""
+    if device.type != "cuda":
+        return f"none: {device} is no GPU"
+    fault = fastgpt_kernels.why_unavailable(OPERATIONS[0], device)
+    return "none: no kernel runs" if fault else measured.known(device).note
+
+
 def render(diagnosis: dict[str, Any], console: Console) -> None:
     """Print a diagnosis as tables."""
     table = Table("what", "is", title="This machine", title_justify="left")
     for name, found in diagnosis["versions"].items():
         table.add_row(name, found or "not installed")
-    for name in ("platform", "device", "device_name", "threads", "backend_setting", "first_kernel"):
-        table.add_row(name.replace("_", " "), str(diagnosis[name]))
+    for name in ("platform", "device", "device_name", "threads", "backend_setting", "first_kernel", "measurements"):
+        table.add_row(name.replace("_", " "), escape(str(diagnosis[name])))
     console.print(table)
 
     table = Table("operation", "backend", "why", title="Where each operation runs", title_justify="left")

@@ -11,6 +11,8 @@ from fastgpt_kernels import KernelUnavailableError, reference
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+import fastgpt.measured as measured
+
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -50,20 +52,12 @@ def selected_backend() -> str:
     return _checked(_selected, "FASTGPT_BACKEND")
 
 
-# Matrix units take no exact float32 or float64 products in these kernels, and the library's are expected to be faster:
-# by count of instructions, since none is measured yet. They also follow torch.set_float32_matmul_precision.
-_FASTER_IN_TORCH: dict[tuple[str, torch.dtype | None], str] = {
-    (operation, dtype): f"torch's products in {str(dtype).removeprefix('torch.')} are expected to be faster"
-    for operation in ("causal_attention", "gelu_mlp")
-    for dtype in (torch.float32, torch.float64)
-}
-
-
 def explain(operation: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """Which backend `operation` takes for tensors on `device`, in the dtype in which it computes if given, and why.
 
-    In auto mode, tensors that the kernel does not support still go to the reference, and attention with dropout to its
-    kernel in every dtype, because the reference holds all attention weights in memory.
+    In auto mode, a kernel that was measured or is expected to be slower than torch does not run (`measured`). Tensors
+    that the kernel does not support still go to the reference, and attention with dropout to its kernel in every
+    dtype, because the reference holds all attention weights in memory.
     Returns ("triton" | "torch", reason). Raises KernelUnavailableError when a kernel was asked for by name and cannot
     run, ValueError when the environment names an unknown backend.
     """
@@ -78,9 +72,7 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype | Non
             raise KernelUnavailableError(reason)
         _warn_once(device, reason)
         return "torch", reason
-    if _selected == "auto" and (expected := _FASTER_IN_TORCH.get((operation, dtype))):
-        return "torch", expected
-    return "triton", "asked for by name" if _selected == "triton" else "kernel available"
+    return ("triton", "asked for by name") if _selected == "triton" else measured.choice(operation, dtype, device)
 
 
 def runs_kernels(device: torch.device | str) -> bool:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.accounting import Shape
-from fastgpt.bench import machine
+from fastgpt.bench import machine, operations
 from fastgpt.bench.parity import ParityError
 
-from ..operations import timing as operations
 from ..peers import contenders as peers
 from . import waits
 from .run import ROOT, Part, Run

@@ -10,8 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt.accounting import PRESETS, Shape
 from fastgpt.bench import workloads
-
-from ..operations.timing import TINY
+from fastgpt.bench.operations import TINY
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,10 +13,9 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import generate as engine
 from fastgpt import ops
-from fastgpt.bench import parity, workloads
+from fastgpt.bench import operations, parity, workloads
 from fastgpt.bench.parity import ParityError
 
-from ..operations import timing as operations
 from .models import check_greedy_tokens
 from .run import Part, Run, Step
 

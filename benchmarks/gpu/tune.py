@@ -31,12 +31,11 @@ from fastgpt_kernels.operations.linear_cross_entropy import tiles as linear_cros
 from rich.console import Console
 
 from fastgpt.accounting import PRESETS, Shape
-from fastgpt.bench import machine
+from fastgpt.bench import machine, operations
+from fastgpt.bench.operations import TINY
 from fastgpt.doctor import versions
 from fastgpt.ops import backend
 
-from ..operations import timing as operations
-from ..operations.timing import TINY
 from .run import ROOT
 
 MIN_GAIN = 1.02

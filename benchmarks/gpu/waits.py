@@ -12,7 +12,7 @@ from fastgpt_kernels.operations.persistent_decode.kernels import _grid_barrier
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..operations import timing as operations
+from fastgpt.bench import operations
 
 
 @triton.jit

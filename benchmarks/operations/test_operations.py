@@ -13,11 +13,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastgpt.accounting import PRESETS, Shape
-from fastgpt.bench import BenchmarkOptions, machine
+from fastgpt.bench import BenchmarkOptions, machine, operations
+from fastgpt.bench.operations import TINY
 from fastgpt.text import DTYPES, default_device
-
-from . import timing as operations
-from .timing import TINY
 
 SHAPES: dict[str, Shape] = {**TINY, **PRESETS}
 DIRECTIONS = ("forward", "backward", "forward+backward")

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from fastgpt.accounting import Shape
-from fastgpt.bench import MakeWork
+from fastgpt.bench import MakeWork, operations
 from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import Work
 
-from ..operations import timing as operations
 from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
 
 # --- whole models ---------------------------------------------------------------------------------------------------

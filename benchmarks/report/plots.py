@@ -186,7 +186,7 @@ def _curves(
 def kernel_times(name: str, sizes: dict[str, list[dict[str, Any]]]) -> Plot:
     """Milliseconds of one call of every operation, forward and backward, stacked: fastgpt's above torch's.
 
-    sizes: the rows of `benchmarks.operations.measure` by the model's name. An operation that either
+    sizes: the rows of `fastgpt.bench.operations.measure` by the model's name. An operation that either
     contender lacks is left out of both, because otherwise their sums could not be compared.
     """
     times: dict[str, dict[str, dict[str, float]]] = {}

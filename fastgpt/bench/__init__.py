@@ -1,6 +1,7 @@
 """Tokens/s compared with transformers on the same weights: workloads, parity gate, timed runs, tables and plots."""
 
 from ..progress import Progress, progress_bar
+from .against_torch import measure_against_torch
 from .parity import ParityError
 from .plotting import plot, render
 from .runs import (
@@ -25,6 +26,7 @@ __all__ = [
     "bring_together",
     "compare",
     "make_tokens",
+    "measure_against_torch",
     "plot",
     "progress_bar",
     "render",

@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from benchmarks.cpu import command as cpu
-from benchmarks.operations import timing as operations
 from benchmarks.peers import contenders as peers
 from benchmarks.peers import cpu_engines as engines
 from fastgpt import bench as benchmark
 from fastgpt.accounting import Shape
-from fastgpt.bench import BenchmarkOptions, workloads
+from fastgpt.bench import BenchmarkOptions, operations, workloads
 from fastgpt.bench.parity import ParityError
 
 SHAPE = Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)

@@ -17,8 +17,8 @@ from paths import ROOT
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.tune import Finding, Timing
-from benchmarks.operations import timing as operations
-from benchmarks.operations.timing import TINY
+from fastgpt.bench import operations
+from fastgpt.bench.operations import TINY
 from fastgpt.ops import backend
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fastgpt_kernels
@@ -12,7 +13,7 @@ import torch
 from fastgpt_kernels import KernelUnavailableError, operations, reference
 
 import fastgpt
-from fastgpt import ops
+from fastgpt import measured, ops
 
 LABELS = torch.tensor([0, 4, -100])
 
@@ -43,9 +44,12 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel for every operation, which gives back its own name and arguments."""
+def fake_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel for every operation, which gives back its own name and arguments, on a GPU that was not measured."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(measured, "machine", lambda device: {"gpu": "none", "torch": "2", "triton": "3"})
+    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(fastgpt_kernels, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(fastgpt_kernels, "_fault", lambda device: None)
     monkeypatch.setattr(ops, "_warned", set())
@@ -105,7 +109,7 @@ def test_unknown_backend_is_named_and_changes_nothing(name: str) -> None:
 
 def read_ops_again() -> ModuleType:
     """A second copy of `ops`, which reads the environment as a fresh process does."""
-    spec = importlib.util.spec_from_file_location("fastgpt_ops_again", ops.__file__)
+    spec = importlib.util.spec_from_file_location("fastgpt.ops_again", ops.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
