@@ -149,21 +149,21 @@ def test_return_dict_holds_the_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("n_proposed", "options"),
     [
-        {},
-        {"max_new_tokens": 7},
-        {"eos_token_id": list(range(0, 131, 9))},
-        {"min_new_tokens": 12, "eos_token_id": list(range(0, 131, 3))},
-        {"do_sample": True, "seed": 5, "temperature": 0.3},
-        {"do_sample": True, "top_k": 3},
-        {"attention_mask": torch.tensor([[0] * 3 + [1] * 9])},
-        {"return_dict_in_generate": True},
+        (2, {}),
+        (2, {"do_sample": True, "seed": 5, "temperature": 0.3}),
+        (6, {"max_new_tokens": 7}),
+        (6, {"eos_token_id": list(range(0, 131, 9))}),
+        (6, {"min_new_tokens": 12, "eos_token_id": list(range(0, 131, 3))}),
+        (6, {"do_sample": True, "seed": 5, "temperature": 0.3}),
+        (6, {"do_sample": True, "top_k": 3}),
+        (6, {"attention_mask": torch.tensor([[0] * 3 + [1] * 9])}),
+        (6, {"return_dict_in_generate": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("n_proposed", [2, 6])
-def test_lookup_gives_the_tokens_that_come_without(options: dict[str, Any], n_proposed: int, route) -> None:
+def test_lookup_gives_the_tokens_that_come_without(n_proposed: int, options: dict[str, Any], route) -> None:
     """From the same torch.manual_seed where they sample, in few rows and in many."""
     _, ours = small_pair()
     ids = token_ids(1, 4, 131).repeat(1, 3).to(DEVICE)

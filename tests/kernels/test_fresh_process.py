@@ -1,4 +1,4 @@
-"""Every test that compiles or exports, again in a process where nothing has run.
+"""Every test that compiles or exports, with its first parameters, again in a process where nothing has run.
 
 There the modules of the kernels are imported while torch.compile traces the call that needs them.
 """
@@ -14,22 +14,28 @@ from interpreter import INTERPRETING
 TESTS = Path(__file__).parents[1]
 CALLS = ("torch.compile(", "torch.export.export(")
 # Imports once what takes long, and no kernel; then runs every test in a fork of its own.
-FORKS = """
+FORKS = '''
 import os, sys
 import hypothesis, peft, pytest, torch._dynamo, torch._inductor.compile_fx, transformers, triton
 import fastgpt, fastgpt_kernels
+
+class OnlyTheFirst:
+    """Of the parameters of a test: with a second one, the process is no longer fresh."""
+
+    def pytest_collection_modifyitems(self, items):
+        del items[1:]
 
 failed = []
 for test in sys.argv[1:]:
     child = os.fork()
     if child == 0:
-        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+        os._exit(pytest.main(["-q", "-p", "no:cacheprovider", test], plugins=[OnlyTheFirst()]))
     if os.waitpid(child, 0)[1] != 0:
         failed.append(test)
 kernels = {f"fastgpt_kernels.operations.{name}.op" for name in fastgpt_kernels.KERNEL_MODULES.values()}
 assert kernels.isdisjoint(sys.modules), kernels & set(sys.modules)
 sys.exit(f"failed: {failed}" if failed else 0)
-"""
+'''
 
 
 def compiling_tests() -> list[str]:
