@@ -28,7 +28,7 @@ with releases.skipping_what_is_unknown(triton.__version__):
         releases.mend(triton.__version__)
         arithmetic.repair()
         memory.watch()
-        speed.patch_once()
+        speed.repeat_less()
 
 __all__ = [
     "DEVICE",

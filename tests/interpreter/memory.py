@@ -65,9 +65,12 @@ def watch() -> None:
 def check_overflow() -> Iterator[None]:
     """Index arithmetic that leaves int32 raises, and tl.device_assert fires."""
     options = interpreter.interpreter_builder.options
-    before = options.debug
-    object.__setattr__(options, "debug", True)
+    names = ("debug", "sanitize_overflow")
+    before = [getattr(options, name) for name in names]
     try:
+        for name in names:
+            object.__setattr__(options, name, True)
         yield
     finally:
-        object.__setattr__(options, "debug", before)
+        for name, value in zip(names, before, strict=True):
+            object.__setattr__(options, name, value)

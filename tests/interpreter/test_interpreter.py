@@ -52,6 +52,24 @@ def _arithmetic_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr, OPERATION: tl
 
 
 @triton.jit
+def _earlier_maximum(value, place, other, other_place):
+    is_ours = (value > other) | ((value == other) & (place < other_place))
+    return tl.where(is_ours, value, other), tl.where(is_ours, place, other_place)
+
+
+@triton.jit
+def _reduce_kernel(x_ptr, value_ptr, place_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, AXIS: tl.constexpr):
+    """The maximum along an axis, and where it first is along it."""
+    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    x = tl.load(x_ptr + rows * COLS + cols)
+    place = (rows if AXIS == 0 else cols) + tl.zeros_like(x).to(tl.int32)
+    value, place = tl.reduce((x, place), AXIS, _earlier_maximum)
+    out = tl.arange(0, COLS if AXIS == 0 else ROWS)
+    tl.store(value_ptr + out, value)
+    tl.store(place_ptr + out, place)
+
+
+@triton.jit
 def _dot_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     rows, cols = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + rows * BLOCK + cols)
@@ -280,6 +298,17 @@ def test_the_language_is_replaced_once_in_a_launch(monkeypatch: pytest.MonkeyPat
     assert x.item() == 3 * 41
     assert n_parts == [n_parts[0]] * 4
     assert n_parts[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_reduction_by_a_function_of_the_kernel(axis: int, dtype: torch.dtype) -> None:
+    x = torch.randint(-3, 4, (8, 16), generator=torch.Generator().manual_seed(0)).to(dtype)  # with equal values
+    n_results = x.shape[1 - axis]
+    values, places = torch.empty(n_results, dtype=dtype), torch.empty(n_results, dtype=torch.int32)
+    _reduce_kernel[(1,)](x, values, places, *x.shape, axis)
+    assert torch.equal(values, x.amax(axis))
+    assert places.tolist() == [row.tolist().index(row.max().item()) for row in x.movedim(axis, 1)]
 
 
 def test_device_is_where_kernels_run() -> None:
