@@ -306,7 +306,7 @@ def test_a_reduction_by_a_function_of_the_kernel(axis: int, dtype: torch.dtype) 
     x = torch.randint(-3, 4, (8, 16), generator=torch.Generator().manual_seed(0)).to(dtype)  # with equal values
     n_results = x.shape[1 - axis]
     values, places = torch.empty(n_results, dtype=dtype), torch.empty(n_results, dtype=torch.int32)
-    _reduce_kernel[(1,)](x, values, places, **{"ROWS": 8, "COLS": 16, "AXIS": axis})
+    _reduce_kernel[(1,)](x, values, places, ROWS=8, COLS=16, AXIS=axis)  # pyright: ignore
     assert torch.equal(values, x.amax(axis))
     assert places.tolist() == [row.tolist().index(row.max().item()) for row in x.movedim(axis, 1)]
 
