@@ -182,36 +182,30 @@ def _causal_attention_bwd_dq_kernel(
     row_norm = tl.load(norm_ptr + row, mask=q_in, other=0.0)
     dq = tl.zeros((BLOCK_Q, PADDED_DIM), max_ptr.dtype.element_ty)
 
-    if q_ptr.dtype.element_ty.primitive_bitwidth >= 32:
-        # Sum delta from the same p * dp that dscore uses: both round alike, so their difference stays small.
+    # In float32 a first pass over all keys sums delta from the same p * dp that dscore uses: both round alike, so their
+    # difference stays small. Then come the keys that every query of the block sees, and last those on the diagonal.
+    SUMS_DELTA: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32
+    if SUMS_DELTA:
         delta = tl.zeros((BLOCK_Q,), max_ptr.dtype.element_ty)
-        for k_start in range(0, stop, BLOCK_K):
-            _, p, dp = _recompute(
-                q, dout, row_max, row_norm, k_ptr, v_ptr, key_mask_ptr, seed,
-                batch_head=batch_head, q_start=q_start, k_start=k_start,
-                k_token_stride=k_token_stride, v_token_stride=v_token_stride, n_keys=n_keys, n_past=n_keys - n_queries,
-                score_scale=score_scale, threshold=threshold, keep_scale=keep_scale,
-                HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                IS_DIAGONAL=True, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
-            )  # fmt: skip
-            delta += tl.sum(rounded_product(p, dp), axis=1)
-        tl.store(delta_ptr + row, delta, mask=q_in)
     else:
         delta = tl.load(delta_ptr + row, mask=q_in, other=0.0)
-
-    # First the keys that every query of the block sees, then those on the diagonal.
-    for IS_DIAGONAL in tl.static_range(2):
-        for k_start in range(diagonal if IS_DIAGONAL else 0, stop if IS_DIAGONAL else diagonal, BLOCK_K):
+    for PASS in tl.static_range(0 if SUMS_DELTA else 1, 3):
+        for k_start in range(diagonal if PASS == 2 else 0, diagonal if PASS == 1 else stop, BLOCK_K):
             k, p, dp = _recompute(
                 q, dout, row_max, row_norm, k_ptr, v_ptr, key_mask_ptr, seed,
                 batch_head=batch_head, q_start=q_start, k_start=k_start,
                 k_token_stride=k_token_stride, v_token_stride=v_token_stride, n_keys=n_keys, n_past=n_keys - n_queries,
                 score_scale=score_scale, threshold=threshold, keep_scale=keep_scale,
                 HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                IS_DIAGONAL=IS_DIAGONAL, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
+                IS_DIAGONAL=PASS != 1, HAS_KEY_MASK=HAS_KEY_MASK, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip
-            dscore = p * (dp - delta[:, None])
-            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+            if PASS == 0:
+                delta += tl.sum(rounded_product(p, dp), axis=1)
+            else:
+                dscore = p * (dp - delta[:, None])
+                dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+        if PASS == 0:
+            tl.store(delta_ptr + row, delta, mask=q_in)
 
     dq_ptr += (batch * n_queries * n_heads + head) * HEAD_DIM
     _store_rows(dq_ptr, dq * scale, q_pos, q_in, n_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
