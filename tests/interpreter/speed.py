@@ -1,5 +1,6 @@
 """Spare the interpreter what it repeats, and what it computes and then drops."""
 
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -20,6 +21,16 @@ def repeat_less() -> None:
         return known[name] if name in known else known.setdefault(name, find(dtype))
 
     mock.patch.object(interpreter, "_get_np_dtype", look_up).start()
+    make_type, made = core.block_type.__init__, {}
+
+    def make_once(block: core.block_type, element: core.dtype, shape: Iterable[Any]) -> None:
+        key = element.name, *(getattr(size, "value", size) for size in shape)
+        if key not in made:
+            make_type(block, element, list(shape))
+            made[key] = dict(vars(block))
+        vars(block).update(made[key])
+
+    mock.patch.object(core.block_type, "__init__", make_once).start()
     mock.patch.object(ReduceOps, "generic_reduce", _reduce_in_pairs).start()
     # Without `check_overflow`, which turns both on, nobody sees whether an integer overflowed.
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
