@@ -3,7 +3,6 @@
 from .costs import (
     H200_BANDWIDTH,
     H200_MATRIX_RATE,
-    activation_bytes,
     adamw_bytes,
     decode_bytes,
     decode_ceiling,
@@ -17,11 +16,13 @@ from .costs import (
     weight_bytes,
 )
 from .report import report
+from .saved import PRECISIONS, activation_bytes, layer_saved_bytes, saved_bytes
 from .shapes import PRESETS, ParameterCount, Shape, count_parameters, shape_of
 
 __all__ = [
     "H200_BANDWIDTH",
     "H200_MATRIX_RATE",
+    "PRECISIONS",
     "PRESETS",
     "ParameterCount",
     "Shape",
@@ -32,9 +33,11 @@ __all__ = [
     "decode_ceiling",
     "forward_flops",
     "kv_cache_bytes",
+    "layer_saved_bytes",
     "peak_rate",
     "prefill_ceiling",
     "report",
+    "saved_bytes",
     "shape_of",
     "training_ceiling",
     "training_flops",

@@ -1,8 +1,8 @@
 """Storage, FLOPs and speed limits of GPT-2 at any size, from closed formulas: nothing is built or run.
 
 In the formulas: L layers, C channels, H heads, F hidden width of the MLP, V vocabulary, B batch, T tokens. Counts are
-exact integers. Cross-attention has parameters, but its work depends on the encoder: FLOPs, caches, activations and
-speed limits are those of a decoder without encoder states.
+exact integers. Cross-attention has parameters, but its work depends on the encoder: FLOPs, caches and speed limits are
+those of a decoder without encoder states.
 """
 
 from .shapes import Shape, count_parameters
@@ -64,41 +64,6 @@ def training_state_bytes(n_parameters: int, precision: str = "fp32") -> dict[str
     if precision not in sizes:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(sizes)}")
     return {part: size * n_parameters for part, size in sizes[precision].items()}
-
-
-def activation_bytes(
-    shape: Shape,
-    batch: int,
-    tokens: int,
-    *,
-    element_bytes: int = 2,
-    checkpointing: bool = False,
-    full_logits: bool = False,
-) -> dict[str, int]:
-    """Bytes that a training step without dropout keeps from forward to backward, by part.
-
-    A row is one token of one sequence. A block keeps 8*C + 2*F elements per row: its input, the normalised input, q, k,
-    v, the attended values, the sum with the residual and its normalised form, and the MLP before and after its
-    activation; and 4 + H statistics per row in fp32: mean and reciprocal deviation of two norms, the log-sum-exp of
-    each head. No (T, T) scores are kept.
-    checkpointing: blocks keep only their input, and backward recomputes one block at a time.
-    full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Otherwise
-    `linear_cross_entropy` keeps its input and the labels (for second derivatives), the gradient of its input and, in
-    fp32, the gradient of the (V, C) table.
-    Temporaries that live within one operation, forward or backward, are not counted; nor is the fp32 copy that a CPU
-    makes to normalise bf16.
-    """
-    C, F, V, L = shape.n_embd, shape.hidden_width, shape.vocab_size, shape.n_layer
-    rows = batch * tokens
-    stream = rows * C * element_bytes
-    block = rows * ((8 * C + 2 * F) * element_bytes + (4 + shape.n_head) * 4)
-    return {
-        "token_and_position_ids": 8 * (rows + tokens),
-        "blocks": L * (stream if checkpointing else block),
-        "block_computed_again": block - stream if checkpointing else 0,
-        "final_norm": stream + 8 * rows,
-        "loss": stream + 8 * rows + (rows * V * (element_bytes + 4) if full_logits else stream + 4 * V * C),
-    }
 
 
 # --- FLOPs and bytes moved ------------------------------------------------------------------------------------------

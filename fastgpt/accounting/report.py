@@ -6,7 +6,6 @@ from typing import Any
 from .costs import (
     H200_BANDWIDTH,
     H200_MATRIX_RATE,
-    activation_bytes,
     adamw_bytes,
     decode_bytes,
     decode_ceiling,
@@ -18,6 +17,7 @@ from .costs import (
     training_state_bytes,
     weight_bytes,
 )
+from .saved import PRECISIONS, activation_bytes, layer_saved_bytes, saved_bytes
 from .shapes import Shape, Source, count_parameters, describe
 
 
@@ -69,6 +69,7 @@ def report(
             "fp32": _activation_totals(model, batch, context, element_bytes=4),
             "mixed": _activation_totals(model, batch, context, element_bytes=2),
         },
+        "saved_for_backward": {precision: _saved(model, batch, context, precision) for precision in PRECISIONS},
         "flops": {
             "forward_per_sequence": flops,
             "forward_per_token": flops / context,
@@ -95,4 +96,21 @@ def _activation_totals(shape: Shape, batch: int, tokens: int, *, element_bytes: 
     return {
         variant: sum(activation_bytes(shape, batch, tokens, element_bytes=element_bytes, **flags).values())
         for variant, flags in variants.items()
+    }
+
+
+def _saved(shape: Shape, batch: int, tokens: int, precision: str) -> dict[str, dict[str, int]]:
+    """What the kernels save: of a token in each layer by tensor (with dropout), and in the whole model."""
+    variants = {
+        "kept": {},
+        "kept, dropout": {"dropout": True},
+        "checkpointed": {"checkpointing": True},
+        "checkpointed, dropout": {"checkpointing": True, "dropout": True},
+    }
+    return {
+        "token_and_layer": layer_saved_bytes(shape, precision, dropout=True),
+        "model": {
+            variant: sum(saved_bytes(shape, batch, tokens, precision, **flags).values())
+            for variant, flags in variants.items()
+        },
     }

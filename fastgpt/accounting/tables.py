@@ -13,6 +13,8 @@ def render(report: dict[str, Any], console: Console) -> None:
         sizes = [f"{letter} = {report['shape'][field]}" for letter, field in _LETTERS.items()]
         console.print(", ".join(sizes), highlight=False)
     console.print(_memory_table(report))
+    if "saved_for_backward" in report:
+        console.print(_saved_table(report))
     if "ceilings" in report:
         console.print(_speed_table(report))
 
@@ -62,7 +64,31 @@ def _memory_table(report: dict[str, Any]) -> Table:
         held = [part.replace("_", " ") for part, size in parts.items() if size]
         add(f"training, {precision}: {', '.join(held)}", sum(parts.values()))
         for variant, size in report.get("activation_bytes", {}).get(precision, {}).items():
-            add(f"activations {variant}, {report['batch']} x {report['context']} tokens", size)
+            add(f"activations in torch, {variant}, {report['batch']} x {report['context']} tokens", size)
+    return table
+
+
+def _saved_table(report: dict[str, Any]) -> Table:
+    precisions = report["saved_for_backward"]
+    table = _table(
+        "Bytes that the kernels save for backward, without logits", what="left", **dict.fromkeys(precisions, "right")
+    )
+
+    def add(what: str, sizes: list[int]) -> None:
+        table.add_row(what, *(f"{size:,}" for size in sizes))
+
+    layers = [saved["token_and_layer"] for saved in precisions.values()]
+    for tensor in layers[0]:
+        add(f"a token in each layer: {tensor}", [layer[tensor] for layer in layers])
+    table.add_section()
+    add("a token in each layer, without dropout", [sum(layer.values()) - layer["dropout mask"] for layer in layers])
+    add("a token in each layer, with dropout", [sum(layer.values()) for layer in layers])
+    table.add_section()
+    models = [saved["model"] for saved in precisions.values()]
+    for variant in models[0]:
+        add(
+            f"the model {variant}, {report['batch']} x {report['context']} tokens", [model[variant] for model in models]
+        )
     return table
 
 
