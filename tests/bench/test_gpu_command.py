@@ -51,7 +51,7 @@ def test_bug_a_run_on_a_gpu_names_the_tests_of_every_kernel() -> None:
     files = [path.relative_to(ROOT) for path in gpu_run.tests_of_kernels()]
     assert [str(file) for file in files] == named
     operations = {path.parent.name for path in (ROOT / "kernels" / "fastgpt_kernels" / "operations").glob("*/op.py")}
-    assert {file.parent.name for file in files if file.name.endswith("_kernel.py")} == operations
+    assert operations <= {file.parent.name for file in files}
     assert {"test_layer_norm.py", "test_engine_on_kernels.py", "test_model_on_kernels.py"} <= {f.name for f in files}
 
 
