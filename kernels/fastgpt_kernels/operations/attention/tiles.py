@@ -59,7 +59,7 @@ _ATTENTION_ON = {
     },
     "sm_86": _ATTENTION_SM86,
     "sm_89": _ATTENTION_SM86,
-    "sm_90": {("fwd", 4, 128): AttentionTile(16, 16, 4, 2)},
+    "sm_90": {("fwd", 4, 128): AttentionTile(16, 16, 4, 2), ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2)},
     "sm_100": {**_ATTENTION_SM86, ("dq", 2, 128): AttentionTile(32, 32, 4, 1)},
     "sm_120": {
         ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
@@ -80,7 +80,9 @@ _ATTENTION_TF32 = {
 _ATTENTION_TF32_HOPPER = {
     ("fwd", 128): AttentionTile(64, 16, 4, 1),
     ("dq", 64): AttentionTile(32, 32, 4, 2),
+    ("dq", 128): AttentionTile(16, 16, 8, 2),
     ("dkdv", 64): AttentionTile(32, 32, 4, 2),
+    ("dkdv", 128): AttentionTile(16, 16, 4, 2),
 }
 
 

@@ -40,7 +40,7 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
-    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89"):  # 4 warps spill a register there.
+    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
         num_warps = max(num_warps, 8)
     # 32 bytes, one memory sector, of every row of the weights. The head's rows are read whole.
     block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
