@@ -3,12 +3,11 @@
 `routing` decides which calls of `generate()` come here.
 """
 
-from .cache import KVCache, decode_one_token, decode_tokens, prefill
+from .decoding import KVCache, decode_one_token, decode_tokens, prefill, view_weights
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .kept import release
 from .lookup import DeviceLookupGeneration, LookupGeneration
-from .weights import view_weights, watched
 from .workspace import obstacle, tier
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "release",
     "tier",
     "view_weights",
-    "watched",
 ]

@@ -17,7 +17,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..model.patching import ATTENTION
 from .kept import release
 from .options import Seed, check_generation_options, refusing_nan, settle_seed
-from .prompts import pad_left
 from .routing import Handover, log_mode, try_engine
 
 # The parameters of transformers' loops over tokens, in order; a function that replaced a loop may not show them.
@@ -87,7 +86,7 @@ class GenerationMethods:
                 raise ValueError("a list of prompts needs no attention_mask: each is taken whole")
             asked = kwargs.get("pad_token_id"), (generation_config or self.generation_config).pad_token_id  # type: ignore[attr-defined]
             pad_id = next((pad for pad in asked if pad is not None), 0)
-            inputs, (prompt, mask) = None, pad_left(prompt, pad_id, self.device)  # type: ignore[attr-defined]
+            inputs, (prompt, mask) = None, _pad_left(prompt, pad_id, self.device)  # type: ignore[attr-defined]
             kwargs |= {"input_ids": prompt, "attention_mask": mask}
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
@@ -146,3 +145,26 @@ class GenerationMethods:
         input_ids = call.pop("input_ids")
         generated = try_engine(self, input_ids, **call)
         return loop(input_ids, **call) if generated is None else generated
+
+
+def _pad_left(prompts: Sequence[Tensor | Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad B prompts on the left. Returns ids and attention mask, both (B, T) int64.
+
+    prompts: each a list of token ids or a tensor of them, (T,) or (1, T). pad_id: the padding token.
+    Raises ValueError on an empty list, and on a prompt that is empty or has another shape.
+    """
+    if not prompts:
+        raise ValueError("nothing to continue: the list of prompts is empty")
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    for number, row in enumerate(rows):
+        if row.numel() == 0:
+            raise ValueError(f"nothing to continue: prompt {number} is empty")
+        if row.shape not in ((row.numel(),), (1, row.numel())):
+            raise ValueError(f"prompt {number} has shape {tuple(row.shape)}: give (T,) or (1, T)")
+    n_tokens = max(row.numel() for row in rows)
+    ids = torch.full((len(rows), n_tokens), pad_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, row_ids, row_mask in zip(rows, ids, mask, strict=True):
+        row_ids[n_tokens - row.numel() :] = row.flatten()
+        row_mask[n_tokens - row.numel() :] = 1
+    return ids, mask

@@ -4,14 +4,14 @@ B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from fastgpt_kernels.operations.sampling.reference import SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .cache import prefill, without_autograd
-from .choices import Mailbox
+from .decoding import prefill, without_autograd
 from .host_loop import Request
 from .kept import workspace
 from .options import NAN_LOGITS, seen_tokens
@@ -91,3 +91,26 @@ class DeviceGeneration:
         work.positions.copy_(request.positions[:, -1].expand_as(work.positions))
         work.slots.fill_(n_prompt - 1)
         work.starts.copy_(torch.zeros_like(work.starts) if request.mask is None else (request.mask == 0).sum(1))
+
+
+class Mailbox:
+    """Brings tokens (B,) to the host in the order in which they were sent, up to two at a time on their way."""
+
+    def __init__(self, tokens: Tensor):
+        self._tokens, self._n_sent = tokens, 0
+        self._slots = torch.empty(2, len(tokens), dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._events: Any = [torch.cuda.Event(), torch.cuda.Event()] if tokens.is_cuda else None
+
+    def send(self) -> int:
+        """Start to copy the tokens as they are now, and return the number of the letter."""
+        number, self._n_sent = self._n_sent, self._n_sent + 1
+        self._slots[number % 2].copy_(self._tokens, non_blocking=True)
+        if self._events is not None:
+            self._events[number % 2].record(torch.cuda.current_stream(self._tokens.device))
+        return number
+
+    def read(self, number: int) -> Tensor:
+        """Wait for the tokens of a letter, one of the last two. Returns them in ordinary memory."""
+        if self._events is not None:
+            self._events[number % 2].synchronize()
+        return self._slots[number % 2].clone()

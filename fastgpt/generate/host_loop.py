@@ -11,8 +11,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from .cache import KVCache, decode_one_token, prefill, without_autograd
-from .weights import view_weights
+from .decoding import KVCache, decode_one_token, prefill, view_weights, without_autograd
 
 
 @dataclass(frozen=True)

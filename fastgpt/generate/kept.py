@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GPT2LMHeadModel
 
-from .weights import view_weights
+from .decoding import view_weights
 from .workspace import Workspace, fixed_in_graphs
 
 # By model, the one used last at the end.

@@ -13,9 +13,8 @@ from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .cache import decode_tokens, prefill
-from .choices import Mailbox
-from .device_loop import DeviceGeneration
+from .decoding import decode_tokens, prefill
+from .device_loop import DeviceGeneration, Mailbox
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
 from .workspace import Workspace

@@ -1,7 +1,7 @@
 """Decides which calls of `generate()` the engine runs, and says why others go to transformers' own loop."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .lookup import LONGEST_LOOKUP, DeviceLookupGeneration, LookupGeneration
 from .options import ON_DEVICE, RefuseNaN, device_options
-from .weights import watched
 from .workspace import obstacle as kernel_obstacle
 
 logger = logging.getLogger("fastgpt")
@@ -187,8 +186,8 @@ def try_engine(
     if isinstance(generation, str):
         return _decline(generation, streamer)
     if isinstance(streamer, Handover):
-        return watched(generation, model)
-    for tokens in generation if streamer is None else watched(generation, model):
+        return _watched(generation, model)
+    for tokens in generation if streamer is None else _watched(generation, model):
         if streamer is not None:
             streamer.put(tokens.cpu())
     if streamer is not None:
@@ -227,3 +226,25 @@ def _start(model: Any, request: Request, config: GenerationConfig) -> Generation
     if n_proposed is not None:
         return LookupGeneration(model, request, n_proposed, n_longest)
     return Generation(model, request)
+
+
+def _watched(generation: Iterable[Tensor], model: GPT2LMHeadModel) -> Iterator[Tensor]:
+    """The tokens of a generation, during which the caller may do anything but move or replace the model's weights.
+
+    Raises RuntimeError when it did, because steps read the weights where they lay, and the cache is on their device.
+    """
+    # Read from the modules' own tables, because `parameters()` takes the host longer than a step takes a GPU.
+    children = [module._modules for module in model.modules()]
+    parameters = [module._parameters for module in model.modules()]
+
+    def places() -> list[int | None]:
+        modules = [id(module) for table in children for module in table.values()]
+        return modules + [None if x is None else x.data_ptr() for table in parameters for x in table.values()]
+
+    before = places()
+    for tokens in generation:
+        yield tokens
+        if places() != before:
+            raise RuntimeError(
+                "the model's weights were moved or replaced between two tokens of one call: start a new one"
+            )

@@ -1,23 +1,26 @@
 """The workspace of decode steps on kernels: their memory, their CUDA graphs, and the tier on which they run.
 
-Every step runs the same kernels on the same memory, so one CUDA graph replays them.
-B batch, T slots of the cache, V vocabulary.
+Every step runs the same kernels on the same memory, so one CUDA graph replays them, and another the choice of the next
+tokens. A graph fixes places in memory, so the state of the rows has a place in the workspace, and every call copies its
+own into it. B batch, T slots of the cache, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.common.dropout import seed_tensor
+from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .cache import KVCache
-from .choices import Choices
+from .decoding import KVCache, view_weights
 from .streams import OwnStream
-from .weights import view_weights
 
 TIERS = ("auto", "eager", "graph", "persistent")
 _selected_tier = "auto"
@@ -145,3 +148,91 @@ def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
     """
     held = chain(weights._replace(layers=()), *weights.layers)
     return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
+
+
+# --- the choice that follows a step ---------------------------------------------------------------------------------
+
+# Graphs of the choices asked for last: other options are other numbers in a graph.
+_KEPT_GRAPHS = 8
+
+
+class Choice(NamedTuple):
+    """How tokens are chosen: what a graph of the choice fixes. options: without their seed, which may vary."""
+
+    options: SamplingOptions
+    samples: bool
+    end_tokens: tuple[int, ...]
+    pad_id: int
+    has_penalty: bool
+
+
+class Replay(NamedTuple):
+    """A recorded choice, and the tensor that its graph reads besides those of the workspace."""
+
+    run: Callable[[], None]
+    eos_ids: Tensor | None
+
+
+class Choices:
+    """Appends one token to every row from the logits of a step, on memory that stays where it is.
+
+    rows: the state, of which tokens, positions and slots are the inputs of the next step.
+    """
+
+    def __init__(self, own_stream: OwnStream, state: Tensor, n_slots: int, records: bool):
+        """state: (4, B), as a workspace's. records: whether choices are recorded in CUDA graphs."""
+        self._own_stream, self._records = own_stream, records
+        tokens, positions, slots, _ = state
+        finished = torch.zeros_like(tokens, dtype=torch.bool)
+        self.rows = Rows(tokens, positions, slots, finished, tokens.new_zeros(len(tokens), n_slots + 1), None)
+        self._seed = tokens.new_zeros(1)
+        self._seen: Tensor | None = None
+        # None for a choice that was made once, so that its kernels are compiled.
+        self._replays: OrderedDict[Choice, Replay | None] = OrderedDict()
+
+    def begin(
+        self,
+        ids: Tensor,
+        options: SamplingOptions,
+        eos_ids: Tensor | None,
+        end_tokens: tuple[int, ...],
+        pad_id: int,
+        seen: Tensor | None,
+    ) -> None:
+        """Take the rows of a new call. ids: (B, T), the prompts. end_tokens: what eos_ids holds, for which the host
+        would have to wait. seen: (B, V) or None, as in `Rows`."""
+        self._options, self._eos_ids = options, eos_ids
+        if options.seed is not None:
+            self._seed.copy_(seed_tensor(options.seed, ids.device).view(1))
+            self._options = replace(options, seed=self._seed)
+        self._choice = Choice(
+            replace(options, seed=None), options.seed is not None, end_tokens, pad_id, seen is not None
+        )
+        if seen is not None:
+            if self._seen is None:
+                with self._own_stream.inside():
+                    self._seen = torch.empty_like(seen)
+            self._seen.copy_(seen)
+        self.rows = self.rows._replace(seen=None if seen is None else self._seen)
+        self.rows.finished.zero_()
+        self.rows.sequences[:, : ids.shape[1]] = ids
+
+    def append(self, logits: Tensor) -> None:
+        """Choose the tokens that follow logits (B, V) and append them."""
+        from fastgpt_kernels.operations.sampling.op import sample
+
+        sample(logits, self.rows, self._options, self._eos_ids, self._choice.pad_id)
+
+    def append_after_step(self, logits: Tensor) -> None:
+        """`append` for the logits of a decode step, which lie in the same memory every time."""
+        is_compiled = self._choice in self._replays
+        replay = self._replays.pop(self._choice, None)
+        if replay is None and is_compiled and self._records:
+            replay = Replay(self._own_stream.record(lambda: self.append(logits)), self._eos_ids)
+        if replay is None:
+            self.append(logits)
+        else:
+            replay.run()
+        self._replays[self._choice] = replay
+        if len(self._replays) > _KEPT_GRAPHS:
+            self._replays.popitem(last=False)

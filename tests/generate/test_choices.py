@@ -12,7 +12,7 @@ from models import pair, tiny_config, token_ids
 from torch import Tensor
 
 import fastgpt
-from fastgpt.generate import choices, kept, workspace
+from fastgpt.generate import kept, workspace
 from fastgpt.generate.streams import OwnStream
 
 PROMPTS = token_ids(2, 5, 131)
@@ -89,13 +89,13 @@ class Recorder:
         monkeypatch.setattr(sampling_op, "sample", note)
         monkeypatch.setattr(OwnStream, "can_record", property(lambda own: True))
         monkeypatch.setattr(OwnStream, "record", record)
-        begin = choices.Choices.begin
+        begin = workspace.Choices.begin
 
-        def begin_and_note(self_: choices.Choices, *arguments: Any, **options: Any) -> None:
+        def begin_and_note(self_: workspace.Choices, *arguments: Any, **options: Any) -> None:
             begin(self_, *arguments, **options)
             self.state = [x for x in self_.rows if x is not None]
 
-        monkeypatch.setattr(choices.Choices, "begin", begin_and_note)
+        monkeypatch.setattr(workspace.Choices, "begin", begin_and_note)
 
 
 def test_a_mixed_sequence_of_calls_records_each_choice_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_mixed_sequence_of_calls_records_each_choice_once(model: Any, monkeypa
 
 def test_the_choices_asked_for_last_are_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    monkeypatch.setattr(choices, "_KEPT_GRAPHS", 2)
+    monkeypatch.setattr(workspace, "_KEPT_GRAPHS", 2)
     for number in (0, 3, 4, 4, 3, 0):
         generate(model, CALLS[number])
     assert len(kept.workspaces(model)[-1].choices._replays) == 2

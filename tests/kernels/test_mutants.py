@@ -22,7 +22,7 @@ TESTS = {
     "operations/attention/backward_kernels.py": ["kernels/attention", "kernels/every_operation"],
     "operations/gelu_mlp/kernels.py": ["kernels/gelu_mlp", "kernels/every_operation"],
     "operations/gelu_mlp/op.py": ["kernels/gelu_mlp", "kernels/every_operation"],
-    "common/activation_kernels.py": ["kernels/gelu_mlp"],
+    "common/arithmetic.py": ["kernels/gelu_mlp"],
     "common/precision.py": ["kernels/every_operation/test_precision.py"],
     "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
     "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],

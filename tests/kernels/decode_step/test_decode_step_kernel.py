@@ -14,8 +14,7 @@ from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_
 from models import look_trained, pair, tiny_config, token_ids
 from torch import Tensor
 
-from fastgpt.generate import KVCache
-from fastgpt.generate.weights import view_weights
+from fastgpt.generate import KVCache, view_weights
 from fastgpt.model.compat import CACHE
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")

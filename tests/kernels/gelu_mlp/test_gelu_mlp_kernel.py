@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 from accuracy import gradients, max_error
-from fastgpt_kernels.common import activation_kernels, dropout
+from fastgpt_kernels.common import arithmetic, dropout
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.gelu_mlp.op import gelu_mlp, supports
 from interpreter import DEVICE, INTERPRETING
@@ -32,7 +32,7 @@ def _on_the_device() -> Iterator[None]:
 def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(33, 16, n_hidden=64)
     assert_mlp_parity(fastgpt_kernels, inputs)
-    monkeypatch.setattr(activation_kernels, "_CUBIC", tl.constexpr(0.0448))
+    monkeypatch.setattr(arithmetic, "_CUBIC", tl.constexpr(0.0448))
     with pytest.raises(AssertionError, match="error"):
         assert_mlp_parity(fastgpt_kernels, inputs)
 

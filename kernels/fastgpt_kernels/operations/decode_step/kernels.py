@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...common.activation_kernels import activation_and_derivative
-from ...common.arithmetic import LOG2_E, rounded_product
+from ...common.arithmetic import LOG2_E, activation_and_derivative, rounded_product
 from ..layer_norm.kernels import _normalise
 
 # --- pieces ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ tile. With pointers that is one tile; with descriptors many, and loads of the ne
 import triton
 import triton.language as tl
 
-from ...common.activation_kernels import activation_and_derivative
-from ...common.arithmetic import rounded_product
+from ...common.arithmetic import activation_and_derivative, rounded_product
 from ...common.dropout_kernels import dropout_keep, dropout_scale
 
 # Row tiles to visit before the next column of tiles, so that neighbours share their operands in the cache.

@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.activation_kernels import activation_and_derivative
-from ...common.arithmetic import LOG2_E
+from ...common.arithmetic import LOG2_E, activation_and_derivative
 from ...common.launch import cdiv
 from . import tiles
 

@@ -1,4 +1,5 @@
-"""The static cache of keys and values: a prompt fills it through the model's own blocks, new tokens in decode steps.
+"""What every way to generate stands on: a static cache that a prompt fills through the model's own blocks, the views of
+the model's weights that decode steps read, and the decode step in torch.
 
 B batch, N new tokens per row, T slots of the cache, L layers, H heads, D head size, V vocabulary.
 """
@@ -9,14 +10,17 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.common.decode_weights import DecodeLayer, DecodeWeights
 from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
+from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
 from ..model.compat import CACHE
+from ..model.plain import fused_activation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,3 +109,55 @@ def decode_tokens(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positi
     logits = reference.decode_tokens(weights, memory, n_past, tokens, positions, bias)
     cache.n_tokens += tokens.shape[1]
     return logits
+
+
+# --- the weights ----------------------------------------------------------------------------------------------------
+
+
+def view_weights(model: GPT2LMHeadModel, *, copy_for_one_row: bool = False) -> DecodeWeights:
+    """A view of a model whose modules `routing` found plain: its own tensors, so that decoding sees changes in them.
+
+    copy_for_one_row: store the matrices of the blocks by columns, in copies as large as these matrices. With them the
+    torch path multiplies one row of bfloat16 faster; the kernels need the model's own.
+    """
+    body, matrix = model.transformer, _stored_by_columns if copy_for_one_row else _own_weight
+    blocks: list[GPT2Block] = list(body.h)  # type: ignore[arg-type]
+    return DecodeWeights(
+        wte=body.wte.weight,
+        wpe=body.wpe.weight,
+        layers=tuple(_view_layer(block, matrix) for block in blocks),
+        ln_f_weight=body.ln_f.weight,
+        ln_f_bias=body.ln_f.bias,
+        head=model.lm_head.weight,
+        eps=body.ln_f.eps,
+        n_heads=model.config.n_head,
+        activation=str(fused_activation(blocks[0].mlp.act)),
+    )
+
+
+def _view_layer(block: GPT2Block, matrix: Callable[[Conv1D], Tensor]) -> DecodeLayer:
+    attn, mlp = block.attn, block.mlp
+    return DecodeLayer(
+        ln_1_weight=block.ln_1.weight,
+        ln_1_bias=block.ln_1.bias,
+        qkv_weight=matrix(attn.c_attn),
+        qkv_bias=attn.c_attn.bias,
+        scale=attn.scaling,
+        proj_weight=matrix(attn.c_proj),
+        proj_bias=attn.c_proj.bias,
+        ln_2_weight=block.ln_2.weight,
+        ln_2_bias=block.ln_2.bias,
+        fc_weight=matrix(mlp.c_fc),
+        fc_bias=mlp.c_fc.bias,
+        mlp_proj_weight=matrix(mlp.c_proj),
+        mlp_proj_bias=mlp.c_proj.bias,
+    )
+
+
+def _own_weight(module: Conv1D) -> Tensor:
+    return module.weight
+
+
+def _stored_by_columns(module: Conv1D) -> Tensor:
+    """(in, out), in other memory: the elements of one column follow each other."""
+    return module.weight.t().contiguous().t()
