@@ -27,7 +27,7 @@ from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.compiled_logits import compiled_logits
 from .model.outputs import head_dtype, training_logits
-from .model.patching import ATTENTION, forward_of, replaces, swap_classes
+from .model.patching import ATTENTION, forward_of, named, replaces, swap_classes
 from .model.plain import is_as_imported, is_plain
 
 __all__ = [
@@ -114,11 +114,12 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
     @forward_of(hf.GPT2LMHeadModel)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if not self._fuses_loss(kwargs):
-            shifted = kwargs.get("shift_labels")
-            if shifted is None and isinstance(kwargs.get("labels"), Tensor):
-                shifted = kwargs["labels"][..., 1:]
+            given = named(hf.GPT2LMHeadModel, args, kwargs)
+            shifted = given.get("shift_labels")
+            if shifted is None and isinstance(given.get("labels"), Tensor):
+                shifted = given["labels"][..., 1:]
             if self.loss_function is ForCausalLMLoss:
-                check_labels(shifted, self.config.vocab_size, kwargs.get("ignore_index", -100))
+                check_labels(shifted, self.config.vocab_size, given.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
         labels = kwargs.pop("labels")
@@ -180,10 +181,13 @@ class GPT2DoubleHeadsModel(GenerationMethods, _DropIn, hf.GPT2DoubleHeadsModel, 
 
     @forward_of(hf.GPT2DoubleHeadsModel)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
-        if isinstance(kwargs.get("labels"), Tensor):
-            check_labels(kwargs["labels"][..., 1:], self.config.vocab_size)
-        if input_ids is not None and input_ids.ndim > 1:
-            check_labels(kwargs.get("mc_labels"), input_ids.shape[-2])
+        given = named(hf.GPT2DoubleHeadsModel, args, kwargs)
+        if isinstance(given.get("labels"), Tensor):
+            check_labels(given["labels"][..., 1:], self.config.vocab_size)
+        embeddings = given.get("inputs_embeds")  # (..., choices, T, C)
+        tokens = embeddings[..., 0] if input_ids is None and embeddings is not None else input_ids
+        if tokens is not None and tokens.ndim > 1:
+            check_labels(given.get("mc_labels"), tokens.shape[-2])
         return hf.GPT2DoubleHeadsModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -192,11 +196,11 @@ class GPT2ForSequenceClassification(_DropIn, hf.GPT2ForSequenceClassification):
     """transformers' GPT2ForSequenceClassification with every block on fastgpt."""
 
     @forward_of(hf.GPT2ForSequenceClassification)
-    def forward(self, *args, **kwargs):
+    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         n_labels = self.num_labels or 0
         if n_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
-            check_labels(kwargs.get("labels"), n_labels)
-        return hf.GPT2ForSequenceClassification.forward(self, *args, **kwargs)
+            check_labels(named(hf.GPT2ForSequenceClassification, args, kwargs).get("labels"), n_labels)
+        return hf.GPT2ForSequenceClassification.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @replaces(hf.GPT2ForTokenClassification)
@@ -204,9 +208,10 @@ class GPT2ForTokenClassification(_DropIn, hf.GPT2ForTokenClassification):
     """transformers' GPT2ForTokenClassification with every block on fastgpt."""
 
     @forward_of(hf.GPT2ForTokenClassification)
-    def forward(self, *args, **kwargs):
-        check_labels(kwargs.get("labels"), self.num_labels or 0)
-        return hf.GPT2ForTokenClassification.forward(self, *args, **kwargs)
+    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
+        labels = named(hf.GPT2ForTokenClassification, args, kwargs).get("labels")
+        check_labels(labels, self.num_labels or 0)
+        return hf.GPT2ForTokenClassification.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @replaces(hf.GPT2ForQuestionAnswering)

@@ -76,6 +76,11 @@ def forward_of(theirs: type[nn.Module]) -> Callable[[Callable], Callable]:
     return change
 
 
+def named(theirs: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the forward of `theirs`, by name; `args` are those after the ids."""
+    return dict(zip([*_signature_of(theirs.forward).parameters][2:], args, strict=False)) | kwargs if args else kwargs
+
+
 def replacement(theirs: type[nn.Module]) -> type[Any]:
     """fastgpt's class for one of transformers'."""
     return _TO_FASTGPT[theirs]

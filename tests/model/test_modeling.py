@@ -1,6 +1,7 @@
 """The drop-in models give transformers' numbers: logits, hidden states, losses and gradients."""
 
 import copy
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -425,6 +426,7 @@ def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("label", [131, -7])
+@pytest.mark.parametrize("given", ["by name", "by position", "with embeddings"])
 @pytest.mark.parametrize(
     ("head", "shape", "name"),
     [
@@ -436,15 +438,29 @@ def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
         ("GPT2ForTokenClassification", (1, 5), "labels"),
     ],
 )
-def test_label_out_of_range(head: str, shape: tuple[int, ...], name: str, label: int, training: bool) -> None:
+def test_label_out_of_range(
+    head: str, shape: tuple[int, ...], name: str, given: str, label: int, training: bool
+) -> None:
     """One rule in every class and mode, where torch knows another for each."""
     _, ours = pair(tiny_config(), head)
+    ours.train(training)
     ids = token_ids(2, 5, 131).view(1, 2, 5) if "Double" in head else token_ids(1, 5, 131)
     labels = torch.ones(shape, dtype=torch.int64)
+
+    def call() -> Any:
+        options = {name: labels, **({"labels": ids} if name == "shift_labels" else {})}
+        if given == "with embeddings":
+            return ours(inputs_embeds=ours.transformer.wte(ids.flatten(0, -2)), **options)
+        if given == "by name" or name == "shift_labels":
+            return ours(ids, **options)
+        _, *names = inspect.signature(ours.forward).parameters
+        return ours(ids, *[None] * names.index(name), labels)
+
     labels.flatten()[-1] = label
     with pytest.raises(ValueError, match=rf"label {label} is outside .* it must be in \[0, "):
-        ours.train(training)(ids, **{name: labels, **({"labels": ids} if name == "shift_labels" else {})})
-    ours(ids, **{name: labels.fill_(-100), **({"labels": ids} if name == "shift_labels" else {})})
+        call()
+    labels.fill_(-100)
+    call()
 
 
 def test_labels_that_are_ignored_under_another_number() -> None:
