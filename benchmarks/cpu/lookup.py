@@ -19,6 +19,7 @@ from fastgpt import generate as engine
 from fastgpt import load_demo
 from fastgpt.bench import Progress, machine, rotated, spread, workloads
 from fastgpt.bench.parity import ParityError
+from fastgpt.generate.products import Products
 from fastgpt.text import DTYPES
 
 from ..report.tables import publish
@@ -84,16 +85,19 @@ def measure_forwards(model: str, dtype: torch.dtype, context: int, n_runs: int) 
     """A row for each number of tokens in a forward of the engine: its seconds, in turns, on a CPU."""
     base, _ = workloads.load_base(model)
     ours: Any = workloads.contender(workloads.OURS, base, torch.device("cpu"), dtype)
-    weights = engine.view_weights(ours, copy_for_one_row=dtype == torch.bfloat16)  # as in a long generation
+    weights = engine.view_weights(ours)
     cache = engine.KVCache.allocate(ours, 1, context + max(TOKENS_OF_A_FORWARD))
     ids = torch.randint(base.config.vocab_size, (1, cache.memory.shape[-2]), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         engine.prefill(ours, cache, ids[:, :context], None, positions[:, :context])
 
+    # As in a long generation, in which each product takes the fastest way.
+    products = {n: Products(weights, n, n_steps=context) for n in TOKENS_OF_A_FORWARD}
+
     def forward(n_new: int) -> Tensor:
         cache.n_tokens, new = context, slice(context, context + n_new)
-        return engine.decode_tokens(weights, cache, ids[:, new], positions[:, new])
+        return engine.decode_tokens(weights, cache, ids[:, new], positions[:, new], products[n_new])
 
     samples = in_turns({n: partial(forward, n) for n in TOKENS_OF_A_FORWARD}, n_runs)
     return [{"tokens": n, "context": context, "seconds": spread(s), "samples_s": s} for n, s in samples.items()]

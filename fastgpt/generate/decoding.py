@@ -15,7 +15,6 @@ from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
@@ -95,18 +94,31 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
     return outputs.logits[:, -1]
 
 
-def decode_one_token(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+def decode_one_token(
+    weights: DecodeWeights,
+    cache: KVCache,
+    tokens: Tensor,
+    positions: Tensor,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = reference.multiply,
+) -> Tensor:
     """`decode_tokens` for one token per row. tokens: (B,). positions: (B,) or (1,). Returns logits (B, V)."""
-    return decode_tokens(weights, cache, tokens[:, None], positions[:, None])[:, 0]
+    return decode_tokens(weights, cache, tokens[:, None], positions[:, None], multiply)[:, 0]
 
 
-def decode_tokens(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+def decode_tokens(
+    weights: DecodeWeights,
+    cache: KVCache,
+    tokens: Tensor,
+    positions: Tensor,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = reference.multiply,
+) -> Tensor:
     """Run N new tokens per row in torch and append their keys and values to the cache.
 
-    tokens: (B, N). positions: (B, N) or (1, N). Returns logits (B, N, V): what follows each new token.
+    tokens: (B, N). positions: (B, N) or (1, N). multiply: computes the product of rows and a matrix, with a bias.
+    Returns logits (B, N, V): what follows each new token.
     """
     memory, n_past, bias = cache.memory, cache.n_tokens, cache.attention_bias
-    logits = reference.decode_tokens(weights, memory, n_past, tokens, positions, bias)
+    logits = reference.decode_tokens(weights, memory, n_past, tokens, positions, bias, multiply)
     cache.n_tokens += tokens.shape[1]
     return logits
 
@@ -114,18 +126,14 @@ def decode_tokens(weights: DecodeWeights, cache: KVCache, tokens: Tensor, positi
 # --- the weights ----------------------------------------------------------------------------------------------------
 
 
-def view_weights(model: GPT2LMHeadModel, *, copy_for_one_row: bool = False) -> DecodeWeights:
-    """A view of a model whose modules `routing` found plain: its own tensors, so that decoding sees changes in them.
-
-    copy_for_one_row: store the matrices of the blocks by columns, in copies as large as these matrices. With them the
-    torch path multiplies one row of bfloat16 faster; the kernels need the model's own.
-    """
-    body, matrix = model.transformer, _stored_by_columns if copy_for_one_row else _own_weight
+def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
+    """A view of a model whose modules `routing` found plain: its own tensors, so that decoding sees changes in them."""
+    body = model.transformer
     blocks: list[GPT2Block] = list(body.h)  # type: ignore[arg-type]
     return DecodeWeights(
         wte=body.wte.weight,
         wpe=body.wpe.weight,
-        layers=tuple(_view_layer(block, matrix) for block in blocks),
+        layers=tuple(_view_layer(block) for block in blocks),
         ln_f_weight=body.ln_f.weight,
         ln_f_bias=body.ln_f.bias,
         head=model.lm_head.weight,
@@ -135,29 +143,20 @@ def view_weights(model: GPT2LMHeadModel, *, copy_for_one_row: bool = False) -> D
     )
 
 
-def _view_layer(block: GPT2Block, matrix: Callable[[Conv1D], Tensor]) -> DecodeLayer:
+def _view_layer(block: GPT2Block) -> DecodeLayer:
     attn, mlp = block.attn, block.mlp
     return DecodeLayer(
         ln_1_weight=block.ln_1.weight,
         ln_1_bias=block.ln_1.bias,
-        qkv_weight=matrix(attn.c_attn),
+        qkv_weight=attn.c_attn.weight,
         qkv_bias=attn.c_attn.bias,
         scale=attn.scaling,
-        proj_weight=matrix(attn.c_proj),
+        proj_weight=attn.c_proj.weight,
         proj_bias=attn.c_proj.bias,
         ln_2_weight=block.ln_2.weight,
         ln_2_bias=block.ln_2.bias,
-        fc_weight=matrix(mlp.c_fc),
+        fc_weight=mlp.c_fc.weight,
         fc_bias=mlp.c_fc.bias,
-        mlp_proj_weight=matrix(mlp.c_proj),
+        mlp_proj_weight=mlp.c_proj.weight,
         mlp_proj_bias=mlp.c_proj.bias,
     )
-
-
-def _own_weight(module: Conv1D) -> Tensor:
-    return module.weight
-
-
-def _stored_by_columns(module: Conv1D) -> Tensor:
-    """(in, out), in other memory: the elements of one column follow each other."""
-    return module.weight.t().contiguous().t()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
 from .decoding import KVCache, decode_one_token, prefill, view_weights, without_autograd
+from .products import Products
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class Request:
         return min(self.max_length, self.ids.shape[1] + max(1, n_positions - last_position))
 
 
-# On a CPU, a product of one bfloat16 row is 1.25 to 1.5 times as fast with a matrix stored by columns. Copying the
-# weights of gpt2 takes as long as this saves in about thirty steps.
-_MIN_STEPS_FOR_COPIES = 32
-
-
 class Generation:
     """The tokens of one request, one step at a time: iterate over it, then read `sequences`."""
 
@@ -53,8 +49,6 @@ class Generation:
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
         n_slots = request.longest(self.n_positions) - 1  # the last token needs no slot
-        copies_pay = model.device.type == "cpu" and model.dtype == torch.bfloat16 and n_rows == 1
-        self._copies_pay = copies_pay and n_slots - n_prompt >= _MIN_STEPS_FOR_COPIES
         self.cache = KVCache.allocate(model, n_rows, n_slots)
         self._sequences = request.ids.new_empty(n_rows, n_slots + 1)
         self._sequences[:, :n_prompt] = request.ids
@@ -73,16 +67,23 @@ class Generation:
         Raises ValueError when a row has filled its context.
         """
         # Only here, because the weights may change between `stream()` and the request for the first token.
-        yield from self._generate(view_weights(self.model, copy_for_one_row=self._copies_pay))
+        yield from self._generate(view_weights(self.model))
         if self.request.past is not None:
             self.cache.copy_to(self.request.past)
 
     def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
+        # After the first token, because choosing the way of a product takes time.
+        products = Products(weights, len(request.ids), n_steps=self._n_free)
         while self._goes_on():
             newest = self._sequences[:, self.n_tokens - 1]
-            yield self._append(decode_one_token(weights, self.cache, newest, self._positions(1)[:, 0]))
+            yield self._append(decode_one_token(weights, self.cache, newest, self._positions(1)[:, 0], products))
+
+    @property
+    def _n_free(self) -> int:
+        """How many tokens of a row may still come."""
+        return self._sequences.shape[1] - self.n_tokens
 
     def _append(self, logits: Tensor) -> Tensor:
         """Choose the next token of every row from logits (B, V). Returns the tokens (B,)."""

@@ -17,6 +17,7 @@ from .decoding import decode_tokens, prefill
 from .device_loop import DeviceGeneration, Mailbox
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
+from .products import Products
 from .workspace import Workspace
 
 # The longest run of tokens that is looked up, unless `max_matching_ngram_size` is given.
@@ -72,11 +73,11 @@ class LookupGeneration(Generation):
     def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
         request = self.request
         yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
+        products = Products(weights, 1 + self.n_proposed, n_steps=self._n_free)
         while self._goes_on():
-            n_free = self._sequences.shape[1] - self.n_tokens
-            proposed = self.index.propose(min(self.n_proposed, n_free - 1))
+            proposed = self.index.propose(min(self.n_proposed, self._n_free - 1))
             tokens = torch.tensor([[self.index.tokens[-1], *proposed]], device=request.ids.device)
-            logits = decode_tokens(weights, self.cache, tokens, self._positions(1 + len(proposed)))
+            logits = decode_tokens(weights, self.cache, tokens, self._positions(1 + len(proposed)), products)
             for number in range(1 + len(proposed)):
                 yield self._append(logits[:, number])
                 held = proposed[number : number + 1] == self.index.tokens[-1:]

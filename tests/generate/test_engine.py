@@ -489,33 +489,6 @@ def test_decode_step_equals_the_blocks(dtype: torch.dtype, padded: bool) -> None
         assert (wrong - expected[:, -1]).abs().max() > 0.1, "this test does not see the cache"
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_every_form_of_the_products_gives_the_same(dtype: torch.dtype, n_rows: int) -> None:
-    _, ours = pair(tiny_config())
-    ours.to(dtype)
-    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
-    expected = ours(ids).logits[:, -1]
-    for copies in (False, True) if n_rows == 1 else (False,):
-        weights = engine.view_weights(ours, copy_for_one_row=copies)
-        cache = engine.KVCache.allocate(ours, n_rows, 9)
-        engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
-        logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8])
-        assert_same_within_rounding(logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
-
-
-def test_bfloat16_on_a_cpu_copies_weights_where_that_pays(monkeypatch) -> None:
-    _, ours = pair(tiny_config())
-    ours.bfloat16()
-    asked, view = [], engine.view_weights
-    monkeypatch.setattr(engine.host_loop, "view_weights", lambda model, **how: asked.append(how) or view(model, **how))
-    for n_rows, n_new in ((1, 40), (1, 10), (2, 40)):
-        ours.generate(token_ids(n_rows, 3, 131), max_new_tokens=n_new, do_sample=False, eos_token_id=None)
-    ours.float().generate(token_ids(1, 3, 131), max_new_tokens=40, do_sample=False, eos_token_id=None)
-    assert [how["copy_for_one_row"] for how in asked] == [True, False, False, False]
-
-
 def test_two_thousand_steps_without_growth() -> None:
     """Over mixed lengths and batch sizes: Python's memory does not grow, and no tensor outlives its call."""
     _, ours = pair(tiny_config(n_layer=1, n_positions=128))

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import kept, workspace
+from fastgpt.generate import kept, products, workspace
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 
@@ -263,12 +263,13 @@ def test_weights_changed_between_calls(
         assert assert_tokens_of_transformers(ours) != before, "the change is too small to be seen"
 
 
-def test_copies_for_one_row_are_those_of_the_first_token(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_copies_are_those_of_the_first_token(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.skip("only the path for CPUs copies")
-    monkeypatch.setattr(engine.host_loop, "_MIN_STEPS_FOR_COPIES", 1)
+    monkeypatch.setattr(products, "MIN_STEPS", 1)
+    monkeypatch.setattr(products, "fastest", lambda known, n_steps: list(known)[-1])
     _, ours = small_pair()
-    ours.bfloat16()
+    assert list(products.ways(ours.lm_head.weight, 1))[-1] == "packed"
     for change in (in_place, data_in_place, optimized_fused):
         stream = ours.stream(prompt(), **GREEDY)
         change(ours)

@@ -60,9 +60,9 @@ def forwards(monkeypatch) -> list[int]:
     """How many tokens went into each forward of the engine behind its prompts."""
     sizes, decode = [], engine.decode_tokens
 
-    def counted(weights: Any, cache: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    def counted(weights: Any, cache: Any, tokens: Tensor, *rest: Any) -> Tensor:
         sizes.append(tokens.shape[1])
-        return decode(weights, cache, tokens, positions)
+        return decode(weights, cache, tokens, *rest)
 
     monkeypatch.setattr(engine.lookup, "decode_tokens", counted)
     return sizes

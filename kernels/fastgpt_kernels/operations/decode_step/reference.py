@@ -3,12 +3,19 @@
 B batch, N new tokens per row, T slots of the cache, H heads, D head size, C channels, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.activations import ACTIVATIONS
 from ...common.decode_weights import DecodeWeights
+
+
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ matrix + bias. x: (r, in). matrix: (in, out). bias: (out,). Returns (r, out)."""
+    return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 
 @torch.inference_mode()
@@ -19,11 +26,13 @@ def decode_tokens(
     tokens: Tensor,
     positions: Tensor,
     attention_bias: Tensor | None = None,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = multiply,
 ) -> Tensor:
     """The forward of N new tokens per row over the cache, to which their keys and values are appended.
 
     cache: (L, 2, B, H, T, D), keys before values; the first n_past of its T slots are filled. tokens: (B, N) int64.
     positions: (B, N) or (1, N) int64. attention_bias: (B, 1, 1, T), added to the scores; None without padding.
+    multiply: computes the product of rows and a matrix.
     Returns logits (B, N, V): what follows each new token.
     """
     n_rows, n_new = tokens.shape
@@ -37,17 +46,17 @@ def decode_tokens(
     norm_shape, eps = x.shape[1:], weights.eps
     for layer, memory in zip(weights.layers, cache, strict=True):
         normalised = F.layer_norm(x, norm_shape, layer.ln_1_weight, layer.ln_1_bias, eps)
-        qkv = _product(normalised, layer.qkv_weight, layer.qkv_bias)
+        qkv = multiply(normalised, layer.qkv_weight, layer.qkv_bias)
         qkv = qkv.view(head_shape).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         memory[..., new_slots, :] = qkv[1:]
         keys, values = memory[..., filled, :]  # each (B, H, T, D)
         attended = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=bias, scale=layer.scale)
-        x += _product(attended.transpose(1, 2).reshape(x.shape), layer.proj_weight, layer.proj_bias)
+        x += multiply(attended.transpose(1, 2).reshape(x.shape), layer.proj_weight, layer.proj_bias)
         normalised = F.layer_norm(x, norm_shape, layer.ln_2_weight, layer.ln_2_bias, eps)
-        hidden = activation(_product(normalised, layer.fc_weight, layer.fc_bias))
-        x += _product(hidden, layer.mlp_proj_weight, layer.mlp_proj_bias)
+        hidden = activation(multiply(normalised, layer.fc_weight, layer.fc_bias))
+        x += multiply(hidden, layer.mlp_proj_weight, layer.mlp_proj_bias)
     x = F.layer_norm(x, norm_shape, weights.ln_f_weight, weights.ln_f_bias, eps)
-    return _head_product(x, weights.head).unflatten(0, (n_rows, n_new))
+    return multiply(x, weights.head.t(), None).unflatten(0, (n_rows, n_new))
 
 
 def _bias_of_new_tokens(cache: Tensor, n_past: int, n_new: int, attention_bias: Tensor | None) -> Tensor | None:
@@ -58,21 +67,3 @@ def _bias_of_new_tokens(cache: Tensor, n_past: int, n_new: int, attention_bias: 
         return padding
     future = cache.new_full((n_new, n_filled), -torch.inf).triu(n_past + 1)
     return future if padding is None else future + padding
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias. x: (rows, in). weight: (in, out), as Conv1D stores it, or stored by columns."""
-    if x.shape[0] == 1 and weight.stride(0) == 1:
-        return torch.addmv(bias, weight.t(), x[0])[None]
-    return torch.addmm(bias, x, weight)
-
-
-def _head_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T. x: (rows, C). weight: (V, C)."""
-    n_rows = x.shape[0]
-    if x.device.type == "cpu" and n_rows == 1:
-        return torch.mv(weight, x[0])[None]  # 1.4 times as fast in bfloat16, the same in float32
-    if x.device.type == "cpu" and (n_rows >= 8 or x.dtype == torch.bfloat16):
-        # 1.3 to 1.5 times as fast in bfloat16; in float32 1.5 times with 8 rows, 0.5 times with 2.
-        return torch.mm(weight, x.t()).t()
-    return F.linear(x, weight)

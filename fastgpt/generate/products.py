@@ -1,0 +1,223 @@
+"""The products of a decode step on a CPU: few rows by a model's matrices, each in the way that is fastest here.
+
+torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
+Which other way is faster depends on the processor, its free cores, the rows, the shape and the dtype, so it is timed:
+once a process for each of these, at the first generation that is long enough to gain from it.
+
+r rows, K inputs, N outputs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from statistics import median
+from typing import NamedTuple, Protocol
+
+import psutil
+import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.operations.decode_step.reference import multiply
+from torch import Tensor
+
+# --- ways -----------------------------------------------------------------------------------------------------------
+
+
+class Prepared(Protocol):
+    """A matrix (K, N), ready for one way. n_bytes: of the copy that it holds, 0 for a view."""
+
+    n_bytes: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ matrix + bias. x: (r, K), contiguous. bias: (N,). Returns (r, N)."""
+        ...
+
+
+class AsStored:
+    """torch's own product."""
+
+    n_bytes = 0
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply(x, self.matrix, bias)
+
+
+class Transposed(AsStored):
+    """torch's product of the transposes."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = torch.mm(self.matrix.t(), x.t()).t()
+        return product if bias is None else product + bias
+
+
+class InputSlices:
+    """A matrix stored by rows as slices of K, which cores multiply at the same time; then the sum of their products."""
+
+    n_bytes = 0
+
+    def __init__(self, matrix: Tensor, n_slices: int):
+        self.slices = matrix.view(n_slices, -1, matrix.shape[1])  # (S, K/S, N)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        n_slices, n_inputs, _ = self.slices.shape
+        product = torch.bmm(x.view(-1, n_slices, n_inputs).transpose(0, 1), self.slices).sum(0)
+        return product if bias is None else product.add_(bias)
+
+
+class OutputSlices:
+    """A matrix stored by columns as slices of N, which cores multiply at the same time, and the few columns left."""
+
+    n_bytes = 0
+
+    def __init__(self, matrix: Tensor, n_slices: int):
+        n_sliced = matrix.shape[1] // n_slices * n_slices
+        self.slices = matrix[:, :n_sliced].unflatten(1, (n_slices, -1)).transpose(0, 1)  # (S, K, N/S)
+        self.rest = matrix[:, n_sliced:]
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        sliced = torch.bmm(x.expand(len(self.slices), *x.shape), self.slices).transpose(0, 1).flatten(1)
+        product = torch.cat((sliced, x @ self.rest), 1)
+        return product if bias is None else product.add_(bias)
+
+
+class Packed:
+    """A copy in oneDNN's own layout, in which it multiplies few rows with all cores."""
+
+    def __init__(self, matrix: Tensor, n_rows: int):
+        self.n_bytes = matrix.nbytes
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+
+Way = Callable[[Tensor], Prepared]
+
+
+def ways(matrix: Tensor, n_rows: int) -> dict[str, Way]:
+    """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is torch's own."""
+    found: dict[str, Way] = {"as stored": AsStored}
+    by_rows, by_columns = matrix.is_contiguous(), matrix.t().is_contiguous()
+    if by_columns:
+        found["transposed"] = Transposed
+    # The products of the slices of K are rounded before they are added, which half precision would notice.
+    adds_exactly = matrix.dtype.itemsize > 2
+    for n_slices in (2, 4):
+        if by_rows and adds_exactly and matrix.shape[0] % n_slices == 0:
+            found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: InputSlices(matrix, n_slices)
+        elif by_columns:
+            found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
+    # oneDNN takes the dtypes for which the processor has instructions, and says so by an error.
+    with suppress(AttributeError, RuntimeError):
+        Packed(matrix[:16, :16], n_rows)
+        found["packed"] = lambda matrix: Packed(matrix, n_rows)
+    return found
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+# Timing the ways takes as long as two to four steps, and fewer steps than these may not earn it back.
+MIN_STEPS = 32
+# Another way must gain this much over torch's own, because a gain within the noise would change bits for nothing.
+_MIN_GAIN = 1.1
+# How much of the free memory copies may take.
+_SHARE_OF_FREE_MEMORY = 0.5
+_ROUNDS = 3
+
+
+class Cost(NamedTuple):
+    """Of one way and one matrix, in seconds. copies: whether it holds a copy of the matrix."""
+
+    prepare: float
+    multiply: float
+    copies: bool
+
+    def of(self, n_steps: int) -> float:
+        return self.prepare + n_steps * self.multiply
+
+
+_measured: dict[tuple, dict[str, Cost]] = {}
+
+
+def costs(matrices: Sequence[Tensor], n_rows: int) -> dict[str, Cost]:
+    """The cost of each way, by its name, measured when a process first asks for matrices of this kind."""
+    matrix = matrices[0]
+    kind = n_rows, matrix.shape, matrix.stride(), matrix.dtype, torch.get_num_threads()
+    if kind not in _measured:
+        _measured[kind] = _measure(matrices, n_rows)
+    return _measured[kind]
+
+
+def _measure(matrices: Sequence[Tensor], n_rows: int) -> dict[str, Cost]:
+    # Two, because the processor's caches might hold one. Of the head, which is large and the only one, two quarters.
+    samples = matrices[:2] if matrices[0].is_contiguous() else matrices[0].chunk(4, dim=1)[:2]
+    n_inputs, n_outputs = samples[0].shape
+    x, bias = samples[0].new_ones(n_rows, n_inputs), samples[0].new_zeros(n_outputs)
+    prepared: dict[str, list[Prepared]] = {}
+    prepare_s, multiply_s = {}, {}
+    for name, way in ways(samples[0], n_rows).items():
+        start = time.perf_counter()
+        prepared[name] = [way(sample) for sample in samples]
+        prepare_s[name], multiply_s[name] = (time.perf_counter() - start) / len(samples), []
+    for _ in range(1 + _ROUNDS):
+        for name, products in prepared.items():
+            for product in products:
+                start = time.perf_counter()
+                product(x, bias)
+                multiply_s[name].append(time.perf_counter() - start)
+    warm = len(samples)  # The first round warms up.
+    return {
+        name: Cost(prepare_s[name], median(multiply_s[name][warm:]), products[0].n_bytes > 0)
+        for name, products in prepared.items()
+    }
+
+
+def fastest(known: dict[str, Cost], n_steps: int) -> str:
+    """The way that costs least over n_steps steps, or the first, which is torch's own, where the gain is small."""
+    torchs = next(iter(known))
+    best = min(known, key=lambda name: known[name].of(n_steps))
+    return best if known[torchs].of(n_steps) > _MIN_GAIN * known[best].of(n_steps) else torchs
+
+
+class Products:
+    """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
+
+    n_rows: rows of a step. n_steps: the most steps of the call. Where the weights are on a CPU and the steps many, the
+    way of each matrix is chosen: `chosen` names it by the shape (K, N). It may hold copies of the matrices, n_bytes in
+    all, as long as this object lives.
+    """
+
+    def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int):
+        self.chosen: dict[tuple[int, int], str] = {}
+        self.n_bytes = 0
+        self._prepared: dict[int, Prepared] = {}
+        if weights.head.device.type != "cpu" or n_steps < MIN_STEPS:
+            return
+        n_free = int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY)
+        for matrices in _by_shape(weights):
+            fits = self.n_bytes + sum(matrix.nbytes for matrix in matrices) <= n_free
+            known = {name: cost for name, cost in costs(matrices, n_rows).items() if fits or not cost.copies}
+            name = fastest(known, n_steps)
+            n_inputs, n_outputs = matrices[0].shape
+            self.chosen[n_inputs, n_outputs] = name
+            for matrix in matrices:
+                prepared = ways(matrix, n_rows)[name](matrix)
+                self._prepared[matrix.data_ptr()] = prepared
+                self.n_bytes += prepared.n_bytes
+
+    def __call__(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""
+        prepared = self._prepared.get(matrix.data_ptr())
+        return multiply(x, matrix, bias) if prepared is None else prepared(x, bias)
+
+
+def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Tensor]]:
+    """The matrices of all blocks by their place in the block, and the head, each (K, N)."""
+    layers = weights.layers
+    yield [layer.qkv_weight for layer in layers]
+    yield [layer.proj_weight for layer in layers]
+    yield [layer.fc_weight for layer in layers]
+    yield [layer.mlp_proj_weight for layer in layers]
+    yield [weights.head.t()]

@@ -1,0 +1,192 @@
+"""The products of decode steps on a CPU: every way gives the product, and a call takes the cheapest way."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_as_accurate, drawn_again, max_error
+from fastgpt_kernels.operations.decode_step.reference import multiply
+from models import assert_same_within_rounding, pair, tiny_config, token_ids
+from torch import Tensor
+
+import fastgpt
+from fastgpt import generate as engine
+from fastgpt.generate import products
+from fastgpt.generate.products import Cost, Products
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LONG = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": products.MIN_STEPS + 8}
+
+
+@pytest.fixture(autouse=True)
+def in_torch() -> Iterator[None]:
+    with fastgpt.backend("torch"):
+        yield
+
+
+def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make one way the cheapest wherever it can be taken."""
+
+    def costs(matrices: list[Tensor], n_rows: int) -> dict[str, Cost]:
+        return {
+            way: Cost(0.0, 1.0 if way == name else 2.0, copies=way == "packed")
+            for way in products.ways(matrices[0], n_rows)
+        }
+
+    monkeypatch.setattr(products, "costs", costs)
+
+
+# --- each way -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 33])
+@pytest.mark.parametrize(("n_inputs", "n_outputs"), [(64, 48), (96, 131), (50, 64)])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_every_way_gives_the_product(
+    n_inputs: int, n_outputs: int, by_columns: bool, n_rows: int, dtype: torch.dtype
+) -> None:
+    """Beside the product in float64, with a row that is larger than the others, and with and without a bias."""
+    generator = torch.Generator().manual_seed(n_rows)
+    matrix = torch.randn(n_inputs, n_outputs, generator=generator).to(dtype)
+    matrix = matrix.t().contiguous().t() if by_columns else matrix
+    x, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, n_inputs), (n_outputs,)))
+    x[0] *= 8
+    found = products.ways(matrix, n_rows)
+    assert next(iter(found)) == "as stored"
+    for n_slices in (2, 4):
+        sliced = by_columns or (dtype.itemsize > 2 and n_inputs % n_slices == 0)
+        assert (f"{n_slices} slices" in found) == sliced
+    for added in (bias, None):
+        true, eager = exact(x, matrix, added), multiply(x, matrix, added)
+        # The largest of a few rounding errors is random, so eager's is taken over more rows like these.
+        draws = [drawn_again(x, seed) for seed in range(8)]
+        eager_error = max(max_error(multiply(row, matrix, added), exact(row, matrix, added)) for row in draws)
+        for way in found.values():
+            assert_as_accurate(way(matrix)(x, added), eager, true, eager_error=eager_error)
+
+
+def exact(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return multiply(x.double(), matrix.double(), None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_onednn_packs_what_the_processor_multiplies(dtype: torch.dtype) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    assert "packed" in products.ways(torch.randn(32, 48).to(dtype), n_rows=1)
+
+
+def test_a_type_that_onednn_refuses_is_not_packed() -> None:
+    assert "packed" not in products.ways(torch.randn(32, 48, dtype=torch.float64), n_rows=1)
+
+
+def test_slices_read_the_weights_where_they_lie() -> None:
+    """A view sees a change of the weights, and takes no memory; a packed copy says how large it is."""
+    for matrix in (torch.randn(32, 48), torch.randn(48, 32).t()):
+        for name, way in products.ways(matrix, 1).items():
+            prepared, x = way(matrix), torch.ones(1, 32)
+            assert prepared.n_bytes == (32 * 48 * 4 if name == "packed" else 0)
+            before = prepared(x, None)
+            with torch.no_grad():
+                matrix += 1
+            assert torch.allclose(prepared(x, None), before) == (name == "packed")
+
+
+@pytest.mark.parametrize("name", ["as stored", "transposed", "2 slices", "4 slices", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 2, 8])
+@torch.no_grad()
+def test_a_decode_step_equals_the_blocks(n_rows: int, dtype: torch.dtype, name: str, monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    ours.to(dtype)
+    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
+    expected = ours(ids).logits[:, -1]
+    prefer(name, monkeypatch)
+    weights = engine.view_weights(ours)
+    chosen = Products(weights, n_rows, products.MIN_STEPS)
+    assert name in chosen.chosen.values()
+    cache = engine.KVCache.allocate(ours, n_rows, 9)
+    engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
+    logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8], chosen)
+    assert_same_within_rounding(logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
+
+
+@pytest.mark.parametrize("name", ["2 slices", "packed"])
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}], ids=str)
+def test_generate_gives_transformers_tokens(name: str, options: dict[str, Any], monkeypatch) -> None:
+    theirs, ours = pair(tiny_config())
+    prefer(name, monkeypatch)
+    used, call = set(), Products.__call__
+    monkeypatch.setattr(Products, "__call__", lambda *args: used.update(args[0].chosen.values()) or call(*args))
+    for n_rows in (1, 3) if not options else (1,):
+        ids = token_ids(n_rows, 6, 131)
+        assert ours.generate(ids, **LONG, **options).tolist() == theirs.generate(ids, **LONG).tolist()
+    assert used == {name}
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "expected"),
+    [(10, "view"), (100, "copy")],
+)
+def test_a_copy_is_made_where_the_steps_earn_it(n_steps: int, expected: str) -> None:
+    known = {"torch": Cost(0.0, 1.0, False), "view": Cost(0.0, 0.5, False), "copy": Cost(10.0, 0.1, True)}
+    assert products.fastest(known, n_steps) == expected
+
+
+def test_torch_keeps_what_gains_little() -> None:
+    assert products.fastest({"torch": Cost(0.0, 1.0, False), "view": Cost(0.0, 0.95, False)}, 100) == "torch"
+    assert products.fastest({"torch": Cost(0.0, 1.0, False), "view": Cost(0.0, 0.8, False)}, 100) == "view"
+
+
+def test_copies_take_no_more_than_half_of_the_free_memory(monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    weights = engine.view_weights(ours)
+    prefer("packed", monkeypatch)
+    everything = Products(weights, 2, products.MIN_STEPS)
+    if "packed" not in everything.chosen.values():
+        pytest.skip("this torch has no oneDNN")
+    matrices = [matrix for same in products._by_shape(weights) for matrix in same]
+    assert everything.n_bytes == sum(matrix.nbytes for matrix in matrices)
+    for share in (0.25, 0.5, 0.75):
+        free = type("Memory", (), {"available": 2 * int(share * everything.n_bytes)})
+        monkeypatch.setattr(products.psutil, "virtual_memory", lambda free=free: free)
+        some = Products(weights, 2, products.MIN_STEPS)
+        assert 0 < some.n_bytes <= share * everything.n_bytes
+        assert {"packed", "as stored"} == set(some.chosen.values())
+
+
+def test_ways_are_timed_once_a_process_and_for_long_calls_alone(monkeypatch) -> None:
+    _, ours = pair(tiny_config(n_positions=80))
+    monkeypatch.setattr(products, "_measured", {})
+    timed, measure = [], products._measure
+    monkeypatch.setattr(products, "_measure", lambda *call: timed.append(call) or measure(*call))
+    for n_new, n_rows, n_timed in ((products.MIN_STEPS, 1, 0), (50, 1, 5), (60, 1, 5), (50, 2, 10), (50, 1, 10)):
+        ours.generate(token_ids(n_rows, 3, 131), **LONG | {"max_new_tokens": n_new})
+        assert len(timed) == n_timed, (n_new, n_rows)
+
+
+def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    prefer("packed", monkeypatch)
+    alive = []
+
+    class Counted(products.Packed):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            alive.append(self)
+
+        def __del__(self) -> None:
+            gone.append(self.n_bytes)
+
+    gone: list[int] = []
+    monkeypatch.setattr(products, "Packed", Counted)
+    ours.generate(token_ids(1, 3, 131), **LONG)
+    n_made = len(alive)
+    alive.clear()
+    assert n_made > 0
+    assert len(gone) == n_made
