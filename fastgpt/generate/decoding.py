@@ -20,6 +20,8 @@ from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
 from ..model.compat import CACHE
 from ..model.plain import fused_activation
+from ..model.twin import converted
+from .products import has_memory_for, is_slow
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,9 +54,9 @@ class KVCache:
         shape = config.n_layer, 2, n_rows, config.n_head, n_slots, config.n_embd // config.n_head
         return cls(wte.new_empty(shape))
 
-    def copy_to(self, cache: DynamicCache) -> None:
-        """Copy the filled slots into an empty cache of transformers."""
-        for layer, (keys, values) in enumerate(self.memory[..., : self.n_tokens, :]):
+    def copy_to(self, cache: DynamicCache, dtype: torch.dtype) -> None:
+        """Copy the filled slots into an empty cache of transformers, in a dtype."""
+        for layer, (keys, values) in enumerate(self.memory[..., : self.n_tokens, :].to(dtype)):
             cache.update(keys, values, layer)
 
 
@@ -124,6 +126,17 @@ def decode_tokens(
 
 
 # --- the weights ----------------------------------------------------------------------------------------------------
+
+
+def in_fast_dtype(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The model, which `routing` found plain, or for one call its copy in float32, where the CPU is slow in its dtype.
+
+    The results are then those of float32 from the same weights: closer to the truth than those of half precision.
+    """
+    n_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    if model.device.type != "cpu" or not is_slow(model.dtype) or not has_memory_for(n_bytes):
+        return model
+    return converted(model, torch.float32)
 
 
 def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:

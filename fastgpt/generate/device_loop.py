@@ -51,7 +51,7 @@ class DeviceGeneration:
             self._sequences = work.choices.rows.sequences[:, : self.n_tokens].clone()
             if self.request.past is not None:
                 work.cache.n_tokens = self.n_tokens - 1
-                work.cache.copy_to(self.request.past)
+                work.cache.copy_to(self.request.past, self.model.dtype)
 
     def _generate(self, work: Workspace) -> Iterator[Tensor]:
         request, n_prompt = self.request, self.request.ids.shape[1]

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from .decoding import KVCache, decode_one_token, prefill, view_weights, without_autograd
+from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
 
 
@@ -48,9 +47,8 @@ class Generation:
         self.model, self.request = model, request
         n_rows, n_prompt = request.ids.shape
         self.n_positions = model.transformer.wpe.num_embeddings
-        n_slots = request.longest(self.n_positions) - 1  # the last token needs no slot
-        self.cache = KVCache.allocate(model, n_rows, n_slots)
-        self._sequences = request.ids.new_empty(n_rows, n_slots + 1)
+        self.cache: KVCache  # from the first token on
+        self._sequences = request.ids.new_empty(n_rows, request.longest(self.n_positions))
         self._sequences[:, :n_prompt] = request.ids
         self._unfinished = request.ids.new_ones(n_rows, dtype=torch.bool)
         self.n_tokens = n_prompt
@@ -67,13 +65,17 @@ class Generation:
         Raises ValueError when a row has filled its context.
         """
         # Only here, because the weights may change between `stream()` and the request for the first token.
-        yield from self._generate(view_weights(self.model))
+        model = in_fast_dtype(self.model)
+        n_rows, n_slots = len(self._sequences), self._sequences.shape[1] - 1  # the last token needs no slot
+        self.cache = KVCache.allocate(model, n_rows, n_slots)
+        yield from self._generate(model)
         if self.request.past is not None:
-            self.cache.copy_to(self.request.past)
+            self.cache.copy_to(self.request.past, self.model.dtype)
 
-    def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
+    def _generate(self, model: GPT2LMHeadModel) -> Iterator[Tensor]:
         request = self.request
-        yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
+        yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
+        weights = view_weights(model)
         # After the first token, because choosing the way of a product takes time.
         products = Products(weights, len(request.ids), n_steps=self._n_free)
         while self._goes_on():

@@ -8,12 +8,11 @@ N proposed tokens, V vocabulary.
 from collections.abc import Iterator, Sequence
 
 import torch
-from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .decoding import decode_tokens, prefill
+from .decoding import decode_tokens, prefill, view_weights
 from .device_loop import DeviceGeneration, Mailbox
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
@@ -70,9 +69,9 @@ class LookupGeneration(Generation):
         self.index = NGramIndex(n_longest)
         self.index.extend(request.ids[0].tolist())
 
-    def _generate(self, weights: DecodeWeights) -> Iterator[Tensor]:
-        request = self.request
-        yield self._append(prefill(self.model, self.cache, request.ids, request.mask, request.positions))
+    def _generate(self, model: GPT2LMHeadModel) -> Iterator[Tensor]:
+        request, weights = self.request, view_weights(model)
+        yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
         products = Products(weights, 1 + self.n_proposed, n_steps=self._n_free)
         while self._goes_on():
             proposed = self.index.propose(min(self.n_proposed, self._n_free - 1))

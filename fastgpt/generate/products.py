@@ -7,6 +7,7 @@ once a process for each of these, at the first generation that is long enough to
 r rows, K inputs, N outputs.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -116,14 +117,39 @@ def ways(matrix: Tensor, n_rows: int) -> dict[str, Way]:
     return found
 
 
+# --- half precision -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies a half-precision dtype far slower than float32, because it lacks the instructions.
+
+    Timed once a process, in a few milliseconds. Without the instructions the factor is about 50, with them at most 2.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    seconds = {}
+    for kind in (dtype, torch.float32):
+        x, matrix, times = torch.ones(16, 256, dtype=kind), torch.ones(256, 256, dtype=kind), []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(x, matrix)
+            times.append(time.perf_counter() - start)
+        seconds[kind] = min(times)
+    return seconds[dtype] > 8 * seconds[torch.float32]
+
+
+def has_memory_for(n_bytes: int) -> bool:
+    """Whether copies of weights of this size leave at least half of the free memory."""
+    return n_bytes <= psutil.virtual_memory().available // 2
+
+
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 # Timing the ways takes as long as two to four steps, and fewer steps than these may not earn it back.
 MIN_STEPS = 32
 # Another way must gain this much over torch's own, because a gain within the noise would change bits for nothing.
 _MIN_GAIN = 1.1
-# How much of the free memory copies may take.
-_SHARE_OF_FREE_MEMORY = 0.5
 _ROUNDS = 3
 
 
@@ -195,9 +221,8 @@ class Products:
         self._prepared: dict[int, Prepared] = {}
         if weights.head.device.type != "cpu" or n_steps < MIN_STEPS:
             return
-        n_free = int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY)
         for matrices in _by_shape(weights):
-            fits = self.n_bytes + sum(matrix.nbytes for matrix in matrices) <= n_free
+            fits = has_memory_for(sum(matrix.nbytes for matrix in matrices))
             known = {name: cost for name, cost in costs(matrices, n_rows).items() if fits or not cost.copies}
             name = fastest(known, n_steps)
             n_inputs, n_outputs = matrices[0].shape

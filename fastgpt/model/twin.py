@@ -78,6 +78,16 @@ def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
         return replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
 
 
+def converted(model: hf.GPT2LMHeadModel, dtype: torch.dtype) -> hf.GPT2LMHeadModel:
+    """A copy in another dtype, for inference, of a model that does not differ from its twin. Tied weights stay tied."""
+    twin = _twin(model.config)
+    copies = {parameter: nn.Parameter(parameter.to(dtype), requires_grad=False) for parameter in model.parameters()}
+    for module, its_twin in zip(model.modules(), twin.modules(), strict=True):
+        for name, parameter in module._parameters.items():
+            its_twin._parameters[name] = None if parameter is None else copies[parameter]
+    return twin
+
+
 def _module_differences(
     module: nn.Module, twin: nn.Module, config: PreTrainedConfig, its_config: PreTrainedConfig
 ) -> Iterator[str]:

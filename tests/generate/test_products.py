@@ -1,5 +1,6 @@
 """The products of decode steps on a CPU: every way gives the product, and a call takes the cheapest way."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import products
+from fastgpt.generate import decoding, products
 from fastgpt.generate.products import Cost, Products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -143,7 +144,7 @@ def test_torch_keeps_what_gains_little() -> None:
     assert products.fastest({"torch": Cost(0.0, 1.0, False), "view": Cost(0.0, 0.8, False)}, 100) == "view"
 
 
-def test_copies_take_no_more_than_half_of_the_free_memory(monkeypatch) -> None:
+def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     _, ours = pair(tiny_config())
     weights = engine.view_weights(ours)
     prefer("packed", monkeypatch)
@@ -152,11 +153,24 @@ def test_copies_take_no_more_than_half_of_the_free_memory(monkeypatch) -> None:
         pytest.skip("this torch has no oneDNN")
     matrices = [matrix for same in products._by_shape(weights) for matrix in same]
     assert everything.n_bytes == sum(matrix.nbytes for matrix in matrices)
-    for share in (0.25, 0.5, 0.75):
-        free = type("Memory", (), {"available": 2 * int(share * everything.n_bytes)})
-        monkeypatch.setattr(products.psutil, "virtual_memory", lambda free=free: free)
+    for share in (0.25, 0.4, 0.5):
+        left = [int(2 * share * everything.n_bytes)]
+
+        class Copied(products.Packed):
+            """Takes its memory from what is left."""
+
+            def __init__(self, *arguments: Any, left: list[int] = left):
+                super().__init__(*arguments)
+                if arguments[0].shape[0] > 16:  # not the trial of the dtype
+                    left[0] -= self.n_bytes
+
+        monkeypatch.setattr(products, "Packed", Copied)
+        monkeypatch.setattr(
+            products.psutil, "virtual_memory", lambda left=left: type("Memory", (), {"available": left[0]})
+        )
         some = Products(weights, 2, products.MIN_STEPS)
-        assert 0 < some.n_bytes <= share * everything.n_bytes
+        assert 0 < some.n_bytes < everything.n_bytes
+        assert left[0] > 0
         assert {"packed", "as stored"} == set(some.chosen.values())
 
 
@@ -190,3 +204,68 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
     alive.clear()
     assert n_made > 0
     assert len(gone) == n_made
+
+
+# --- half precision without instructions for it ---------------------------------------------------------------------
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def slow_halves(monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "is_slow", lambda dtype: dtype in HALVES)
+
+
+def test_only_half_precision_is_ever_slow() -> None:
+    assert not products.is_slow(torch.float32)
+    assert not products.is_slow(torch.float64)
+    for dtype in HALVES:  # oneDNN packs what the processor has instructions for
+        is_packed = "packed" in products.ways(torch.ones(32, 32, dtype=dtype), 1)
+        assert not (is_packed and products.is_slow(dtype))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@torch.no_grad()
+def test_a_copy_in_float32_is_the_model_in_float32(dtype: torch.dtype, is_tied: bool, slow_halves: None) -> None:
+    _, ours = pair(tiny_config(tie_word_embeddings=is_tied))
+    ours.to(dtype)
+    its_copy = decoding.in_fast_dtype(ours)
+    assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
+    assert (its_copy.lm_head.weight is its_copy.transformer.wte.weight) == is_tied
+    ids = token_ids(2, 9, 131)
+    assert torch.equal(its_copy(ids).logits, copy.deepcopy(ours).float()(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_generate_computes_in_float32(dtype: torch.dtype, options: dict[str, Any], slow_halves: None) -> None:
+    theirs, ours = pair(tiny_config())
+    theirs.to(dtype).float()
+    ours.to(dtype)
+    for n_new in (4, LONG["max_new_tokens"]):
+        call = LONG | {"max_new_tokens": n_new, "return_dict_in_generate": True}
+        expected = theirs.generate(token_ids(1, 6, 131), **call)
+        found = ours.generate(token_ids(1, 6, 131), **call, **options)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found.past_key_values.layers[0].keys.dtype == dtype
+    assert ours.dtype == dtype
+
+
+def test_the_copy_in_float32_is_that_of_the_first_token(slow_halves: None) -> None:
+    _, ours = pair(tiny_config())
+    ours.half()
+    stream = ours.stream(token_ids(1, 6, 131), **LONG)
+    with torch.no_grad():
+        ours.transformer.h[0].mlp.c_fc.weight.mul_(3)
+    expected = ours.generate(token_ids(1, 6, 131), **LONG)[:, 6:]
+    assert torch.stack(list(stream), 1).tolist() == expected.tolist()
+
+
+def test_without_the_memory_half_precision_stays(slow_halves: None, monkeypatch) -> None:
+    _, ours = pair(tiny_config())
+    n_bytes = 4 * ours.half().num_parameters()
+    for available, is_copied in ((2 * n_bytes - 1, False), (2 * n_bytes, True)):
+        free = type("Memory", (), {"available": available})
+        monkeypatch.setattr(products.psutil, "virtual_memory", lambda free=free: free)
+        assert (decoding.in_fast_dtype(ours) is not ours) == is_copied
