@@ -1,8 +1,9 @@
 """Training under torch's DDP, FSDP1 and FSDP2 in processes on gloo: transformers' losses, and no logits computed."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import pair, tiny_config, token_ids
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from fastgpt import ops
 from fastgpt.model import outputs
 
 
@@ -33,6 +42,20 @@ def fsdp2(model: nn.Module, dtype: torch.dtype | None = None, **options) -> nn.M
     return model
 
 
+def checkpointed_by_transformers(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return fsdp2(model)
+
+
+def checkpointed_by_accelerate(model: nn.Module) -> nn.Module:
+    """By its `fsdp_activation_checkpointing`."""
+    model.config.use_cache = False  # type: ignore[union-attr] - as Trainer does: keys would be appended again
+    blocks: Any = model.get_submodule("transformer.h")
+    for i in range(len(blocks)):
+        blocks[i] = checkpoint_wrapper(blocks[i])
+    return fsdp2(model)
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DDP": DistributedDataParallel,
     "DDP, unused parameters": partial(DistributedDataParallel, find_unused_parameters=True),
@@ -43,6 +66,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2": fsdp2,
     "FSDP2, resharded": partial(fsdp2, reshard_after_forward=True),
     "FSDP2, half precision": partial(fsdp2, dtype=torch.bfloat16),
+    "FSDP2, offloaded": partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "FSDP2, checkpointed by transformers": checkpointed_by_transformers,
+    "FSDP2, checkpointed by accelerate": checkpointed_by_accelerate,
 }
 
 
@@ -73,29 +99,33 @@ def losses_of(model: nn.Module, rank: int, reads: str) -> list[float]:
 def train(rank: int, n_processes: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n_processes)
-    n_computed = 0
-    compute = outputs._Product.compute
-
-    def count(product: Any) -> Any:
-        nonlocal n_computed
-        n_computed += 1
-        return compute(product)
-
-    outputs._Product.compute = count  # type: ignore[method-assign]
+    calls: list[str] = []
+    outputs._Product.compute = counted(outputs._Product.compute, calls)  # type: ignore[method-assign]
+    ops.gelu_mlp = counted(ops.gelu_mlp, calls)
     results = {}
     for name, reads in itertools.product(WRAPPERS, READS):
         theirs, ours = (losses_of(WRAPPERS[name](model.train()), rank, reads) for model in pair(tiny_config(n_layer=1)))
-        results[name, reads] = theirs, ours, n_computed
-        n_computed = 0
+        results[name, reads] = theirs, ours, Counter(calls)
+        calls.clear()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def counted(function: Callable, calls: list[str]) -> Callable:
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(function.__name__)
+        return function(*args, **options)
+
+    return call
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_losses_equal_transformers_under_the_same_wrapper(n_processes: int, tmp_path: Path) -> None:
     mp.spawn(train, (n_processes, tmp_path), n_processes)  # type: ignore[attr-defined]
     for rank in range(n_processes):
-        for (name, reads), (theirs, ours, n_computed) in torch.load(tmp_path / f"{rank}.pt").items():
+        for (name, reads), (theirs, ours, calls) in torch.load(tmp_path / f"{rank}.pt").items():
             tolerance = 2e-2 if "half" in name else 1e-5
             assert ours == pytest.approx(theirs, rel=tolerance), (name, reads)
-            assert n_computed == (0 if reads == "nothing" else 3), (name, reads)
+            assert calls["compute"] == (0 if reads == "nothing" else 3), (name, reads)
+            assert calls["gelu_mlp"] == (6 if "checkpointed" in name else 3), (name, reads)
