@@ -6,6 +6,7 @@ from .demo import load_demo
 from .generate import release
 from .generate.api import warmup
 from .generate.routing import explain
+from .model.loss import CausalLMLoss
 from .model.patching import patch, unpatch
 from .modeling import (
     GPT2DoubleHeadsModel,
@@ -20,6 +21,7 @@ from .ops import backend
 __version__ = "0.1.0"
 
 __all__ = [
+    "CausalLMLoss",
     "CheckpointError",
     "GPT2DoubleHeadsModel",
     "GPT2ForQuestionAnswering",

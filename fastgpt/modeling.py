@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2Config
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -26,6 +25,7 @@ from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, Position
 from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.compiled_logits import compiled_logits
+from .model.loss import CausalLMLoss, fusable
 from .model.outputs import head_dtype, training_logits
 from .model.patching import ATTENTION, forward_of, named, replaces, swap_classes
 from .model.plain import is_as_imported, is_plain
@@ -113,30 +113,20 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
     @can_return_tuple
     @forward_of(hf.GPT2LMHeadModel)
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
-        if not self._fuses_loss(kwargs):
+        loss_function = self._fused_loss(kwargs)
+        if loss_function is None:
             given = named(hf.GPT2LMHeadModel, args, kwargs)
             shifted = given.get("shift_labels")
             if shifted is None and isinstance(given.get("labels"), Tensor):
                 shifted = given["labels"][..., 1:]
-            if self.loss_function is ForCausalLMLoss:
+            if fusable(self.loss_function):
                 check_labels(shifted, self.config.vocab_size, given.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
         labels = kwargs.pop("labels")
         outputs = self.transformer(input_ids, *args, **kwargs)
         hidden_states, weight = outputs.last_hidden_state, self.lm_head.weight  # (B, T, C), (V, C)
-        shift_labels = kwargs.get("shift_labels")
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]  # tokens < t predict t
-        n_items = kwargs.get("num_items_in_batch")
-        loss = ops.linear_cross_entropy(
-            hidden_states.flatten(0, -2),
-            weight,
-            shift_labels.flatten().to(hidden_states.device),
-            reduction="mean" if n_items is None else "sum",
-        )
-        if n_items is not None:
-            loss = loss / (n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items)
+        loss = loss_function.fused(hidden_states, weight, labels, **kwargs)
         if torch.compiler.is_compiling():
             logits = compiled_logits(hidden_states, weight, head_dtype(hidden_states))
         else:
@@ -153,16 +143,17 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
     # transformers warns that it guesses the loss of a GPT-2, and the warning breaks torch.compile's full graph.
     @property
     def loss_function(self) -> Callable:
-        chosen = "_loss_function" in self.__dict__ or self.loss_type is not None
-        return super().loss_function if chosen else ForCausalLMLoss
+        if "_loss_function" in self.__dict__:
+            return self._loss_function
+        return ForCausalLMLoss if self.loss_type is None else super().loss_function
 
     @loss_function.setter
     def loss_function(self, value: Callable) -> None:
         self._loss_function = value
 
-    def _fuses_loss(self, options: dict) -> bool:
-        """Whether this trains with transformers' own loss on a plain head, so that the loss needs no logits."""
-        return (
+    def _fused_loss(self, options: dict) -> CausalLMLoss | None:
+        """The loss to compute without logits, where this trains with such a loss on a plain head."""
+        is_fused = (
             options.get("labels") is not None
             and self.training
             and not ops.is_transformed()
@@ -171,8 +162,8 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             and is_as_imported(hf.GPT2LMHeadModel)
             and is_plain(self.lm_head, nn.Linear)
             and self.lm_head.weight.dtype != torch.float64  # whose loss transformers computes in float32
-            and self.loss_function is ForCausalLMLoss
         )
+        return fusable(self.loss_function) if is_fused else None
 
 
 @replaces(hf.GPT2DoubleHeadsModel)

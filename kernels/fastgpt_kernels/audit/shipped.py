@@ -112,10 +112,12 @@ def _attention(_: str) -> Iterator[Call]:
 
 def _linear_cross_entropy(_: str) -> Iterator[Call]:
     labels = torch.zeros(32, dtype=torch.int64)
-    for dtype, reduction in product(_DTYPES, ("mean", "none")):
+    terms = {"": {}, ", smoothing and z-loss": {"label_smoothing": 0.1, "z_loss": 1e-4}}
+    for dtype, reduction, more in product(_DTYPES, ("mean", "none"), terms):
         hidden, weight = _random(32, 64, dtype=dtype), _random(131, 64, dtype=dtype)
-        run = _with_backward(linear_cross_entropy.linear_cross_entropy, hidden, weight, labels, reduction=reduction)
-        yield Call("linear_cross_entropy", f"{_NAMES[dtype]} {reduction}", run)
+        options = {"reduction": reduction, **terms[more]}
+        run = _with_backward(linear_cross_entropy.linear_cross_entropy, hidden, weight, labels, **options)
+        yield Call("linear_cross_entropy", f"{_NAMES[dtype]} {reduction}{more}", run)
 
 
 def _gelu_mlp(_: str) -> Iterator[Call]:

@@ -7,10 +7,10 @@ from typing import Any
 import fastgpt_kernels as fk
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import Function, forward, random
 from fastgpt_kernels import reference
 from interpreter import DEVICE
+from linear_cross_entropy.formula import loss_formula
 from models import pair, tiny_config, token_ids
 from records import FORMS, RECORDS, call
 from torch import Tensor
@@ -41,12 +41,8 @@ def truth_of(operation: str, form: str) -> tuple[Function, list[Tensor]]:
     function, inputs = call(reference, operation, form, 5, torch.float64, SCALE)
     if operation == "linear_cross_entropy":
         _, options = RECORDS[operation].forms[form](5)
-        function = partial(cross_entropy, **options)
+        function = partial(loss_formula, **options)
     return function, [x.requires_grad_() for x in inputs]
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    return F.cross_entropy(hidden @ weight.t(), labels, reduction=reduction)
 
 
 @pytest.mark.parametrize(("operation", "form"), FORMS)

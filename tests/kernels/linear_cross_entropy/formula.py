@@ -15,16 +15,25 @@ from fastgpt_kernels.operations.linear_cross_entropy import tiles
 from torch import Tensor
 
 REDUCTIONS = ["mean", "sum", "none"]
+# Both terms are large enough to show in every dtype.
+TERMS = {"smoothing": {"label_smoothing": 0.1}, "z": {"z_loss": 0.05}, "both": {"label_smoothing": 1.0, "z_loss": 0.3}}
 CHUNK_ROWS = 4
 
 
 def loss_formula(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """A head that rounds its logits to the dtype, and a loss in float32, or float64 for float64 inputs."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    loss = F.cross_entropy(logits, labels, **options)
+    if z_loss == 0:
+        return loss
+    squares = torch.where(labels == ignore_index, 0, logits.logsumexp(1).square())
+    total = squares if reduction == "none" else squares.sum()
+    return loss + z_loss * (total / (labels != ignore_index).sum() if reduction == "mean" else total)
 
 
 def make_inputs(

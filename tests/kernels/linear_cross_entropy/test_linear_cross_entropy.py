@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .formula import (
     CHUNK_ROWS,
     REDUCTIONS,
+    TERMS,
     assert_loss_parity,
     assert_same_bits,
     in_chunks,
@@ -65,17 +66,29 @@ def test_chunks_end_anywhere(
     assert_loss_parity(operations, inputs, labels, reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_reduction
+@pytest.mark.parametrize("terms", TERMS)
+def test_label_smoothing_and_z_loss(operations: Any, terms: str, reduction: str, dtype: torch.dtype) -> None:
+    inputs, labels = make_inputs(9, 16, 67, dtype=dtype)
+    options: dict[str, Any] = TERMS[terms]
+    assert_loss_parity(operations, inputs, labels, reduction=reduction, **options)
+
+
 @cases(70)
 @given(
     data=st.data(),
     reduction=st.sampled_from(REDUCTIONS),
+    label_smoothing=st.sampled_from([0.0, 0.0, 0.3]),
+    z_loss=st.sampled_from([0.0, 0.0, 0.01]),
     ignored=st.sampled_from([0.0, 0.5]),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
 )
 def test_random_arguments(
-    operations: Any, data: st.DataObject, reduction: str, ignored: float, dtype: torch.dtype, layout: str
-) -> None:
+    operations: Any, data: st.DataObject, reduction: str, label_smoothing: float, z_loss: float, ignored: float,
+    dtype: torch.dtype, layout: str,
+) -> None:  # fmt: skip
     # The interpreter takes milliseconds for each tile of a row.
     largest = (40, 40, 300) if operations is reference else (16, 40, 200)
     n_rows, n_channels, n_vocabulary = data.draw(st.tuples(*(st.integers(1, n) for n in largest)))
@@ -83,17 +96,19 @@ def test_random_arguments(
     inputs, labels = make_inputs(n_rows, n_channels, n_vocabulary, dtype=dtype, layout=layout, ignored=ignored)
     with pytest.MonkeyPatch.context() as patch:
         in_chunks(patch, n_chunk_rows, n_vocabulary)
-        assert_loss_parity(operations, inputs, labels, reduction=reduction, slack=4)
+        terms: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        assert_loss_parity(operations, inputs, labels, reduction=reduction, **terms, slack=4)
 
 
 @every_reduction
+@pytest.mark.parametrize("terms", [{}, TERMS["both"]], ids=["", "more terms"])
 def test_gradients_are_those_of_finite_differences(
-    operations: Any, reduction: str, monkeypatch: pytest.MonkeyPatch
+    operations: Any, terms: dict[str, float], reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "LINEAR_CROSS_ENTROPY_LANES", 32)
     inputs, labels = make_inputs(5, 3, 7, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(of(operations, labels, reduction=reduction), inputs)
+    assert torch.autograd.gradcheck(of(operations, labels, reduction=reduction, **terms), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,6 +250,16 @@ def test_wrong_reduction_is_named(operations: Any) -> None:
         operations.linear_cross_entropy(*inputs, labels, reduction="batchmean")
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_wrong_terms_are_named(operations: Any, value: float) -> None:
+    inputs, labels = make_inputs(3, 4, 5)
+    with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\], not {value}"):
+        operations.linear_cross_entropy(*inputs, labels, label_smoothing=value)
+    if value != 1.1:
+        with pytest.raises(ValueError, match=f"z_loss must be finite and 0 or more, not {value}"):
+            operations.linear_cross_entropy(*inputs, labels, z_loss=value)
+
+
 # --- bugs this field has had: labels --------------------------------------------------------------------------------
 
 
@@ -259,6 +284,40 @@ def test_bug_label_out_of_range_gives_a_plausible_loss(
     loss = without_a_look_at_labels(monkeypatch, operations)(*inputs, labels, reduction=reduction)
     expected = torch.arange(5) == 2 if reduction == "none" else torch.tensor(True)
     assert torch.equal(loss.isnan(), expected)
+
+
+@every_reduction
+@pytest.mark.parametrize("terms", [{}, TERMS["both"]], ids=["", "more terms"])
+@pytest.mark.parametrize("label", [19, 63, 64, 2**31, 2**32 + 3, 2**62, -1, -99, -(2**62)])
+def test_bug_label_out_of_range_gives_plausible_gradients(
+    operations: Any, label: int, terms: dict[str, float], reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row of dhidden is NaN and so is dweight; the other rows do not notice."""
+    inputs, labels = make_inputs(5, 8, 19, ignored=0.0)
+    unchecked = without_a_look_at_labels(monkeypatch, operations)
+    loss = partial(unchecked, labels=labels, reduction=reduction, **terms)
+    upstream = [torch.ones_like(loss(*inputs))]
+    expected, _ = gradients(loss, inputs, upstream)
+    labels[2] = label
+    dhidden, dweight = gradients(loss, inputs, upstream)
+    assert dhidden[2].isnan().all()
+    assert dweight.isnan().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(dhidden[others], expected[others])
+
+
+@every_reduction
+@pytest.mark.parametrize("terms", [{}, TERMS["both"]], ids=["", "more terms"])
+def test_bug_ignored_rows_are_read(operations: Any, terms: dict[str, float], reduction: str) -> None:
+    """NaN in a row that does not count reaches nothing but the weight, through 0 * NaN."""
+    (hidden, weight), labels = make_inputs(9, 8, 19)
+    ignored = labels == -100
+    loss, dhidden, _ = results(operations, (hidden, weight), labels, reduction=reduction, **terms)
+    assert torch.equal((dhidden == 0).all(1), ignored)
+    hidden[ignored] = float("nan")
+    *same, dweight = results(operations, (hidden, weight), labels, reduction=reduction, **terms)
+    assert_same_bits(same, [loss, dhidden])
+    assert dweight.isnan().all()
 
 
 @every_reduction

@@ -22,25 +22,27 @@ _ROW_MULTIPLE = 64
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
     hidden: (N, C), weight: (V, C), both in float32, bfloat16, float16 or float64, with any strides; under autocast the
-    logits are computed in its dtype. labels: (N,) int64. The rest as in `reference.linear_cross_entropy`.
+    logits are computed in its dtype. labels: (N,) int64. label_smoothing and z_loss are compiled in, once for
+    each value. The rest as in `reference.linear_cross_entropy`.
     Returns a scalar, or (N,) with zeros at ignored labels for none, in float32 (float64 for float64 inputs).
     Raises ValueError when shapes, dtypes or devices do not fit, and when a label is out of range (on a GPU its loss and
     gradients are NaN instead).
     Source: Cut Your Losses, arXiv 2411.09009.
     """
-    check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
+    check_loss_arguments(hidden, weight, labels, reduction, ignore_index, label_smoothing, z_loss)
     dtype = _logits_dtype(hidden, weight)
     _check_kernel_arguments(hidden, weight, labels)
     if reduction == "none":
-        args = hidden, weight, labels, ignore_index, dtype
+        args = hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype
         return _row_losses_op(*args) if torch.compiler.is_compiling() else _RowLosses.apply(*args)
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    args = hidden, weight, labels, ignore_index, dtype, *wanted
+    args = hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype, *wanted
     total = _summed_loss_op(*args)[0] if torch.compiler.is_compiling() else _SummedLoss.apply(*args)
     if reduction == "sum":
         return total
@@ -107,7 +109,8 @@ def _gradient_buffers(
 
 
 def _losses_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
+    hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool, row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The losses (N,) and the gradients of sum(row_scale * losses), as `_gradient_buffers` holds them."""
@@ -132,6 +135,7 @@ def _losses_and_gradients(
             padded_logits, labels[rows], None if row_scale is None else row_scale[rows], losses[rows],
             logits_row_stride=n_padded_cols, n_cols=n_cols, ignore_index=ignore_index,
             LANES=tiles.LINEAR_CROSS_ENTROPY_LANES, VECTOR=16 // dtype.itemsize,
+            LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss,
             HAS_GRADIENT=wants_hidden or wants_weight, HAS_ROW_SCALE=row_scale is not None,
             ACCUMULATOR=triton_accumulator(dtype),
             num_warps=tiles.LINEAR_CROSS_ENTROPY_WARPS,
@@ -145,30 +149,36 @@ def _losses_and_gradients(
 
 
 def summed_loss_fwd(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
+    hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The summed loss and its gradients, as `_gradient_buffers` holds them."""
     losses, dhidden, dweight = _losses_and_gradients(
-        hidden, weight, labels, ignore_index, dtype, wants_hidden, wants_weight
+        hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype, wants_hidden, wants_weight
     )
     return losses.sum(), dhidden, dweight
 
 
-def row_losses_fwd(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def row_losses_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The losses (N,)."""
-    return _losses_and_gradients(hidden, weight, labels, ignore_index, dtype, False, False)[0]
+    return _losses_and_gradients(hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype, False, False)[0]
 
 
 def row_losses_bwd(
-    dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
+    dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden and dweight in the dtypes of hidden and weight, from recomputed logits."""
     unit = _power_of_two(dlosses)
     _, dhidden, dweight = _losses_and_gradients(
-        hidden, weight, labels, ignore_index, dtype, wants_hidden, wants_weight, dlosses / unit
-    )
+        hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype, wants_hidden, wants_weight,
+        row_scale=dlosses / unit,
+    )  # fmt: skip
     return _scaled(dhidden, unit, hidden.dtype), _scaled(dweight, unit, weight.dtype)
 
 
@@ -191,7 +201,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_graph(ctx: Any, dlosses: Tensor) -> list[Tensor | None]:
     """dhidden and dweight with their graph. The logits are recomputed, all rows at once."""
     hidden, weight, labels = ctx.saved_tensors[:3]
-    formula = lambda hidden, weight: row_losses(hidden.to(ctx.dtype), weight, labels, ctx.ignore_index)  # noqa: E731
+    formula = lambda hidden, weight: row_losses(hidden.to(ctx.dtype), weight, labels, *ctx.options)  # noqa: E731
     return formula_gradients(formula, (hidden, weight), dlosses)
 
 
@@ -206,7 +216,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @twice_differentiable(
-        lambda ctx, dtotal: (*_with_graph(ctx, dtotal.expand(len(ctx.saved_tensors[2]))), *[None] * 5)
+        lambda ctx, dtotal: (*_with_graph(ctx, dtotal.expand(len(ctx.saved_tensors[2]))), *[None] * 7)
     )
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _summed_loss_gradients(ctx, grads[0])
@@ -221,13 +231,13 @@ class _RowLosses(torch.autograd.Function):
         return row_losses_fwd(*inputs)
 
     @staticmethod
-    @twice_differentiable(lambda ctx, dlosses: (*_with_graph(ctx, dlosses), None, None, None))
+    @twice_differentiable(lambda ctx, dlosses: (*_with_graph(ctx, dlosses), *[None] * 5))
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _row_losses_gradients(ctx, grads[0], row_losses_bwd)
 
 
 def _save_summed_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, ctx.ignore_index, ctx.dtype, wants_hidden, wants_weight = inputs
+    hidden, weight, labels, *ctx.options, ctx.dtype, wants_hidden, wants_weight = inputs
     ctx.dtypes = hidden.dtype if wants_hidden else None, weight.dtype if wants_weight else None
     ctx.save_for_backward(hidden, weight, labels, *output[1:])
 
@@ -237,18 +247,18 @@ def _summed_loss_gradients(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...
         None if dtype is None else _scaled(gradient, dtotal, dtype)
         for gradient, dtype in zip(ctx.saved_tensors[3:], ctx.dtypes, strict=True)
     )
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 def _save_row_losses(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    *tensors, ctx.ignore_index, ctx.dtype = inputs
-    ctx.save_for_backward(*tensors)
+    hidden, weight, labels, *ctx.options, ctx.dtype = inputs
+    ctx.save_for_backward(hidden, weight, labels)
 
 
 def _row_losses_gradients(ctx: Any, dlosses: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
-    grads = backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.dtype, *wanted)
-    return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), None, None, None
+    grads = backward(dlosses, *ctx.saved_tensors, *ctx.options, ctx.dtype, *wanted)
+    return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *[None] * 5
 
 
 _summed_loss_op = torch.library.custom_op("fastgpt_kernels::linear_cross_entropy_sum", summed_loss_fwd, mutates_args=())
@@ -260,7 +270,8 @@ _row_losses_backward_op = torch.library.custom_op(
 
 @_summed_loss_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
+    hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total = hidden.new_empty((), dtype=accumulator(dtype))
@@ -268,13 +279,17 @@ def _(
 
 
 @_row_losses_op.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return hidden.new_empty(hidden.shape[:1], dtype=accumulator(dtype))
 
 
 @_row_losses_backward_op.register_fake
 def _(
-    dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype,
+    dlosses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, dtype: torch.dtype,
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dhidden, dweight = _gradient_buffers(hidden, weight, dtype, wants_hidden, wants_weight)

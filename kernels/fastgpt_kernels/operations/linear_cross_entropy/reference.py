@@ -1,6 +1,6 @@
 """The head and its cross-entropy in plain torch, without the logits of all rows at once."""
 
-from functools import partial
+import math
 
 import torch
 from torch import Tensor
@@ -13,27 +13,32 @@ _CHUNK_LOGITS = 2**25
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
     hidden: (N, C). weight: (V, C). labels: (N,) int64 in [0, V) or ignore_index. reduction: mean (over the labels that
-    are not ignored; NaN with gradients of zero when all are), sum, or none. Logits are rounded to hidden's dtype, as by
-    a separate head, and the loss is computed in float32 (float64 for float64 inputs).
+    are not ignored; NaN with gradients of zero when all are), sum, or none. label_smoothing: the share in [0, 1] of the
+    target that is spread evenly over the vocabulary, as in torch's cross_entropy. z_loss: the weight of the square of
+    log(sum(exp(logits))), which is added to the loss of a row. Logits are rounded to hidden's dtype, as by a separate
+    head, and the loss is computed in float32 (float64 for float64 inputs).
     Returns a scalar, or (N,) with zeros at ignored labels for none.
-    Raises ValueError when shapes do not fit or a label is out of range (on a GPU its loss is NaN instead).
-    Source: Cut Your Losses, arXiv 2411.09009.
+    Raises ValueError when shapes or values do not fit or a label is out of range (on a GPU its loss and gradients are
+    NaN instead).
+    Sources: Cut Your Losses, arXiv 2411.09009; z_loss: PaLM, arXiv 2204.02311, section 5.
     """
-    check_loss_arguments(hidden, weight, labels, reduction, ignore_index)
+    check_loss_arguments(hidden, weight, labels, reduction, ignore_index, label_smoothing, z_loss)
+    options = ignore_index, label_smoothing, z_loss
     n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
     if reduction == "none":
         wide_weight = _widened(weight)  # Autograd sums the gradients of the chunks in this dtype.
         chunks = [
-            checkpoint(row_losses, rows, wide_weight, row_labels, ignore_index, use_reentrant=False)
+            checkpoint(row_losses, rows, wide_weight, row_labels, *options, use_reentrant=False)
             for rows, row_labels in zip(hidden.split(n_chunk_rows), labels.split(n_chunk_rows), strict=True)
         ]
         return torch.cat(chunks)
-    total = _SummedLinearCrossEntropy.apply(hidden, weight, labels, ignore_index, n_chunk_rows)
+    total = _SummedLinearCrossEntropy.apply(hidden, weight, labels, options, n_chunk_rows)
     if reduction == "sum":
         return total
     n_counted = (labels != ignore_index).sum()
@@ -41,7 +46,10 @@ def linear_cross_entropy(
     return torch.where(n_counted > 0, total / n_counted.clamp(min=1), float("nan"))
 
 
-def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, ignore_index: int) -> None:
+def check_loss_arguments(
+    hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, ignore_index: int, label_smoothing: float,
+    z_loss: float,
+) -> None:  # fmt: skip
     """Raise ValueError when the arguments of `linear_cross_entropy` do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(
@@ -52,6 +60,10 @@ def check_loss_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
         raise ValueError(f"linear_cross_entropy: labels must be int64, not {labels.dtype}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: unknown reduction {reduction!r}: choose one of mean, sum, none")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1], not {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"linear_cross_entropy: z_loss must be finite and 0 or more, not {z_loss}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
         if wrong.numel():
@@ -62,20 +74,40 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def row_losses(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def row_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
     """(N,) losses of one chunk, differentiable by autograd."""
     logits = _widened(hidden @ weight.to(hidden.dtype).t())
-    counts, in_range = labels != ignore_index, (labels >= 0) & (labels < weight.shape[0])
-    picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
-    losses = torch.where(in_range, logits.logsumexp(1) - picked, float("nan"))
+    counts = labels != ignore_index
+    # So that NaN in an ignored row reaches no gradient of a row.
+    logits = logits.masked_fill(~counts[:, None], 0.0)
+    losses = _losses_of_logits(logits, logits.logsumexp(1), labels, ignore_index, label_smoothing, z_loss)
     return torch.where(counts, losses, 0.0)
+
+
+def _losses_of_logits(
+    logits: Tensor, log_sum_exp: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """(N,) losses, whatever an ignored row gives; a label out of range gives a loss and gradients of NaN."""
+    in_range = (labels >= 0) & (labels < logits.shape[1])
+    picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
+    losses = log_sum_exp - picked
+    if label_smoothing > 0:
+        losses = losses + label_smoothing * (picked - logits.mean(1))
+    if z_loss > 0:
+        losses = losses + z_loss * log_sum_exp * log_sum_exp
+    # A factor, because it reaches the gradients too.
+    return losses * torch.where(in_range | (labels == ignore_index), 1.0, float("nan"))
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
     """The summed loss. Forward also computes its gradients, because the backward of a scalar only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, n_chunk_rows: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, options: tuple[int, float, float], n_chunk_rows: int
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = _widened(hidden.new_zeros(()))
         dhidden = torch.empty_like(hidden) if wants_hidden else None
@@ -83,7 +115,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], n_chunk_rows):
             rows = slice(start, start + n_chunk_rows)
             logits = hidden[rows] @ weight.t()
-            dlogits, losses = _softmax_minus_one_hot(_widened(logits), labels[rows], ignore_index)
+            dlogits, losses = _softmax_minus_target(_widened(logits), labels[rows], *options)
             total = total + losses.sum()
             dlogits = dlogits.to(logits.dtype)
             if dhidden is not None:
@@ -93,7 +125,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
         ctx.save_for_backward(hidden, weight, labels, dhidden, dweight)
-        ctx.ignore_index = ignore_index
+        ctx.options = options
         return total
 
     @staticmethod
@@ -114,18 +146,23 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
 def _summed_with_graph(ctx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients with their graph. The logits are recomputed, all rows at once."""
     hidden, weight, labels = ctx.saved_tensors[:3]
-    formula = partial(row_losses, labels=labels, ignore_index=ctx.ignore_index)
+    formula = lambda hidden, weight: row_losses(hidden, weight, labels, *ctx.options)  # noqa: E731
     return *formula_gradients(formula, (hidden, weight), dtotal.expand(len(labels))), None, None, None
 
 
-def _softmax_minus_one_hot(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _softmax_minus_target(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """dloss/dlogits (N, V) and the losses (N,); ignored rows are zero, rows with a label out of range NaN."""
     counts, in_range = labels != ignore_index, (labels >= 0) & (labels < logits.shape[1])
     safe_labels = torch.where(in_range, labels, 0)[:, None]
     log_sum_exp = logits.logsumexp(1, keepdim=True)
-    losses = (log_sum_exp - logits.gather(1, safe_labels)).squeeze(1)
-    losses = torch.where(counts, torch.where(in_range, losses, float("nan")), 0.0)
+    losses = _losses_of_logits(logits, log_sum_exp.squeeze(1), labels, ignore_index, label_smoothing, z_loss)
     dlogits = (logits - log_sum_exp).exp_()
-    dlogits.scatter_add_(1, safe_labels, torch.full_like(dlogits[:, :1], -1.0))
+    if z_loss > 0:
+        dlogits *= 1 + 2 * z_loss * log_sum_exp
+    if label_smoothing > 0:
+        dlogits -= label_smoothing / logits.shape[1]
+    dlogits.scatter_add_(1, safe_labels, torch.full_like(dlogits[:, :1], label_smoothing - 1))
     dlogits.masked_fill_(~counts[:, None], 0.0).masked_fill_((counts & ~in_range)[:, None], float("nan"))
-    return dlogits, losses
+    return dlogits, torch.where(counts, losses, 0.0)
