@@ -1,54 +1,24 @@
-"""The engine gives transformers' tokens, a seed always the same ones, and what the engine cannot take is routed."""
+"""The engine gives transformers' tokens, also at the context's end and one at a time."""
 
 import copy
 import gc
-import logging
 import tracemalloc
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from fastgpt_kernels.common import dropout
-from fastgpt_kernels.operations.sampling.reference import gumbel_noise
 from models import assert_same_within_rounding, look_trained, pair, tiny_config, token_ids
-from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from prompts import left_padded, ragged
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import routing
 from fastgpt.model.compat import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 THE_ENGINE = "generate: the engine"
-
-
-@pytest.fixture
-def route(caplog) -> Any:
-    """A function that says where the calls since its last use went."""
-    caplog.set_level(logging.DEBUG, logger="fastgpt")
-
-    def messages() -> list[str]:
-        found = [record.getMessage() for record in caplog.records if record.name == "fastgpt"]
-        caplog.clear()
-        return found
-
-    return messages
-
-
-def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
-    """Prompts (1, T) of different lengths as one batch."""
-    n_tokens = max(prompt.shape[1] for prompt in prompts)
-    ids, mask = (torch.zeros(len(prompts), n_tokens, dtype=torch.long) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, -prompt.shape[1] :], mask[row, -prompt.shape[1] :] = prompt[0], 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def ragged(n_rows: int, vocab_size: int, longest: int = 16) -> list[Tensor]:
-    return [token_ids(1, 1 + (5 * row) % longest, vocab_size, seed=row) for row in range(n_rows)]
 
 
 # --- greedy ---------------------------------------------------------------------------------------------------------
@@ -184,206 +154,6 @@ def test_generated_tokens_can_be_trained_on() -> None:
     ids = ours.generate(token_ids(1, 4, 131), max_new_tokens=5, do_sample=False)
     ours.train()(ids, labels=ids).loss.backward()
     assert ours.transformer.wte.weight.grad.abs().sum() > 0
-
-
-# --- seeds ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 20, "top_p": 0.9, "temperature": 1.3}], ids=str)
-def test_a_seed_gives_the_same_tokens_for_every_batch_size(options: dict) -> None:
-    _, ours = pair(tiny_config(n_positions=96))
-    prompts = ragged(8, 131)
-    options = {"do_sample": True, "max_new_tokens": 40, "eos_token_id": None} | options
-
-    def run(rows: list[int], seed: int = 5, **more) -> list[list[int]]:
-        inputs = left_padded([prompts[row] for row in rows])
-        return ours.generate(**inputs, **options, **more, seed=seed)[:, -40:].tolist()
-
-    batch = run(list(range(8)))
-    assert run(list(range(8))) == batch
-    assert [run([row])[0] for row in range(8)] == batch
-    assert run([6, 1]) == [batch[6], batch[1]]
-    assert run([0], seed=6)[0] != batch[0]
-    several = run([2], num_return_sequences=3)
-    assert several[0] == batch[2]
-    assert len({tuple(row) for row in several}) == 3
-    assert run([2], stopping_criteria=StoppingCriteriaList([lambda ids, scores: torch.zeros(len(ids)).bool()])) == [
-        batch[2]
-    ], "transformers' loop draws other tokens"
-
-
-def test_a_seed_continues_where_it_stopped() -> None:
-    _, ours = pair(tiny_config(n_positions=96))
-    options = {"do_sample": True, "eos_token_id": None, "seed": 2**63 + 1}
-    ids = token_ids(1, 5, 131)
-    whole = ours.generate(ids, max_new_tokens=30, **options)
-    assert ours.generate(whole[:, :20], max_new_tokens=15, **options).tolist() == whole.tolist()
-
-
-def test_seeded_draws_follow_the_distribution() -> None:
-    """Chi-square over 20,000 draws against the exact probabilities, and draws at two positions are independent."""
-    n_draws, n_tokens = 20_000, 13
-    scores = torch.linspace(-2, 2, n_tokens).expand(n_draws, -1)
-    seeds_apart = torch.arange(n_draws)
-
-    def draw(seed: int) -> Tensor:
-        words = dropout.seed_tensor(seed, seeds_apart.device)
-        noise = gumbel_noise(words, seeds_apart, torch.zeros_like(seeds_apart), n_tokens)
-        return (scores + noise).argmax(1)
-
-    expected = n_draws * scores[0].double().softmax(0)
-    draws = draw(1)
-    for sample in (draws, draw(-(2**63))):
-        chi_square = ((sample.bincount(minlength=n_tokens) - expected).square() / expected).sum()
-        assert chi_square < 32.9  # 0.1% of fair samples are above, at 12 degrees of freedom
-    joint = expected.outer(expected) / n_draws
-    pairs = (draws[:-1] * n_tokens + draws[1:]).bincount(minlength=n_tokens**2).view(n_tokens, n_tokens)
-    assert ((pairs - joint).square() / joint).sum() < 228  # the same at 168 degrees
-
-
-@pytest.mark.parametrize("seed", [1.5, "1", True, 2**64, -(2**63) - 1])
-def test_seed_that_is_not_64_bits(seed: Any) -> None:
-    _, ours = pair(tiny_config())
-    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
-        ours.generate(token_ids(1, 3, 131), seed=seed, do_sample=True, max_new_tokens=2)
-
-
-def test_seed_with_beams_is_refused() -> None:
-    _, ours = pair(tiny_config())
-    with pytest.raises(ValueError, match="seed= needs plain sampling"):
-        ours.generate(token_ids(1, 3, 131), seed=1, num_beams=2, max_new_tokens=2)
-
-
-# --- routing --------------------------------------------------------------------------------------------------------
-
-
-class _Custom(transformers.LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({}, None),
-        ({"do_sample": True, "top_k": 3, "min_p": 0.1}, None),
-        ({"logits_processor": LogitsProcessorList([_Custom()])}, "logits processor _Custom"),
-        ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
-        ({"stopping_criteria": StoppingCriteriaList([lambda ids, _: ids[:, -1] == 3])}, "stopping criterion function"),
-        ({"max_time": 60.0}, "stopping criterion MaxTimeCriteria"),
-        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores was asked for"),
-        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states was given"),
-        ({"use_cache": False}, "cache is off"),
-        ({"cache_implementation": "static"}, "cache is StaticCache"),
-        ({CACHE: DynamicCache()}, "a cache was given"),
-        ({"token_type_ids": torch.ones(2, 8, dtype=torch.long)}, "token_type_ids was given"),
-        ({"attention_mask": torch.tensor([[1] * 7 + [0], [1] * 8])}, "hides more than padding on the left"),
-        ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),
-        ({"pad_token_id": 131, "eos_token_id": 130}, "pad_token_id 131 is outside"),
-        ({"num_beams": 2}, "beam search was asked for"),
-        ({"prompt_lookup_num_tokens": 3}, None),
-        ({"synced_gpus": True}, "synced_gpus was given"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
-)
-def test_calls_go_where_they_can_be_served(options: dict, reason: str | None, route, monkeypatch) -> None:
-    _, ours = pair(tiny_config())
-    if "synced_gpus" in options:
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
-    torch.manual_seed(0)
-    n_rows = 1 if "prompt_lookup_num_tokens" in options else 2
-    ours.generate(token_ids(n_rows, 8, 131), max_new_tokens=4, **{"do_sample": False} | options)
-    (message,) = route()
-    assert (message == THE_ENGINE) if reason is None else (reason in message), message
-
-
-def _with_lora(model: Any) -> None:
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    torch.manual_seed(0)
-    peft.inject_adapter_in_model(lora, model)
-
-
-def _with_hook(model: Any) -> None:
-    model.transformer.h[1].mlp.register_forward_hook(lambda module, inputs, output: output.flip(-1))
-
-
-def _with_linear(model: Any) -> None:
-    product = model.transformer.h[0].mlp.c_proj
-    linear = nn.Linear(*product.weight.shape)
-    linear.weight.data, linear.bias.data = -product.weight.data.t().contiguous(), product.bias.data
-    model.transformer.h[0].mlp.c_proj = linear
-
-
-def _with_own_forward(model: Any) -> None:
-    forward = model.transformer.forward
-
-    def louder(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.last_hidden_state = output.last_hidden_state.flip(-1)
-        return output
-
-    model.transformer.forward = louder
-
-
-@pytest.mark.parametrize("change", [_with_lora, _with_hook, _with_linear, _with_own_forward])
-def test_changed_models_go_to_transformers_and_the_change_acts(change, route) -> None:
-    theirs, ours = pair(tiny_config())
-    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    before = ours.generate(ids, **options)
-    assert route() == [THE_ENGINE]
-    change(theirs)
-    change(ours)
-    after = ours.generate(ids, **options)
-    (message,) = route()
-    assert "is not a plain module" in message
-    assert after.tolist() == theirs.generate(ids, **options).tolist() != before.tolist()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda model: model.train(), "in training mode"),
-        (lambda model: model.set_attn_implementation("eager"), "the attention is 'eager'"),
-        (lambda model: model.lm_head.bfloat16(), "differ in device or dtype"),
-    ],
-)
-@torch.no_grad()
-def test_states_of_a_model_that_the_engine_leaves_alone(change, reason: str) -> None:
-    _, ours = pair(tiny_config(tie_word_embeddings=False))
-    assert routing.why_not_model(ours) is None
-    change(ours)
-    assert reason in str(routing.why_not_model(ours))
-
-
-@torch.no_grad()
-def test_surroundings_that_the_engine_leaves_alone() -> None:
-    _, ours = pair(tiny_config())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in str(routing.why_not_model(ours))
-    with torch.enable_grad():
-        assert "gradients" in str(routing.why_not_model(ours))
-    assert routing.describe(ours) == "the engine: static cache, torch operations"
-
-
-def test_patched_model_takes_the_engine_and_an_unpatched_one_does_not(route) -> None:
-    model, _ = pair(tiny_config())
-    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(ids, **options).tolist()
-    assert route() == []
-    assert fastgpt.patch(model).generate(ids, **options).tolist() == expected
-    assert route() == [THE_ENGINE]
-
-
-def test_changed_weights_are_seen() -> None:
-    theirs, ours = pair(tiny_config())
-    ids, options = token_ids(2, 8, 131), {"max_new_tokens": 12, "do_sample": False}
-    before = ours.generate(ids, **options).tolist()
-    for model in (theirs, ours):
-        with torch.no_grad():
-            model.transformer.h[0].mlp.c_fc.weight.neg_()
-        model.transformer.h[1].attn.c_proj.weight = nn.Parameter(-model.transformer.h[1].attn.c_proj.weight)
-    assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist() != before
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------

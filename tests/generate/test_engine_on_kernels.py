@@ -12,7 +12,7 @@ import transformers
 from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
 from interpreter import DEVICE, INTERPRETING
 from models import pair, tiny_config, token_ids
-from test_engine import left_padded, ragged
+from prompts import left_padded, ragged
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process

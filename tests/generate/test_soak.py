@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from test_engine import left_padded, ragged
+from prompts import left_padded, ragged
 
 import fastgpt
 

@@ -14,16 +14,18 @@ from test_drop_in import (  # noqa: F401
     test_lora_on_every_product,
     test_replaced_and_wrapped_submodules,
 )
-from test_modeling import (  # noqa: F401
+from test_model_inputs import (  # noqa: F401
     test_attention_dropout_is_seeded_and_drops,
-    test_configuration_equals_transformers,
     test_continuing_from_a_cache,
     test_empty_inputs,
-    test_every_head,
     test_generate_equals_transformers,
     test_left_padded_batch_equals_single_sequences,
     test_masks_with_default_positions,
     test_other_inputs,
+)
+from test_modeling import (  # noqa: F401
+    test_configuration_equals_transformers,
+    test_every_head,
     test_scaling_flags_change_the_result,
     test_training_loss_takes_every_option_of_transformers,
 )

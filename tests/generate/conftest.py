@@ -1,0 +1,19 @@
+"""The engine's log, which says where a call went."""
+
+import logging
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def route(caplog) -> Any:
+    """A function that says where the calls since its last use went."""
+    caplog.set_level(logging.DEBUG, logger="fastgpt")
+
+    def messages() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if record.name == "fastgpt"]
+        caplog.clear()
+        return found
+
+    return messages
