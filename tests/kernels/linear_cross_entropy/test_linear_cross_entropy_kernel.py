@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,12 +153,31 @@ def test_chunks_are_whole_tiles_in_bounded_memory(
 ) -> None:
     monkeypatch.undo()
     for n_rows in (0, 1, 127, 128, 129, 2**14, 2**20):
-        rows = tiles.linear_cross_entropy_chunk_rows(n_rows, n_cols * element_size)
+        rows = tiles.linear_cross_entropy_chunk_rows(n_rows, n_cols * element_size, 0)
         assert rows % 128 == 0
         assert rows * n_cols * element_size <= 2**28 or rows <= 128
         assert rows < n_rows + 128
     for n_rows in (2**14, 2**14 + 1):  # the last of 7 chunks is little shorter than the others
-        assert tiles.linear_cross_entropy_chunk_rows(n_rows, 2 * 50304) == 2432
+        assert tiles.linear_cross_entropy_chunk_rows(n_rows, 2 * 50304, 0) == 2432
+
+
+@pytest.mark.parametrize("n_channels", [768, 1024, 1280, 1600])
+def test_memory_is_at_most_15_percent_of_an_unfused_head(n_channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 x 1024 tokens in bfloat16, as the lesson lists it; chunks remain long enough to hide the traffic of dW."""
+    monkeypatch.undo()
+    n_rows, n_cols, n_padded_cols = 2**14, 50257, 50304
+    dweight, dhidden = 4 * n_cols * n_channels, 2 * n_rows * n_channels
+    rows = tiles.linear_cross_entropy_chunk_rows(n_rows, 2 * n_padded_cols, dhidden + dweight)
+    parts = [2 * n_padded_cols * rows, dweight, dhidden]
+    unfused = 4 * n_rows * n_cols + 2 * n_cols * n_channels + dhidden
+    assert sum(parts) <= 0.15 * unfused
+    # 2 * rows * V * C operations at 7.9e14 FLOP/s, 8 * V * C bytes at 4.3e12 B/s.
+    assert 2 * rows / 7.9e14 > 8 / 4.3e12
+    readme = (Path(module.__file__).parent / "README.md").read_text()
+    tables = [line.strip("| ").split(" | ") for line in readme.split("| MB | ")[1].splitlines()]
+    column = [row[[768, 1024, 1280, 1600].index(n_channels) + 1] for row in tables[2:8]]
+    megabytes = [f"{size / 1e6:.0f}" for size in (*parts, sum(parts), unfused)]
+    assert column == [*megabytes, f"{sum(parts) / unfused:.1%}".replace("%", " %")]
 
 
 @only_interpreted

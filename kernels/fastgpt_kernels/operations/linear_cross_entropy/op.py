@@ -122,7 +122,8 @@ def _losses_and_gradients(
         return losses, dhidden, dweight.zero_()
 
     n_padded_cols = -(-n_cols // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    n_chunk_rows = tiles.linear_cross_entropy_chunk_rows(n_rows, n_padded_cols * dtype.itemsize)
+    n_gradient_bytes = dhidden.nbytes + dweight.nbytes
+    n_chunk_rows = tiles.linear_cross_entropy_chunk_rows(n_rows, n_padded_cols * dtype.itemsize, n_gradient_bytes)
     buffer = hidden.new_empty((min(n_chunk_rows, n_rows), n_padded_cols))
     for start in range(0, n_rows, n_chunk_rows):
         rows = slice(start, start + n_chunk_rows)
