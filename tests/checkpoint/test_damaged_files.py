@@ -7,16 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import (
-    KEY,
-    load,
-    read_parts,
-    refused,
-    refused_within_a_second,
-    rewrite,
-    same_tensors,
-    write_parts,
-)
+from checkpoints import KEY, load, read_parts, refused, refused_within_a_second, rewrite, same_tensors, write_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_config

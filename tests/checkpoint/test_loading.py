@@ -6,14 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from checkpoints import (
-    KEY,
-    load,
-    refused,
-    refused_within_a_second,
-    rewrite,
-    same_tensors,
-)
+from checkpoints import KEY, load, refused, refused_within_a_second, rewrite, same_tensors
 from models import HEADS, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging

@@ -8,16 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    INDEX,
-    KEY,
-    change_index,
-    load,
-    refused,
-    rewrite,
-    same_tensors,
-    shard_of,
-)
+from checkpoints import INDEX, KEY, change_index, load, refused, rewrite, same_tensors, shard_of
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("nothing_global_changes")

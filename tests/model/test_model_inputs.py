@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import (
-    assert_same_within_rounding,
-    pair,
-    tiny_config,
-    token_ids,
-)
+from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 

@@ -6,15 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTBigCodeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    T5Config,
-)
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, LlamaConfig, MixtralConfig, T5Config
 
 FAMILY = json.loads((Path(__file__).parents[1] / "data" / "gpt2_family.json").read_text())["models"]
 TINY: dict[str, Any] = {"n_layer": 3, "n_embd": 24, "n_head": 4, "n_positions": 32, "vocab_size": 101, "n_inner": 56}

@@ -8,9 +8,7 @@ import torch
 from counted_models import OTHERS, n_stored, on_meta, tiny_config
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    GPT2LMHeadModel,
-)
+from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from fastgpt import accounting

@@ -9,14 +9,7 @@ from counted_models import FAMILY, OTHERS, TINY, TOKENS, n_stored, on_meta, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    LlamaConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig
 
 import fastgpt
 from fastgpt.accounting import PRESETS, Shape, count_parameters, report, shape_of

@@ -24,7 +24,9 @@ from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver
 
 from . import machine, parse, translate
+from .instructions import PtxError
 from .memory import GlobalMemory, Report
+from .team import PARAMETER_BASE
 
 _FORMATS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1", "u16": "u2",
             "u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}  # fmt: skip
@@ -224,7 +226,7 @@ def _parameters(program: Any, compiled: Any, arguments: tuple, metadata: Any, gr
         else:
             flat.append(("scratch", "pointer", None))
     if len(flat) != len(names):
-        raise parse.PtxError(f"{len(flat)} arguments for {len(names)} parameters: {[f[:2] for f in flat]}")
+        raise PtxError(f"{len(flat)} arguments for {len(names)} parameters: {[f[:2] for f in flat]}")
     parameters = {}
     for parameter, (_, kind, value) in zip(names, flat, strict=True):
         declared = program.entry.parameters[parameter]
@@ -232,14 +234,14 @@ def _parameters(program: Any, compiled: Any, arguments: tuple, metadata: Any, gr
             address = 0 if value is None else value.data_ptr() if hasattr(value, "data_ptr") else int(value)
             parameters[parameter] = np.array([address], "u8").tobytes()
         elif kind == "descriptor":
-            descriptors[machine._PARAMETER_BASE + declared[2]] = describe(*value)
+            descriptors[PARAMETER_BASE + declared[2]] = describe(*value)
             parameters[parameter] = bytes(declared[1])
         elif kind in ("fp16", "bf16"):
             parameters[parameter] = np.array([value], "f4").tobytes()
         else:
             parameters[parameter] = np.array([value]).astype(_FORMATS[kind]).tobytes().ljust(declared[1], b"\0")
         if len(parameters[parameter]) != declared[1]:
-            raise parse.PtxError(f"{parameter} takes {declared[1]} bytes, given {len(parameters[parameter])}")
+            raise PtxError(f"{parameter} takes {declared[1]} bytes, given {len(parameters[parameter])}")
     return parameters, descriptors
 
 

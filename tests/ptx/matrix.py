@@ -1,5 +1,7 @@
 """Matrix products of one warp and of four: the layout of the elements in a fragment, and the sums.
 
+A fragment is what the registers of a warp hold of a matrix: each of its 32 lanes has a few elements, at places that the
+PTX manual draws for every shape. Here one gather turns a fragment into the matrix, whose product is an ordinary one.
 Products are exact and are summed in float64, then rounded once to the accumulator's type. A chip rounds (or truncates)
 after every few products, in an unspecified order.
 """
@@ -59,7 +61,7 @@ def _operand_order(rows: int, k: int, per_register: int) -> np.ndarray:
 
 @cache
 def _result_places(m: int, n: int) -> np.ndarray:
-    """(registers, 32) -> row * n + column"""
+    """(registers, 32) -> row * n + column of the element in that register of that lane."""
     lane = np.arange(32)
     group, within = lane >> 2, lane & 3
     places = []
@@ -70,7 +72,7 @@ def _result_places(m: int, n: int) -> np.ndarray:
 
 
 def _matrix(registers: tuple, dtype: str, rows: int, k: int) -> np.ndarray:
-    """(warps, rows, k) in float64"""
+    """A fragment as a matrix for each warp, (warps, rows, k) in float64. registers: each (lanes,)."""
     per = _PER_REGISTER[dtype]
     stacked = np.stack([r.reshape(-1, 32) for r in registers], 1)  # (warps, registers, 32)
     flat = values(stacked, dtype).reshape(stacked.shape[0], -1)
@@ -78,7 +80,7 @@ def _matrix(registers: tuple, dtype: str, rows: int, k: int) -> np.ndarray:
 
 
 def multiply(shape: tuple, dtype: str, result_dtype: str, a: tuple, b: tuple, c: tuple) -> list:
-    """mma.sync: registers of the result."""
+    """mma.sync of all warps: the registers of a @ b + c. shape: (m, n, k). a, b, c: registers, each (lanes,)."""
     m, n, k = shape
     per = _PER_REGISTER.get(dtype)
     if per is None or len(a) * 32 * per != m * k or len(b) * 32 * per != n * k or n != 8:

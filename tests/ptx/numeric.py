@@ -1,4 +1,8 @@
-"""Arithmetic of PTX on NumPy arrays, where NumPy lacks an operation or rounds differently."""
+"""Arithmetic of PTX on NumPy arrays, where NumPy lacks an operation or rounds differently.
+
+Types are named by a letter and their bytes: u4 is unsigned with 4 bytes (.b32 and .u32), s8 signed with 8, f2 half
+precision. NumPy has no bfloat16: its 16 bits are kept as u2.
+"""
 
 import numpy as np
 
@@ -12,6 +16,7 @@ _SMALLEST_NORMAL = f4(2.0**-126)
 
 
 def bf16_to_f4(x):
+    """float32 whose upper 16 bits are those of a bfloat16; exact."""
     return (x.astype(u4) << u4(16)).view(f4)
 
 
@@ -39,6 +44,7 @@ def f4_toward_zero(x8):
 
 
 def f2_bits(x):
+    """Round to half precision, and return its 16 bits."""
     return np.ascontiguousarray(x).astype(f2).view(u2)
 
 
@@ -48,11 +54,8 @@ def flush(x):
 
 
 def pack(low, high):
+    """Two 16-bit numbers in one 32-bit word."""
     return low.astype(u4) | (high.astype(u4) << u4(16))
-
-
-def pack8(low, high):
-    return low.astype(u8) | (high.astype(u8) << u8(32))
 
 
 # --- float ----------------------------------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ def fma8(a, b, c):
 
 
 def _halves(x, is_bf16):
-    """The two numbers in each word, in float64."""
+    """The two 16-bit numbers in each 32-bit word, in float64."""
     low, high = x.astype(u2), (x >> u4(16)).astype(u2)
     if is_bf16:
         return bf16_to_f4(low).astype(f8), bf16_to_f4(high).astype(f8)
@@ -91,14 +94,14 @@ def _halves(x, is_bf16):
 
 
 def packed2(operation, is_bf16, *operands):
-    """An operation in float64 on both halves of words, rounded once."""
+    """f16x2 and bf16x2: an operation on both halves of 32-bit words, in float64 and rounded once."""
     bits = f8_to_bf16 if is_bf16 else f2_bits
     low, high = zip(*(_halves(x, is_bf16) for x in operands), strict=True)
     return pack(bits(operation(*low)), bits(operation(*high)))
 
 
 def half1(operation, is_bf16, *operands):
-    """The same on single halves."""
+    """f16 and bf16: an operation on 16-bit numbers, in float64 and rounded once."""
     values = [bf16_to_f4(x).astype(f8) if is_bf16 else x.view(f2).astype(f8) for x in operands]
     return (f8_to_bf16 if is_bf16 else f2_bits)(operation(*values))
 
@@ -121,10 +124,6 @@ def rsqrt(x):
 
 def tanh(x):
     return np.tanh(x.astype(f8)).astype(f4)
-
-
-def max_nan(a, b):
-    return np.maximum(a, b)
 
 
 # --- integer --------------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def bit_field(x, position, length, signed):
 
 
 def bit_insert(a, b, position, length):
-    """bfi: the low bits of a into b."""
+    """bfi: the lowest `length` bits of a in place of the bits of b from a position on."""
     position, length = np.asarray(position).astype(u8) & u8(255), np.asarray(length).astype(u8) & u8(255)
     mask = ((u8(1) << np.minimum(length, u8(63))) - u8(1)) << np.minimum(position, u8(63))
     wide = (b.astype(u8) & ~mask) | ((a.astype(u8) << np.minimum(position, u8(63))) & mask)
@@ -204,7 +203,7 @@ def bit_insert(a, b, position, length):
 
 
 def permute_bytes(a, b, selector):
-    """prmt in its default mode."""
+    """prmt in its default mode: each byte of the result is a byte of a or b, or the sign of that byte eight times."""
     both = a.astype(u8) | (b.astype(u8) << u8(32))
     selector = np.asarray(selector).astype(u4)
     result = np.zeros_like(a)
@@ -217,7 +216,7 @@ def permute_bytes(a, b, selector):
 
 
 def logic3(a, b, c, table):
-    """lop3: any function of three bits, given as its table."""
+    """lop3: any function of three bits; bit 4a + 2b + c of the table is its value."""
     result = np.zeros_like(a)
     for row in range(8):
         if table >> row & 1:
@@ -230,6 +229,7 @@ def count_ones(x):
 
 
 def leading_zeros(x):
+    """clz: the zeros above the highest bit that is set."""
     bits = x.dtype.itemsize * 8
     result = np.full(x.shape, bits, u4)
     for i in range(bits):
@@ -238,6 +238,7 @@ def leading_zeros(x):
 
 
 def reverse_bits(x):
+    """brev: the bits in the opposite order."""
     bits = x.dtype.itemsize * 8
     result = np.zeros_like(x)
     for i in range(bits):
@@ -246,6 +247,7 @@ def reverse_bits(x):
 
 
 def funnel_shift(low, high, amount, left, wrap):
+    """shf: a shift of the 64 bits high:low, of which the upper word (left) or the lower one (right) is returned."""
     amount = np.asarray(amount).astype(u8)
     amount = amount & u8(31) if wrap else np.minimum(amount, u8(32))
     both = low.astype(u8) | (high.astype(u8) << u8(32))

@@ -10,108 +10,21 @@ in the Python source for errors.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
-# Bits of a register by its declared type.
-_WIDTHS = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "f16": 2, "f32": 4, "f64": 8,
-           "u8": 1, "u16": 2, "u32": 4, "u64": 8, "s8": 1, "s16": 2, "s32": 4, "s64": 8}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Register:
-    """width: bytes, 0 for a predicate. name: unique within the entry, inlined functions included."""
-
-    name: str
-    width: int
-
-
-@dataclass(frozen=True)
-class Special:
-    """%tid.x and the like."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Immediate:
-    """bits: of a float constant in its own width, or an integer. float_width: 4, 8 or 0 for an integer."""
-
-    bits: int
-    float_width: int = 0
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """The name of a parameter, of shared memory, of a function or of a label."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Address:
-    """base: a register, a symbol, or an immediate."""
-
-    base: object
-    offset: int = 0
-    extra: tuple = ()  # Coordinates of a tensor copy: [descriptor, {x, y}].
-
-
-@dataclass(frozen=True)
-class Vector:
-    items: tuple
-
-
-@dataclass(frozen=True)
-class Pair:
-    """%r1|%p1: a result and its predicate."""
-
-    first: object
-    second: object
-
-
-@dataclass
-class Instruction:
-    opcode: str
-    operands: list
-    guard: Register | None = None
-    guard_negated: bool = False
-    text: str = ""
-    place: str = ""  # file:line:column of the Python source
-
-    @property
-    def parts(self) -> list[str]:
-        return self.opcode.replace("::", ":").split(".")
-
-    def __str__(self) -> str:
-        return f"{self.text}  [{self.place}]"
-
-
-@dataclass
-class Block:
-    """Instructions that are entered only at the first and left only after the last."""
-
-    number: int
-    instructions: list = field(default_factory=list)
-    # What comes after: ("next",), ("branch", block, predicate or None, negated), ("barrier", id, n_threads), ("exit",)
-    end: tuple = ("next",)
-    last: Any = None  # the instruction that makes the end, where there is one
-
-
-@dataclass
-class Entry:
-    """name, parameters (name -> (type, bytes, offset)), threads, and blocks in the order of the text."""
-
-    name: str
-    parameters: dict
-    blocks: list
-    n_threads: int
-    target: str
-    registers: dict
-    symbols: dict  # module-scope variables: name -> (space, bytes, initial bytes)
-
-
-class PtxError(Exception):
-    pass
+from .blocks import basic_blocks
+from .instructions import (
+    WIDTHS,
+    Address,
+    Entry,
+    Immediate,
+    Instruction,
+    Pair,
+    PtxError,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+)
 
 
 @dataclass
@@ -139,7 +52,7 @@ def parse(text: str) -> Entry:
     registers: dict[str, Register] = {}
     counter = [0]
     statements = _resolve(entry, functions, registers, counter, "", {})
-    blocks = _blocks(statements)
+    blocks = basic_blocks(statements)
     parameters, offset = {}, 0
     for kind, name, size, align in entry.parameters:
         offset = -(-offset // align) * align
@@ -231,7 +144,7 @@ def _module_variable(text: str, symbols: dict) -> None:
             raise PtxError(f"cannot read the declaration: {text.strip()}")
         return
     space, kind, name, count, values = found.groups()
-    n_bytes = _WIDTHS.get(kind, 1) * int(count or 0)
+    n_bytes = WIDTHS.get(kind, 1) * int(count or 0)
     data = bytes(int(v, 0) for v in values.split(",")) if values and kind == "b8" else b""
     symbols[name] = (space, n_bytes, data)
 
@@ -260,10 +173,10 @@ def _parameters(text: str) -> list[tuple[str, str, int, int]]:
             continue
         found = re.search(r"([\w$]+)\s*(?:\[(\d+)\])?\s*$", part)
         name, count = found[1], found[2]
-        kind = next(w for w in re.findall(r"\.(\w+)", part) if w in _WIDTHS)
+        kind = next(w for w in re.findall(r"\.(\w+)", part) if w in WIDTHS)
         declared = re.search(r"\.align\s+(\d+)", part) if count else None
-        size = _WIDTHS[kind] * int(count or 1)
-        parameters.append((kind, name, size, int(declared[1]) if declared else _WIDTHS[kind]))
+        size = WIDTHS[kind] * int(count or 1)
+        parameters.append((kind, name, size, int(declared[1]) if declared else WIDTHS[kind]))
     return parameters
 
 
@@ -373,7 +286,7 @@ def _resolve(function: _Function, functions: dict, registers: dict, counter: lis
         _, text, place = statement
         if text.startswith(".reg"):
             found = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text)
-            width = _WIDTHS[found[1]]
+            width = WIDTHS[found[1]]
             for name in _split(found[2]):
                 if (many := re.match(r"(.+)<(\d+)>$", name)) is not None:
                     for i in range(int(many[2])):
@@ -384,7 +297,7 @@ def _resolve(function: _Function, functions: dict, registers: dict, counter: lis
             continue
         if text.startswith(".param"):
             found = re.match(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)", text)
-            scopes[-1][found[2]] = new(f"param:{found[2]}", _WIDTHS[found[1]])
+            scopes[-1][found[2]] = new(f"param:{found[2]}", WIDTHS[found[1]])
             names = visible()
             continue
         if text.startswith("."):
@@ -454,52 +367,3 @@ def _inline(call: Instruction, functions: dict, registers: dict, counter: list) 
         bound[parameter] = known[f"param:{argument}"]
     body = _resolve(called, functions, registers, counter, suffix, bound)
     return [*body, ("label", f"return{suffix}")]
-
-
-# --- blocks ---------------------------------------------------------------------------------------------------------
-
-
-def _blocks(statements: list) -> list[Block]:
-    blocks, labels = [Block(0)], {}
-
-    def fresh() -> None:
-        if blocks[-1].instructions or blocks[-1].end != ("next",):
-            blocks.append(Block(len(blocks)))
-
-    targets = {rest[0].operands[0].name for kind, *rest in statements if kind == "code" and rest[0].parts[0] == "bra"}
-    for kind, *rest in statements:
-        if kind == "label":
-            if rest[0] not in targets:  # Those of debug information split no block.
-                continue
-            fresh()
-            labels[rest[0]] = blocks[-1].number
-            continue
-        instruction = rest[0]
-        base = instruction.parts[0]
-        if base == "bra":
-            if instruction.guard is None:
-                blocks[-1].end = ("branch", instruction.operands[0].name, None, False)
-            else:
-                blocks[-1].end = ("branch", instruction.operands[0].name, instruction.guard, instruction.guard_negated)
-            blocks[-1].last = instruction
-            fresh()
-        elif base in ("ret", "exit"):
-            blocks[-1].end = ("exit", instruction.guard, instruction.guard_negated)
-            blocks[-1].last = instruction
-            fresh()
-        elif base in ("bar", "barrier") and "sync" in instruction.parts and "warp" not in instruction.parts:
-            if instruction.guard is not None:
-                raise PtxError(f"a barrier under a predicate: {instruction}")
-            identity = instruction.operands[0].bits
-            n_threads = instruction.operands[1].bits if len(instruction.operands) > 1 else 0
-            blocks[-1].end = ("barrier", identity, n_threads)
-            blocks[-1].last = instruction
-            fresh()
-        else:
-            blocks[-1].instructions.append(instruction)
-    if blocks[-1].end == ("next",):
-        blocks[-1].end = ("exit", None, False)
-    for block in blocks:
-        if block.end[0] == "branch":
-            block.end = ("branch", labels[block.end[1]], *block.end[2:])
-    return blocks
