@@ -17,7 +17,7 @@ from .device_loop import DeviceGeneration, Mailbox
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
 from .products import Products
-from .workspace import Workspace
+from .workspace import Workspace, sample
 
 # The longest run of tokens that is looked up, unless `max_matching_ngram_size` is given.
 LONGEST_LOOKUP = 3
@@ -135,8 +135,6 @@ class DeviceLookupGeneration(DeviceGeneration):
 
     def _choose(self, work: Workspace, logits: Tensor) -> list[int]:
         """The tokens chosen after each of the n tokens of a step, given logits (n, V)."""
-        from fastgpt_kernels.operations.sampling.op import sample
-
         tokens, positions, slots, _ = work.state[:, : len(logits)]
         finished = torch.zeros_like(tokens, dtype=torch.bool)
         rows = Rows(tokens, positions, slots, finished, sequences=tokens.new_empty(len(tokens), 0), seen=None)

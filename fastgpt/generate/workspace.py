@@ -49,18 +49,30 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
 
     The model must be on a device where kernels run.
     """
-    from fastgpt_kernels.operations.decode_step.op import DecodeStep
-
+    decode_step, persistent_decoder = _decoders()
     weights = view_weights(model)
     if any(not parameter.is_contiguous() for parameter in model.parameters()):
         return "a parameter is not contiguous"
     if _selected_tier == "persistent":
-        from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
-
         wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
         shape = n_rows, wte.shape[1], weights.n_heads, n_hidden, weights.activation
-        return PersistentDecoder.obstacle(*shape, wte.dtype, wte.device)
-    return DecodeStep.obstacle(weights)
+        return persistent_decoder.obstacle(*shape, wte.dtype, wte.device)
+    return decode_step.obstacle(weights)
+
+
+def _decoders():
+    """The two classes that decode on kernels. Their modules import triton, which need not be installed."""
+    from fastgpt_kernels.operations.decode_step.op import DecodeStep
+    from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
+
+    return DecodeStep, PersistentDecoder
+
+
+def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor | None, pad_id: int) -> None:
+    """The operation `sample` on kernels, whose module imports triton too."""
+    from fastgpt_kernels.operations.sampling import op
+
+    op.sample(logits, rows, options, eos_ids, pad_id)
 
 
 class Workspace:
@@ -125,18 +137,14 @@ class Workspace:
         rows = slice(self.n_rows * n_new)
         tokens, positions, slots, starts = self.state[:, rows]
         where = self.cache.memory, tokens, positions, slots, starts, self.logits[rows]
-        step = self._steps.get(n_new)
+        step, (decode_step, persistent_decoder) = self._steps.get(n_new), _decoders()
         if self.tier == "persistent" and n_new == 1:
-            from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
-
-            step = step or PersistentDecoder(view_weights(model))
+            step = step or persistent_decoder(view_weights(model))
             step.decode(*where)
         else:
-            from fastgpt_kernels.operations.decode_step.op import DecodeStep
-
             # The step holds no weights, which would stay on the GPU after the model has moved away.
             weights = view_weights(model)
-            step = step or DecodeStep(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
+            step = step or decode_step(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
             step.decode(weights, *where)
         self._steps[n_new] = step
 
@@ -219,8 +227,6 @@ class Choices:
 
     def append(self, logits: Tensor) -> None:
         """Choose the tokens that follow logits (B, V) and append them."""
-        from fastgpt_kernels.operations.sampling.op import sample
-
         sample(logits, self.rows, self._options, self._eos_ids, self._choice.pad_id)
 
     def append_after_step(self, logits: Tensor) -> None:
