@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import paper, plots
+from . import paper, plots, scale
 from .records import Result, benchmarks, curve, load, operations
 from .tables import RESULTS, detail_tables, headline, speed_tables
 
@@ -50,6 +50,7 @@ def sections(results: Sequence[Result]) -> Iterator[tuple[Path, str, str]]:
     yield Path("docs/results.md"), "measured", "\n\n".join([*speed_tables(results), *images])
     yield Path("benchmarks/README.md"), "details", "\n\n".join(detail_tables(results)) or "Nothing yet."
     yield Path("benchmarks/README.md"), "paper", _paper(results)
+    yield Path("docs/scale.md"), "scale", scale.page()
 
 
 def _paper(results: Sequence[Result]) -> str:
@@ -121,7 +122,7 @@ def main(
 ) -> None:
     """Write the tables and plots of the documentation from the results."""
     if on_paper:
-        print(_paper(load(root / RESULTS)))
+        print(_paper(load(root / RESULTS)), scale.page(), sep="\n\n")
     elif not check:
         for file in write(root):
             typer.echo(f"wrote {os.fspath(file)}", err=True)

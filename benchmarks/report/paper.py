@@ -1,4 +1,4 @@
-"""Step times predicted, not measured, from bytes, FLOPs and launches, on one GPU and on eight.
+"""Step times predicted, not measured, from bytes, FLOPs and launches, on one GPU; `scale` has those on many.
 
 Letters as in `fastgpt.accounting`: L layers, C channels, F hidden width, V vocabulary, B batch, T tokens; N = B*T.
 """
@@ -17,7 +17,6 @@ from fastgpt.text import DTYPES
 from .tables import describe_work, markdown_table
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-N_GPUS = 8
 DECODE_CONTEXT = 512
 BATCH, TOKENS = 16, 1024
 
@@ -26,19 +25,17 @@ BATCH, TOKENS = 16, 1024
 class Machine:
     """Rates of one GPU.
 
-    bandwidth: bytes/s of its memory. matrix_rate: FLOP/s of a large product. link_rate: bytes/s to the other GPUs.
-    launch_s: seconds that a launch adds.
+    bandwidth: bytes/s of its memory. matrix_rate: FLOP/s of a large product. launch_s: seconds that a launch adds.
     """
 
     bandwidth: float
     matrix_rate: float
-    link_rate: float
     launch_s: float
 
 
-# Memory and products as accounting has them. Assumed: the data sheet's NVLink in one direction, and how long one kernel
-# of a CUDA graph takes to drain and the next to fill the GPU.
-H200 = Machine(accounting.H200_BANDWIDTH, accounting.H200_MATRIX_RATE, link_rate=4.5e11, launch_s=3e-6)
+# Memory and products as accounting has them. Assumed: how long one kernel of a CUDA graph takes to drain and the next
+# to fill the GPU.
+H200 = Machine(accounting.H200_BANDWIDTH, accounting.H200_MATRIX_RATE, launch_s=3e-6)
 
 # --- work -----------------------------------------------------------------------------------------------------------
 
@@ -109,50 +106,6 @@ def seconds(works: Sequence[Work], machine: Machine) -> float:
     return sum(work.seconds(machine) for work in works)
 
 
-# --- several GPUs ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A training step on N_GPUS GPUs, each with its own batch; all figures are those of one GPU.
-
-    wire_bytes: what it sends; it receives as much. hidden_s: the step's time if all communication overlaps the backward
-    pass (FSDP2: and the forward pass). exposed_s: the time if none of it does. state_bytes: weights, gradients and
-    moments that it holds.
-    """
-
-    wire_bytes: float
-    hidden_s: float
-    exposed_s: float
-    state_bytes: float
-
-
-def ddp(shape: Shape, machine: Machine) -> Scaled:
-    """Every GPU holds everything; a ring reduces the float32 gradients: 2 (n - 1) / n of their bytes."""
-    n = count_parameters(shape).total
-    passes = training_work(shape, BATCH, TOKENS)
-    wire_bytes = 2 * 4 * n * (N_GPUS - 1) / N_GPUS
-    return _scaled(passes, 2 / 3, adamw_work(n), wire_bytes, 16 * n, machine)
-
-
-def fsdp2(shape: Shape, machine: Machine) -> Scaled:
-    """Every GPU holds a share: bfloat16 weights are gathered in both passes, float32 gradients scattered once."""
-    n = count_parameters(shape).total
-    passes = training_work(shape, BATCH, TOKENS)
-    wire_bytes = (2 * 2 + 4) * n * (N_GPUS - 1) / N_GPUS
-    return _scaled(passes, 1.0, adamw_work(n // N_GPUS), wire_bytes, 16 * n / N_GPUS, machine)
-
-
-def _scaled(
-    passes: list[Work], share: float, adamw: Work, wire_bytes: float, state_bytes: float, machine: Machine
-) -> Scaled:
-    """share: the part of the passes that communication can overlap."""
-    passes_s, wire_s = seconds(passes, machine), wire_bytes / machine.link_rate
-    adamw_s = adamw.seconds(machine)
-    hidden_s = (1 - share) * passes_s + max(share * passes_s, wire_s) + adamw_s
-    return Scaled(wire_bytes, hidden_s, passes_s + wire_s + adamw_s, state_bytes)
-
-
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +116,6 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         f"{1e6 * H200.launch_s:.0f} us a launch, bfloat16; decoding one sequence at {DECODE_CONTEXT} tokens of "
         f"context, the rest on {BATCH} x {TOKENS} tokens:",
         _one_gpu_table(),
-        f"A training step on {N_GPUS} GPUs, {BATCH} x {TOKENS} tokens each, {H200.link_rate / 1e9:.0f} GB/s to the "
-        "others; first with all traffic behind the passes, then with none of it:",
-        _many_gpus_table(),
     ]
     if results:
         blocks += [
@@ -189,31 +139,13 @@ def _one_gpu_table() -> str:
         rows.append(
             [
                 name,
-                f"{1e3 * decode_s:.3f} ms, {_rounded(1 / decode_s)} tokens/s",
+                f"{1e3 * decode_s:.3f} ms, {rounded(1 / decode_s)} tokens/s",
                 f"{launches} ({launches * H200.launch_s / decode_s:.0%} of the time)",
-                f"{1e3 * prefill_s:.1f} ms, {_rounded(BATCH * TOKENS / prefill_s)} tokens/s",
-                f"{1e3 * train_s:.1f} ms, {_rounded(BATCH * TOKENS / train_s)} tokens/s",
+                f"{1e3 * prefill_s:.1f} ms, {rounded(BATCH * TOKENS / prefill_s)} tokens/s",
+                f"{1e3 * train_s:.1f} ms, {rounded(BATCH * TOKENS / train_s)} tokens/s",
             ]
         )
     return markdown_table(["predicted", "decode", "its launches", "prefill", "training step"], rows)
-
-
-def _many_gpus_table() -> str:
-    n_tokens = N_GPUS * BATCH * TOKENS
-    rows = []
-    for name in SIZES:
-        for kind, scaled in {"DDP": ddp(PRESETS[name], H200), "FSDP2": fsdp2(PRESETS[name], H200)}.items():
-            rows.append(
-                [
-                    f"{name}, {kind}",
-                    f"{scaled.wire_bytes / 1e9:.2f} GB",
-                    f"{1e3 * scaled.hidden_s:.1f} - {1e3 * scaled.exposed_s:.1f} ms",
-                    f"{_rounded(n_tokens / scaled.hidden_s)} - {_rounded(n_tokens / scaled.exposed_s)}",
-                    f"{scaled.state_bytes / 1e9:.1f} GB",
-                ]
-            )
-    headings = ["predicted", "sent by a GPU", "step", f"tokens/s of {N_GPUS}", "weights, gradients, moments of a GPU"]
-    return markdown_table(headings, rows)
 
 
 def _measured_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -225,11 +157,11 @@ def _measured_table(results: Sequence[Mapping[str, Any]]) -> str:
             options, measured = result["options"], row["tokens_per_s"]["median"]
             predicted = predicted_speed(result, row["workload"])
             what = f"{Path(options['model']).name} on {options['device']}, {describe_work(result, row['workload'])}"
-            rows.append([what, _rounded(predicted), _rounded(measured), f"{measured / predicted:.0%}"])
+            rows.append([what, rounded(predicted), rounded(measured), f"{measured / predicted:.0%}"])
     return markdown_table(["workload", "predicted tokens/s", "measured tokens/s", "measured / predicted"], rows)
 
 
-def _rounded(speed: float) -> str:
+def rounded(speed: float) -> str:
     """Three digits, because a prediction is not more exact."""
     digits = max(0, 2 - math.floor(math.log10(speed)))
     return f"{float(f'{speed:.3g}'):,.{digits}f}"
@@ -241,7 +173,7 @@ def predicted_speed(result: Mapping[str, Any], workload: str) -> float:
     fields = Shape.__dataclass_fields__
     shape = Shape(**{name: value for name, value in result["model"].items() if name in fields})
     launch_s = H200.launch_s if result["machine"]["gpu"] else 0.0
-    machine = Machine(rates["bandwidth"], rates["matrix_rate"], H200.link_rate, launch_s)
+    machine = Machine(rates["bandwidth"], rates["matrix_rate"], launch_s)
     batch, tokens, element_bytes = options["batch"], options["prompt_tokens"], DTYPES[options["dtype"]].itemsize
     if workload == "decode":
         # The middle of what is generated, as in the ceiling of `fastgpt bench`.

@@ -13,7 +13,7 @@ from paths import ROOT
 from benchmarks.report import command as report
 from benchmarks.report import paper, plots, records
 from fastgpt import accounting
-from fastgpt.accounting import PRESETS, count_parameters
+from fastgpt.accounting import PRESETS
 
 FLOAT32 = Path("benchmarks/results/cpu/2026-11-24-gpt2-float32-peers.json")
 
@@ -23,7 +23,7 @@ def checkout(tmp_path: Path) -> Path:
     """What the report reads and writes, to change at will."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "docs").mkdir()
-    for file in ("README.md", "docs/results.md", "benchmarks/README.md"):
+    for file in ("README.md", "docs/results.md", "docs/scale.md", "benchmarks/README.md"):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / report.RESULTS, tmp_path / report.RESULTS)
     return tmp_path
@@ -257,19 +257,6 @@ def test_no_prediction_passes_a_ceiling() -> None:
     assert n_tokens / prefill_s < accounting.prefill_ceiling(shape, paper.H200.matrix_rate, paper.TOKENS)
     decode_s = paper.seconds(paper.decode_work(shape, 1, 512), paper.H200)
     assert 1 / decode_s < accounting.decode_ceiling(shape, paper.H200.bandwidth, 1, 512)
-
-
-def test_eight_gpus() -> None:
-    shape = PRESETS["gpt2"]
-    n = count_parameters(shape).total
-    ddp, fsdp2 = paper.ddp(shape, paper.H200), paper.fsdp2(shape, paper.H200)
-    assert ddp.wire_bytes == fsdp2.wire_bytes == 7 * n
-    assert fsdp2.state_bytes == ddp.state_bytes / 8 == 2 * n
-    for scaled in (ddp, fsdp2):
-        assert scaled.hidden_s < scaled.exposed_s
-    # On links too slow to hide behind anything, both bounds are the wire's.
-    slow = paper.Machine(paper.H200.bandwidth, paper.H200.matrix_rate, link_rate=1e6, launch_s=0)
-    assert paper.fsdp2(shape, slow).hidden_s == pytest.approx(7 * n / 1e6, rel=1e-3)
 
 
 def test_paper_is_printed() -> None:
