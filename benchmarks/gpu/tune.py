@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from fastgpt_kernels.common.launch import forget_plans
 from fastgpt_kernels.operations.attention import tiles as attention_tiles
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.layer_norm import tiles as layer_norm_tiles
@@ -120,6 +121,18 @@ TUNABLES = (
 
 
 @contextmanager
+def _replaced(tunable: Tunable, value: Any) -> Iterator[None]:
+    shipped = getattr(tunable.tiles, tunable.name)
+    setattr(tunable.tiles, tunable.name, value)
+    forget_plans()
+    try:
+        yield
+    finally:
+        setattr(tunable.tiles, tunable.name, shipped)
+        forget_plans()
+
+
+@contextmanager
 def patched(tunable: Tunable, value: Any) -> Iterator[None]:
     """Launches read `value` in place of what is shipped while the block runs."""
     shipped = getattr(tunable.tiles, tunable.name)
@@ -127,11 +140,8 @@ def patched(tunable: Tunable, value: Any) -> Iterator[None]:
     def choose(*arguments: Any) -> Any:
         return value if tunable.selects(*arguments) else shipped(*arguments)
 
-    setattr(tunable.tiles, tunable.name, choose if callable(shipped) else value)
-    try:
+    with _replaced(tunable, choose if callable(shipped) else value):
         yield
-    finally:
-        setattr(tunable.tiles, tunable.name, shipped)
 
 
 def shipped_values(tunable: Tunable, run: Callable[[], Any]) -> dict[str, Any]:
@@ -147,11 +157,8 @@ def shipped_values(tunable: Tunable, run: Callable[[], Any]) -> dict[str, Any]:
             read[f"{tunable.name}({', '.join(map(repr, arguments))})"] = value
         return value
 
-    setattr(tunable.tiles, tunable.name, note)
-    try:
+    with _replaced(tunable, note):
         run()
-    finally:
-        setattr(tunable.tiles, tunable.name, shipped)
     return read
 
 

@@ -1,5 +1,6 @@
 """What tests of kernels run with."""
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,6 +18,13 @@ def _unwritten_elements_show() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _launches_are_chosen_anew() -> None:
+    """A test may replace the launch configuration that an earlier one read."""
+    if launch := sys.modules.get("fastgpt_kernels.common.launch"):
+        launch.forget_plans()
 
 
 @pytest.fixture(params=["reference", "kernel"])

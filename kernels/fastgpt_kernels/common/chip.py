@@ -33,6 +33,11 @@ def assume(chip: Chip) -> Iterator[None]:
         _assumed = previous
 
 
+def assumed() -> Chip | None:
+    """The chip that `assume` gave."""
+    return _assumed
+
+
 @cache
 def _chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":

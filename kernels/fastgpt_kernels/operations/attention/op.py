@@ -6,6 +6,7 @@ memory, so that `transpose(1, 2).reshape(B, T, C)` copies nothing.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...common import chip
 from ...common.arithmetic import LOG2_E
 from ...common.dropout import dropout_threshold, seed_tensor
-from ...common.launch import FP_FUSION, cdiv, eager_or_registered, on_device
+from ...common.launch import Launch, cdiv, eager_or_registered, launching
 from ...common.precision import product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
@@ -134,8 +135,10 @@ def padded_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _tile(kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
-    head_dim, architecture, precision = q.shape[-1], chip.architecture(q.device), product_precision(q)
+def _tile(
+    kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor | None, precision: str
+) -> dict[str, Any]:
+    head_dim, architecture = q.shape[-1], chip.architecture(q.device)
     tile = tiles.attention_tile(kernel, head_dim, q.element_size(), architecture, seed is not None, precision)
     return {
         "HEAD_DIM": head_dim,
@@ -147,7 +150,6 @@ def _tile(kernel: str, q: Tensor, key_padding_mask: Tensor | None, seed: Tensor 
         "PRECISION": precision,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **FP_FUSION,
     }
 
 
@@ -162,14 +164,24 @@ def causal_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, Tq, D) and stats (2, B, H, Tq)."""
     out, stats = _new_heads(q), _new_stats(q)
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    sizes, tile = _sizes(q, k), _tile("fwd", q, key_padding_mask, seed)
-    with on_device(q):
-        _causal_attention_fwd_kernel[(cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)](
-            q, k, v, _mask_bytes(key_padding_mask), seed, out, stats[0], stats[1],
-            **_strides(q=q, k=k, v=v), **sizes, **_scores(q, scale, dropout_p), **tile,
-        )  # fmt: skip
+    _launch_forward(q, k, v, key_padding_mask, seed, out, stats, scale, dropout_p, product_precision(q))
     return out, stats
+
+
+@launching
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, seed: Tensor | None, out: Tensor, stats: Tensor,
+    scale: float, dropout_p: float, precision: str,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill out and stats."""
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    sizes, tile = _sizes(q, k), _tile("fwd", q, key_padding_mask, seed, precision)
+    n_programs = cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"]
+    yield Launch(
+        _causal_attention_fwd_kernel, n_programs,
+        q, k, v, _mask_bytes(key_padding_mask), seed, out, stats[0], stats[1],
+        **_strides(q=q, k=k, v=v), **sizes, **_scores(q, scale, dropout_p), **tile,
+    )  # fmt: skip
 
 
 def causal_attention_bwd(
@@ -181,31 +193,36 @@ def causal_attention_bwd(
     Saved tensors may have other strides than in forward, because a saved-tensor hook may have repacked them.
     """
     dq, dk, dv = _new_heads(q), _new_heads(k), _new_heads(v)
-    q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
     stats = stats.contiguous()
-    delta = torch.empty_like(stats[0])
-    strides, sizes, scores = _strides(q=q, k=k, v=v, dout=dout), _sizes(q, k), _scores(q, scale, dropout_p)
-    mask = _mask_bytes(key_padding_mask)
-    tile = _tile("dq", q, mask, seed)
-    q_grid = (cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"],)
-    k_tile = _tile("dkdv", q, mask, seed)
-    k_grid = (cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"],)
-    with on_device(q):
-        if q.element_size() == 2:  # In wider dtypes the dq kernel sums it.
-            _causal_attention_bwd_delta_kernel[q_grid](
-                out, dout, delta, **_strides(out=out, dout=dout),
-                n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
-                HEAD_DIM=tile["HEAD_DIM"], PADDED_DIM=tile["PADDED_DIM"], BLOCK_Q=tile["BLOCK_Q"], **FP_FUSION,
-            )  # fmt: skip
-        _causal_attention_bwd_dq_kernel[q_grid](
-            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dq,
-            **strides, **sizes, scale=scale, **scores, **tile,
-        )  # fmt: skip
-        _causal_attention_bwd_dkdv_kernel[k_grid](
-            q, k, v, dout, stats[0], stats[1], delta, mask, seed, dk, dv,
-            **strides, **sizes, scale=scale, **scores, **k_tile,
-        )  # fmt: skip
+    delta = stats.new_empty(stats.shape[1:])
+    _launch_backward(
+        dout, q, k, v, out, stats, key_padding_mask, seed, delta, dq, dk, dv, scale, dropout_p, product_precision(q)
+    )
     return dq, dk, dv
+
+
+@launching
+def _launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor,
+    key_padding_mask: Tensor | None, seed: Tensor | None, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scale: float, dropout_p: float, precision: str,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill dq, dk and dv. delta: (B, H, Tq), the sum of out * dout over a head."""
+    q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
+    sizes, mask = _sizes(q, k), _mask_bytes(key_padding_mask)
+    tile, k_tile = (_tile(kernel, q, mask, seed, precision) for kernel in ("dq", "dkdv"))
+    n_q_programs = cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"]
+    n_k_programs = cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"]
+    if q.element_size() == 2:  # In wider dtypes the dq kernel sums it.
+        yield Launch(
+            _causal_attention_bwd_delta_kernel, n_q_programs, out, dout, delta, **_strides(out=out, dout=dout),
+            n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
+            HEAD_DIM=tile["HEAD_DIM"], PADDED_DIM=tile["PADDED_DIM"], BLOCK_Q=tile["BLOCK_Q"],
+        )  # fmt: skip
+    pointers = q, k, v, dout, stats[0], stats[1], delta, mask, seed
+    arguments = {**_strides(q=q, k=k, v=v, dout=dout), **sizes, "scale": scale, **_scores(q, scale, dropout_p)}
+    yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **arguments, **tile)
+    yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **arguments, **k_tile)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Products with nothing to fuse after them are left to torch.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,15 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...common import chip
 from ...common.dropout import dropout_threshold, seed_tensor
-from ...common.launch import (
-    FP_FUSION,
-    accumulator,
-    cdiv,
-    eager_or_registered,
-    launch,
-    on_device,
-    triton_accumulator,
-)
+from ...common.launch import Launch, accumulator, cdiv, eager_or_registered, launching, triton_accumulator
 from ...common.precision import product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
@@ -123,11 +116,11 @@ def _product_tile(*matrices: Tensor | None) -> tiles.ProductTile:
     return tiles.product_tile(present[0].element_size(), chip.architecture(present[0].device), describable)
 
 
-def _launch_product(
+def _product(
     kernel: Any, tile: tiles.ProductTile, x: Tensor, weight: Tensor, transposed: bool,
-    others: tuple[Tensor | None, ...], **arguments: Any,
-) -> None:  # fmt: skip
-    """Run a kernel that starts with the product of x (N, K) and weight, as `_weight_rows` returns it.
+    others: tuple[Tensor | None, ...], precision: str, **arguments: Any,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launch of a kernel that starts with the product of x (N, K) and weight, as `_weight_rows` returns it.
 
     others: the pointers after these two; where programs stay resident, matrices (N, M) become descriptors.
     arguments: those of this kernel alone, with the stride of its first matrix.
@@ -147,14 +140,12 @@ def _launch_product(
             TensorDescriptor.from_tensor(ref, block) if ref is not None and ref.ndim == 2 else ref
             for ref, block in zip(refs, blocks, strict=True)
         )
-    with on_device(x):
-        kernel[(n_programs,)](
-            *refs, weight_row_stride=weight.stride(0), n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
-            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_INNER=tile.block_inner,
-            WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=triton_accumulator(x.dtype),
-            PRECISION=product_precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **arguments, **FP_FUSION,
-        )  # fmt: skip
+    yield Launch(
+        kernel, n_programs, *refs, weight_row_stride=weight.stride(0), n_rows=n_rows, n_cols=n_cols, n_inner=n_inner,
+        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_INNER=tile.block_inner,
+        WEIGHT_TRANSPOSED=transposed, DESCRIPTORS=tile.n_resident > 0, ACCUMULATOR=triton_accumulator(x.dtype),
+        PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages, **arguments,
+    )  # fmt: skip
 
 
 def _dropout(seed: Tensor | None, dropout_p: float) -> dict[str, Any]:
@@ -175,26 +166,38 @@ def gelu_mlp_fwd(
     residual: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, save_pre: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (..., C), and pre (N, F), which has no rows without save_pre."""
-    out, pre, rows = _new_out(x, proj_weight, residual), _new_pre(x, fc_weight, save_pre), _rows(x)
-    hidden = x.new_empty((rows.shape[0], fc_weight.shape[1]))
-    saved = pre if save_pre else None
-    weight, transposed = _weight_rows(fc_weight)
-    tile = _product_tile(rows, weight, saved, hidden)
-    _launch_product(
-        _gelu_mlp_fwd_hidden_kernel, tile, rows, weight, transposed, (fc_bias.contiguous(), saved, hidden),
-        x_row_stride=rows.stride(0), ACTIVATION=activation, STORE_PRE=save_pre,
+    out, pre = _new_out(x, proj_weight, residual), _new_pre(x, fc_weight, save_pre)
+    hidden = _new_pre(x, fc_weight, True)
+    _launch_forward(
+        x, fc_weight, fc_bias, proj_weight, proj_bias, residual, seed, pre if save_pre else None, hidden, out,
+        activation, dropout_p, product_precision(x),
     )  # fmt: skip
+    return out, pre
 
-    residual, out_rows = None if residual is None else _rows(residual), _rows(out)
+
+@launching
+def _launch_forward(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
+    residual: Tensor | None, seed: Tensor | None, pre: Tensor | None, hidden: Tensor, out: Tensor,
+    activation: str, dropout_p: float, precision: str,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill hidden (N, F), out (..., C), and pre (N, F) if it is given."""
+    rows, out = _rows(x), _rows(out)
+    weight, transposed = _weight_rows(fc_weight)
+    tile = _product_tile(rows, weight, pre, hidden)
+    yield from _product(
+        _gelu_mlp_fwd_hidden_kernel, tile, rows, weight, transposed, (fc_bias.contiguous(), pre, hidden), precision,
+        x_row_stride=rows.stride(0), ACTIVATION=activation, STORE_PRE=pre is not None,
+    )  # fmt: skip
+    residual = None if residual is None else _rows(residual)
     weight, transposed = _weight_rows(proj_weight)
-    tile = _product_tile(hidden, weight, residual, out_rows)
-    _launch_product(
+    tile = _product_tile(hidden, weight, residual, out)
+    yield from _product(
         _gelu_mlp_fwd_out_kernel, tile, hidden, weight, transposed,
-        (proj_bias.contiguous(), residual, seed, out_rows), hidden_row_stride=hidden.stride(0),
+        (proj_bias.contiguous(), residual, seed, out), precision, hidden_row_stride=hidden.stride(0),
         residual_row_stride=0 if residual is None else residual.stride(0),
         HAS_RESIDUAL=residual is not None, **_dropout(seed, dropout_p),
     )  # fmt: skip
-    return out, pre
 
 
 def _product_bwd(
@@ -211,14 +214,23 @@ def _product_bwd(
     n_col_tiles = cdiv(n_cols, tile.block_cols)
     n_row_programs = tiles.gelu_mlp_row_programs(dout.device, cdiv(n_rows, tile.block_rows), n_col_tiles)
     partials = dout.new_empty((n_row_programs, n_cols), dtype=accumulator(dtype))
-    launch(
-        _gelu_mlp_bwd_product_kernel, n_row_programs * n_col_tiles,
-        dout, seed, dproduct if stores else None, partials,
-        dout_row_stride=dout.stride(0), n_rows=n_rows, n_cols=n_cols,
-        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, STORE_DPRODUCT=stores,
-        ACCUMULATOR=triton_accumulator(dtype), num_warps=tile.num_warps, **_dropout(seed, dropout_p),
-    )  # fmt: skip
+    _launch_backward_product(dout, seed, dproduct if stores else None, partials, dropout_p)
     return dproduct, partials.sum(0).to(dtype) if wants_bias else dout.new_empty(0, dtype=dtype)
+
+
+@launching
+def _launch_backward_product(
+    dout: Tensor, seed: Tensor | None, dproduct: Tensor | None, partials: Tensor, dropout_p: float
+) -> Iterator[Launch]:
+    """Fill dproduct (N, C) if it is given, and partials (programs, C), its sums over the rows of a program."""
+    (n_rows, n_cols), tile = dout.shape, tiles.GELU_MLP_BWD_PRODUCT
+    n_programs = partials.shape[0] * cdiv(n_cols, tile.block_cols)
+    yield Launch(
+        _gelu_mlp_bwd_product_kernel, n_programs, dout, seed, dproduct, partials,
+        dout_row_stride=dout.stride(0), n_rows=n_rows, n_cols=n_cols,
+        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, STORE_DPRODUCT=dproduct is not None,
+        ACCUMULATOR=triton_accumulator(partials.dtype), num_warps=tile.num_warps, **_dropout(seed, dropout_p),
+    )  # fmt: skip
 
 
 def gelu_mlp_bwd(
@@ -238,10 +250,9 @@ def gelu_mlp_bwd(
     tile = _product_tile(dproduct, weight, pre, dpre, hidden)
     n_row_tiles = cdiv(dproduct.shape[0], tile.block_rows)
     partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=accumulator(pre.dtype))
-    _launch_product(
-        _gelu_mlp_bwd_pre_kernel, tile, dproduct, weight, transposed, (pre, dpre, hidden, partials.view(-1)),
-        dproduct_row_stride=dproduct.stride(0), ACTIVATION=activation, STORE_HIDDEN=wants_proj_weight,
-    )  # fmt: skip
+    _launch_backward_pre(
+        dproduct, weight, pre, dpre, hidden, partials, transposed, tile, activation, product_precision(dproduct)
+    )
     if wants_x:
         dx = torch.mm(dpre, fc_weight.t()).view(x.shape)
     if wants_fc_weight:
@@ -251,6 +262,18 @@ def gelu_mlp_bwd(
     if hidden is not None:
         dproj_weight = torch.mm(hidden.t(), dproduct)
     return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+
+
+@launching
+def _launch_backward_pre(
+    dproduct: Tensor, weight: Tensor, pre: Tensor, dpre: Tensor, hidden: Tensor | None, partials: Tensor,
+    transposed: bool, tile: tiles.ProductTile, activation: str, precision: str,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill dpre (N, F), hidden (N, F) if it is given, and partials (row tiles, F), the sums of dpre over their rows."""
+    yield from _product(
+        _gelu_mlp_bwd_pre_kernel, tile, dproduct, weight, transposed, (pre, dpre, hidden, partials.view(-1)), precision,
+        dproduct_row_stride=dproduct.stride(0), ACTIVATION=activation, STORE_HIDDEN=hidden is not None,
+    )  # fmt: skip
 
 
 # --- autograd and registration --------------------------------------------------------------------------------------

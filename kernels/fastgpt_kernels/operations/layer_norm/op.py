@@ -1,5 +1,6 @@
 """LayerNorm, alone or after a residual sum: public functions, launchers, autograd and registration with torch."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common import chip
-from ...common.launch import accumulator, as_rows, cdiv, eager_or_registered, launch, triton_accumulator
+from ...common.launch import Launch, accumulator, as_rows, cdiv, eager_or_registered, launching, triton_accumulator
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_reduce_kernel, _layer_norm_fwd_kernel
@@ -91,16 +92,17 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _forward(
+@launching
+def _launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor, summed: Tensor | None
-) -> None:
+) -> Iterator[Launch]:
     """Fill y, and summed where there is a residual; both are dense and have x's shape."""
     if x.numel() == 0:
         return
     x, residual = as_rows(x), None if residual is None else as_rows(residual)
     n_rows, n_cols = x.shape
     tile = tiles.layer_norm_tile("fwd", n_cols, chip.architecture(x.device))
-    launch(
+    yield Launch(
         _layer_norm_fwd_kernel, cdiv(n_rows, tile.block_rows),
         x, residual, weight.contiguous(), bias.contiguous(), y, summed,
         x_row_stride=x.stride(0), residual_row_stride=0 if residual is None else residual.stride(0),
@@ -113,7 +115,7 @@ def _forward(
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """y in `dtype`."""
     y = _dense_like(x, dtype)
-    _forward(x, None, weight, bias, eps, y, None)
+    _launch_forward(x, None, weight, bias, eps, y, None)
     return y
 
 
@@ -122,7 +124,7 @@ def add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y in `dtype`, and x + residual."""
     y, summed = _dense_like(x, dtype), _dense_like(x, torch.promote_types(x.dtype, residual.dtype))
-    _forward(x, residual, weight, bias, eps, y, summed)
+    _launch_forward(x, residual, weight, bias, eps, y, summed)
     return y, summed
 
 
@@ -133,13 +135,25 @@ def layer_norm_bwd(
     dx, dweight, dbias = _dense_like(x, x.dtype), _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
+    n_cols = x.shape[-1]
+    tile = tiles.layer_norm_tile("bwd", n_cols, chip.architecture(x.device))
+    n_programs = min(cdiv(x.numel() // n_cols, tile.block_rows), tiles.layer_norm_bwd_programs(x))
+    partials = x.new_empty((2, n_programs, n_cols), dtype=accumulator(x.dtype))
+    _launch_backward(x, weight, dy, dsum, eps, dx, dweight, dbias, partials)
+    return dx, dweight, dbias
+
+
+@launching
+def _launch_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float,
+    dx: Tensor, dweight: Tensor, dbias: Tensor, partials: Tensor,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill dx, which is dense, dweight and dbias. partials: (2, programs, C), their sums over the rows of a program."""
     x, dy, dsum = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, n_cols = x.shape
-    architecture = chip.architecture(x.device)
+    n_programs, architecture = partials.shape[1], chip.architecture(x.device)
     tile = tiles.layer_norm_tile("bwd", n_cols, architecture)
-    n_programs = min(cdiv(n_rows, tile.block_rows), tiles.layer_norm_bwd_programs(x))
-    partials = x.new_empty((2, n_programs, n_cols), dtype=accumulator(x.dtype))
-    launch(
+    yield Launch(
         _layer_norm_bwd_kernel, n_programs,
         x, weight.contiguous(), dy, dsum, dx, partials[0], partials[1],
         x_row_stride=x.stride(0), dy_row_stride=dy.stride(0), dsum_row_stride=0 if dsum is None else dsum.stride(0),
@@ -147,13 +161,12 @@ def layer_norm_bwd(
         EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
         ACCUMULATOR=triton_accumulator(x.dtype), num_warps=tile.num_warps,
     )  # fmt: skip
-    launch(
+    yield Launch(
         _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tiles.LAYER_NORM_REDUCE_COLS),
         partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
         BLOCK_PARTIALS=tiles.layer_norm_reduce_partials(architecture), BLOCK_COLS=tiles.LAYER_NORM_REDUCE_COLS,
         ACCUMULATOR=triton_accumulator(x.dtype),
     )  # fmt: skip
-    return dx, dweight, dbias
 
 
 # --- autograd and registration --------------------------------------------------------------------------------------

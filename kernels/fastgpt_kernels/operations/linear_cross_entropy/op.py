@@ -4,12 +4,13 @@ Torch computes the products. Between them one kernel overwrites the logits of a 
 so that the (N, V) logits never exist. For a summed loss no product is computed twice.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...common.launch import accumulator, launch, triton_accumulator
+from ...common.launch import Launch, accumulator, launching, triton_accumulator
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _linear_cross_entropy_kernel
@@ -131,15 +132,10 @@ def _losses_and_gradients(
         padded_logits = buffer[: len(hidden_rows)]
         logits = padded_logits[:, :n_cols]
         torch.mm(hidden_rows, weight.t(), out=logits)
-        launch(
-            _linear_cross_entropy_kernel, len(hidden_rows),
-            padded_logits, labels[rows], None if row_scale is None else row_scale[rows], losses[rows],
-            logits_row_stride=n_padded_cols, n_cols=n_cols, ignore_index=ignore_index,
-            LANES=tiles.LINEAR_CROSS_ENTROPY_LANES, VECTOR=16 // dtype.itemsize,
-            LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss,
-            HAS_GRADIENT=wants_hidden or wants_weight, HAS_ROW_SCALE=row_scale is not None,
-            ACCUMULATOR=triton_accumulator(dtype),
-            num_warps=tiles.LINEAR_CROSS_ENTROPY_WARPS,
+        scale_rows = None if row_scale is None else row_scale[rows]
+        _launch_losses(
+            padded_logits, labels[rows], scale_rows, losses[rows],
+            n_cols, ignore_index, label_smoothing, z_loss, wants_hidden or wants_weight,
         )  # fmt: skip
         dlogits = logits  # The kernel has overwritten them.
         if wants_hidden:
@@ -147,6 +143,25 @@ def _losses_and_gradients(
         if wants_weight:
             _add_product(dweight, dlogits.t(), hidden_rows, beta=int(start > 0))
     return losses, dhidden, dweight
+
+
+@launching
+def _launch_losses(
+    logits: Tensor, labels: Tensor, row_scale: Tensor | None, losses: Tensor,
+    n_cols: int, ignore_index: int, label_smoothing: float, z_loss: float, has_gradient: bool,
+) -> Iterator[Launch]:  # fmt: skip
+    """Fill losses (rows), and overwrite the first n_cols of logits (rows, columns) by their gradient if it is wanted.
+
+    row_scale: (rows) or None.
+    """
+    yield Launch(
+        _linear_cross_entropy_kernel, len(logits), logits, labels, row_scale, losses,
+        logits_row_stride=logits.stride(0), n_cols=n_cols, ignore_index=ignore_index,
+        LANES=tiles.LINEAR_CROSS_ENTROPY_LANES, VECTOR=16 // logits.element_size(),
+        LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss,
+        HAS_GRADIENT=has_gradient, HAS_ROW_SCALE=row_scale is not None, ACCUMULATOR=triton_accumulator(logits.dtype),
+        num_warps=tiles.LINEAR_CROSS_ENTROPY_WARPS,
+    )  # fmt: skip
 
 
 def summed_loss_fwd(
