@@ -68,7 +68,7 @@ class Remote:
         return self._call(_seconds, workload, ids.numpy(), n_tokens)
 
     def peak_growth(self, workload: str, ids: Tensor, n_tokens: int) -> tuple[int | None, str]:
-        """What `machine.peak_growth` measures, for the engine's process."""
+        """What `machine.resident_growth` measures, for the engine's process."""
         return self._call(_peak_growth, workload, ids.numpy(), n_tokens)
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ def _seconds(workload: str, ids: np.ndarray, n_tokens: int) -> float:
 
 
 def _peak_growth(workload: str, ids: np.ndarray, n_tokens: int) -> tuple[int | None, str]:
-    return machine.peak_growth(lambda: _seconds(workload, ids, n_tokens), CPU)
+    return machine.resident_growth(lambda: _seconds(workload, ids, n_tokens))
 
 
 # --- engines --------------------------------------------------------------------------------------------------------

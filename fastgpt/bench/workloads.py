@@ -162,7 +162,7 @@ class _TokenClock(BaseStreamer):
 
 
 def train(name: str, model: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) -> Work:
-    """Forward with labels, backward and a fused AdamW step over ids (B, T), dropout as the model's configuration says.
+    """Forward with labels, backward, clipping and a fused AdamW step over ids (B, T), dropout as configured.
 
     model: in float32. dtype: bfloat16 runs the forward pass under autocast.
     """
@@ -175,6 +175,7 @@ def train(name: str, model: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) ->
         with autocast(ids.device, dtype):
             loss = forward(ids, labels=ids).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
 

@@ -12,6 +12,7 @@ import torch
 from fastgpt_kernels import reference
 from models import lively, tiny_config
 from rich.console import Console
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from fastgpt import accounting
@@ -101,14 +102,33 @@ def test_contenders_take_turns_at_going_first() -> None:
         assert Counter(order[place] for order in orders) == {"a": 2, "b": 2, "c": 2}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of the resident set is read from /proc")
 def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
+    """To the byte: a gradient is freed and made anew, and two temporaries live at a time."""
+    held: list[Tensor] = []
+
+    def call() -> None:
+        held.clear()
+        x = torch.ones(2**18)
+        y = x + 1
+        del x
+        z = y * 2
+        held.append(z)
+
+    call()
+    growth, measure = machine.peak_growth(call, torch.device("cpu"))
+    assert measure == "torch allocations"
+    assert 2**20 <= growth < 2**20 + 1000
+    assert machine.peak_growth(lambda: None, torch.device("cpu"))[0] == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of the resident set is read from /proc")
+def test_resident_memory_of_engines_without_torch() -> None:
     def touch(n_mib: int) -> None:
         torch.ones(n_mib * 2**18).mul_(2)
 
     touch(1)
-    small, measure = machine.peak_growth(lambda: touch(1), torch.device("cpu"))
-    large, _ = machine.peak_growth(lambda: touch(300), torch.device("cpu"))
+    small, measure = machine.resident_growth(lambda: touch(1))
+    large, _ = machine.resident_growth(lambda: touch(300))
     assert measure == "resident set growth"
     assert small is not None
     assert large is not None
