@@ -5,6 +5,7 @@ A part of the faults is tried always, all of them with --faults.
 
 import json
 import random
+import re
 import resource
 import shutil
 import time
@@ -228,6 +229,23 @@ def test_loading_and_verify_agree_about_every_fault(pristine: Path, tmp_path: Pa
         shutil.rmtree(directory)
     assert not failures, "\n".join(failures)
     assert n_peak_bytes() - before < MOST_BYTES
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json is '{'",
+        "config dtype=int8",
+        "config dtype=complex64",
+        "100 MB of generation_config.json",
+        "labels without end",
+    ],
+)
+def test_what_transformers_takes_is_refused(name: str, pristine: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(pristine, tmp_path / "damaged")
+    dict(FAULTS)[name](directory)
+    with pytest.raises(CheckpointError, match=re.escape(str(directory))):
+        fastgpt.GPT2LMHeadModel.from_pretrained(directory)
 
 
 # --- fuzzed configurations ------------------------------------------------------------------------------------------

@@ -149,6 +149,23 @@ def test_return_dict_holds_a_cache_to_continue_from() -> None:
     assert continued.sequences.tolist() == whole.sequences.tolist()
 
 
+def test_padded_slots_of_a_returned_cache_hold_zeros() -> None:
+    """All other slots hold what transformers stores."""
+    theirs, ours = pair(tiny_config(n_positions=96))
+    inputs = left_padded(ragged(3, 131))
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "max_new_tokens": 5}
+    expected, output = (model.generate(**inputs, **options)[CACHE] for model in (theirs, ours))
+    n_new = output.get_seq_length() - inputs["attention_mask"].shape[1]
+    shown = torch.nn.functional.pad(inputs["attention_mask"], (0, n_new), value=1).bool()
+    assert not shown.all()
+    for layer, expected_layer in zip(output.layers, expected.layers, strict=True):
+        for values, expected_values in ((layer.keys, expected_layer.keys), (layer.values, expected_layer.values)):
+            values, expected_values = values.transpose(1, 2), expected_values.transpose(1, 2)  # (B, T, H, D)
+            assert_same_within_rounding(values[shown], expected_values[shown])
+            assert not values[~shown].any()
+            assert expected_values[~shown].any()
+
+
 def test_generated_tokens_can_be_trained_on() -> None:
     _, ours = pair(tiny_config())
     ids = ours.generate(token_ids(1, 4, 131), max_new_tokens=5, do_sample=False)

@@ -108,6 +108,21 @@ def test_tokens_equal_transformers(caplog) -> None:
     assert [record.getMessage() for record in caplog.records] == ["generate: the engine"]
 
 
+def test_lookup_that_the_engine_does_not_run_draws_as_in_transformers(forwards: list[int]) -> None:
+    """Other tokens than without lookup under the same seed, and those of transformers' lookup."""
+    theirs, ours = pair(tiny_config(n_positions=128))
+    options = {"do_sample": True, "typical_p": 0.9, "max_new_tokens": 60, "eos_token_id": None}
+
+    def drawn(model: Any, **more: Any) -> list[list[int]]:
+        torch.manual_seed(2)
+        return model.generate(repeating(), **options, **more).tolist()
+
+    looked_up = drawn(ours, prompt_lookup_num_tokens=4)
+    assert looked_up == drawn(theirs, prompt_lookup_num_tokens=4)
+    assert looked_up != drawn(ours) == drawn(theirs)
+    assert forwards == []
+
+
 def test_text_that_repeats_takes_fewer_forwards(forwards: list[int]) -> None:
     _, ours = pair(tiny_config(n_positions=128))
     with torch.no_grad():

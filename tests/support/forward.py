@@ -94,23 +94,6 @@ def made(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     return {name: value(ids) if callable(value) else value for name, value in inputs.items()}
 
 
-def given_mask(side: str) -> Call:
-    """A forward with padding. What a token gives that sees nothing is left out, because it means nothing."""
-    mask = padding(side)
-
-    def call(model: Any, ids: Tensor) -> Any:
-        output, rows = model(ids, attention_mask=mask(ids)), rows_of(mask(ids)).bool()
-        sees = rows.cumsum(1) > 0
-        return {name: seen(value, sees) for name, value in output.items() if isinstance(value, Tensor)}
-
-    return call
-
-
-def seen(value: Tensor, sees: Tensor) -> Tensor:
-    rows = value.flatten(0, 1) if value.ndim == 4 else value
-    return rows[sees] if rows.shape[:2] == sees.shape else value
-
-
 def embedded(model: Any, ids: Tensor) -> Any:
     body = getattr(model, "transformer", model)
     return model(inputs_embeds=0.7 * body.wte(rows_of(ids)))
@@ -174,9 +157,9 @@ MASK, LABEL_NAMES = takes("attention_mask"), ("labels", "mc_labels", "start_posi
 FORWARD = [
     Row("`input_ids`", given(), takes("input_ids")),
     Row("the same in training", given(), is_trained=True),
-    Row("`attention_mask`, padding on the left", given_mask("left"), MASK),
-    Row("`attention_mask`, padding on the right", given_mask("right"), MASK),
-    Row("`attention_mask` with holes", given_mask("holes"), MASK),
+    Row("`attention_mask`, padding on the left", given(attention_mask=padding("left")), MASK),
+    Row("`attention_mask`, padding on the right", given(attention_mask=padding("right")), MASK),
+    Row("`attention_mask` with holes", given(attention_mask=padding("holes")), MASK),
     Row("`attention_mask` (B, 1, T, T), bool", given(attention_mask=shown_matrix), MASK),
     Row("`attention_mask` (B, 1, T, T), added", given(attention_mask=added_matrix), MASK),
     Row("`position_ids`", given(position_ids=lambda ids: rows_of(ids) % 40), takes("position_ids")),
