@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from .decoding import prefill, without_autograd
 from .host_loop import Request
-from .kept import workspace
+from .kept import with_room, workspace
 from .options import NAN_LOGITS, seen_tokens
 from .workspace import Workspace
 
@@ -55,7 +55,7 @@ class DeviceGeneration:
 
     def _generate(self, work: Workspace) -> Iterator[Tensor]:
         request, n_prompt = self.request, self.request.ids.shape[1]
-        logits = prefill(self.model, work.cache, request.ids, request.mask, request.positions)
+        logits = self._prefill(work)
         self._start(work)
         choices, mailbox = work.choices, Mailbox(work.tokens)
         seen = seen_tokens(request.processors, request.ids, work.logits.shape[1])
@@ -83,6 +83,11 @@ class DeviceGeneration:
             newest = following
         if self.n_tokens < request.max_length:
             raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+
+    def _prefill(self, work: Workspace) -> Tensor:
+        """Logits (B, V) of the first new token."""
+        ids, mask, positions = self.request.ids, self.request.mask, self.request.positions
+        return with_room(lambda: prefill(self.model, work.cache, ids, mask, positions))
 
     def _start(self, work: Workspace) -> None:
         """Set the input of the first step, but for its tokens."""

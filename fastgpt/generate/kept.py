@@ -1,8 +1,8 @@
 """The workspaces that are kept for a model's next calls: of several sizes, within a limit, until its weights move."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,6 +10,8 @@ from transformers import GPT2LMHeadModel
 
 from .decoding import view_weights
 from .workspace import Workspace, fixed_in_graphs
+
+Result = TypeVar("Result")
 
 # By model, the one used last at the end.
 _kept: WeakKeyDictionary[GPT2LMHeadModel, list[Workspace]] = WeakKeyDictionary()
@@ -67,13 +69,21 @@ def _allocate(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> 
     n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
     if n_context * n_bytes_of_slot <= limit_bytes(model.device) // 2:
         n_slots = n_context
+    return with_room(lambda: Workspace(model, n_rows, n_slots, n_new))
+
+
+def with_room(function: Callable[[], Result]) -> Result:
+    """The result of a function that allocates. If memory runs out, all that is kept is freed, and it is called again.
+
+    What is kept belongs to all models: what a call needs comes before what may be of use later.
+    """
     try:
-        return Workspace(model, n_rows, n_slots, n_new)
+        return function()
     except torch.OutOfMemoryError:
         if not _kept:
             raise
-    _kept.clear()  # of all models: what a call needs comes before what may be of use later
-    return Workspace(model, n_rows, n_slots, n_new)
+    _kept.clear()
+    return function()
 
 
 def _keep(model: GPT2LMHeadModel, work: Workspace) -> None:

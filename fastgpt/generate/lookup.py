@@ -111,8 +111,7 @@ class DeviceLookupGeneration(DeviceGeneration):
         return torch.tensor([self.index.tokens], device=self.request.ids.device)
 
     def _generate(self, work: Workspace) -> Iterator[Tensor]:
-        request = self.request
-        logits = prefill(self.model, work.cache, request.ids, request.mask, request.positions)
+        logits = self._prefill(work)
         self._start(work)
         yield self._append(self._choose(work, logits)[0])
         while self._goes_on():

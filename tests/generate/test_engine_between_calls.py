@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import kept, products, workspace
+from fastgpt.generate import device_loop, host_loop, kept, products, workspace
+from fastgpt.generate.decoding import KVCache, prefill
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 
@@ -129,6 +130,57 @@ def test_nothing_is_kept_of_a_call_that_failed_in_a_step(
             ours.generate(prompt(), **GREEDY)
     assert not kept.workspaces(ours)
     check()
+
+
+def test_memory_that_runs_out_in_a_prefill_is_returned(checked, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what was asked for, nothing of the call stays allocated, and the next call is right."""
+    ours, check = checked
+    check()
+    caches: list[weakref.ref] = []
+    allocate, loop = KVCache.allocate, device_loop if backend == "triton" else host_loop
+
+    def noted(*args: Any) -> KVCache:
+        cache = allocate(*args)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def fail(*args: Any) -> Any:
+        prefill(*args)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVCache, "allocate", noted)
+        patched.setattr(loop, "prefill", fail)
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 7\.00 GiB"):
+            ours.generate(prompt(3), **GREEDY)
+    gc.collect()
+    assert caches
+    assert [cache() for cache in caches] == [None] * len(caches)
+    assert not kept.workspaces(ours)
+    check()
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_prefill_takes_the_memory_that_is_kept(
+    checked, backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, check = checked
+    check()
+    expected = ours.generate(prompt(), **GREEDY, **options).tolist()
+    _, other = small_pair()
+    other.generate(prompt(), **GREEDY)
+    if backend == "torch":
+        assert not kept.workspaces(other)
+        return
+
+    def full(*args: Any) -> Any:
+        if kept.workspaces(other):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(*args)
+
+    monkeypatch.setattr(device_loop, "prefill", full)
+    assert ours.generate(prompt(), **GREEDY, **options).tolist() == expected
+    assert not kept.workspaces(other)
 
 
 def test_nothing_is_kept_of_an_abandoned_stream(checked) -> None:

@@ -1,6 +1,7 @@
 """What is read directly is what its constructor made: every other model gives transformers' answers."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ import pytest
 import torch
 from changes import CHANGES
 from fuzz import cases
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import assert_same_within_rounding, lively, tiny_config, token_ids
 from torch import Tensor
@@ -67,7 +68,9 @@ def assert_same_answers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for way, expected in theirs.items():
         answer = ours[way]
         if isinstance(expected, Exception):
-            assert (type(answer), str(answer)) == (type(expected), str(expected)), way
+            is_theirs = (type(answer), str(answer)) == (type(expected), str(expected))
+            names_the_cause = isinstance(answer, ValueError) and re.search(r"-?\d+ is outside the ", str(answer))
+            assert is_theirs or names_the_cause, (way, answer, expected)
         elif isinstance(expected, Tensor):
             assert isinstance(answer, Tensor), (way, answer)
             assert_same_within_rounding(answer, expected, n_ulps=512)
@@ -103,6 +106,7 @@ def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str)
     before=st.lists(st.sampled_from(sorted(CHANGES)), max_size=2),
     after=st.lists(st.sampled_from(sorted(CHANGES)), max_size=3),
 )
+@example(before=[], after=["_update_model_kwargs_for_generation"] * 3)  # a position of -1
 @cases(25)  # each runs two models in eight ways
 def test_random_chains_of_changes(before: list[str], after: list[str]) -> None:
     compare(before, after, used_first=False)
