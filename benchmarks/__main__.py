@@ -1,4 +1,7 @@
-"""The benchmarks as commands: python -m benchmarks gpu|tune|cpu|curves|lookup|host|guard|report, each with --help."""
+"""The benchmarks as commands, each with --help:
+
+python -m benchmarks gpu|tune|cpu|curves|lookup|host|launches|guard|report
+"""
 
 import sys
 from importlib import import_module
@@ -13,6 +16,7 @@ COMMANDS = {
     "curves": "benchmarks.cpu.curves",
     "lookup": "benchmarks.cpu.lookup",
     "host": "benchmarks.cpu.host",
+    "launches": "benchmarks.cpu.launches",
     "guard": "benchmarks.cpu.guard",
     "report": "benchmarks.report.command",
 }

@@ -1,11 +1,14 @@
 """The CPU's benchmarks beside `fastgpt bench`: curves, what prompt lookup gains, and Python's time per token."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fastgpt_kernels
 import pytest
 import torch
 from paths import ROOT
@@ -87,3 +90,15 @@ def test_host_time_is_that_of_the_engine_on_kernels(tmp_path: Path, monkeypatch:
     figures = json.loads((tmp_path / "host.json").read_text())["us_per_token"]
     assert set(figures) == {f"{name}, batch {n}" for name in host.CALLS for n in (1, 8, 64)}
     assert taken == {device_loop.DeviceGeneration}
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="the stub of a driver is built with gcc")
+def test_host_time_of_operations_and_models(tmp_path: Path) -> None:
+    file = tmp_path / "launches.json"
+    command = [sys.executable, "-m", "benchmarks", "launches", "--out", str(file), "--calls", "20", "--rounds", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads(file.read_text())["us"]
+    assert set(figures) == {*fastgpt_kernels.OPERATIONS, "transformers sdpa", "fastgpt kernels", "fastgpt torch"}
+    assert all(row["forward+backward"] > row["forward"] > 0 for row in figures.values())

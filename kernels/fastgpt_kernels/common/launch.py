@@ -66,22 +66,24 @@ class Launch:
 class _DirectLaunch(NamedTuple):
     """A launch whose arguments are known up to addresses.
 
-    arguments: of the kernel, in its order. pointers: for each address its place among them, which tensor of the call it
-    lies in, and how many bytes after its start. descriptors: the same and the other fields of a TensorDescriptor.
+    compiled: what triton made, which owns the machine code. run: its launcher. arguments: of the kernel, in its order.
+    pointers: for each address its place among them, which tensor of the call it lies in, and how many bytes after its
+    start. descriptors: the same and the other fields of a TensorDescriptor.
     """
 
     compiled: Any
+    run: Any
     n_programs: int
     arguments: list[Any]
     pointers: list[tuple[int, int, int]]
     descriptors: list[tuple[int, int, int, dict[str, Any]]]
 
 
-class _Address:
+class _Address(int):
     """The base of a TensorDescriptor, as far as a launch needs it."""
 
-    def __init__(self, address: int):
-        self.data_ptr = lambda: address
+    def data_ptr(self) -> int:
+        return self
 
 
 _MOST_PLANS = 4096
@@ -139,21 +141,24 @@ def _remember(kind: tuple, plan: list[_DirectLaunch | None]) -> None:
 def _triton_only_launches() -> bool:
     """Whether triton would do no more than launch: no hook is called, and no other code is asked for than usual."""
     runtime = knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    is_hooked = any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    is_hooked = _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)
     return not (is_hooked or runtime.debug or knobs.compilation.instrumentation_mode)
 
 
+def _calls(hook: Any) -> bool:
+    """Whether a hook does anything: triton's default is a chain of calls without any."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def _launch_directly(launch: _DirectLaunch, tensors: tuple[Any, ...], stream: int) -> None:
-    compiled, n_programs, arguments, pointers, descriptors = launch
+    compiled, run, n_programs, arguments, pointers, descriptors = launch
     arguments = arguments.copy()
     for place, index, offset in pointers:
         arguments[place] = tensors[index].data_ptr() + offset
     for place, index, offset, fields in descriptors:
         arguments[place] = descriptor = object.__new__(TensorDescriptor)  # Checked when it was first made.
         descriptor.__dict__.update(fields, base=_Address(tensors[index].data_ptr() + offset))
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    run(n_programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+    run(n_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 def _direct(launch: Launch, compiled: Any, tensors: tuple[Any, ...]) -> _DirectLaunch | None:
@@ -180,7 +185,7 @@ def _direct(launch: Launch, compiled: Any, tensors: tuple[Any, ...]) -> _DirectL
         else:
             descriptors.append((*where, {name: value for name, value in vars(argument).items() if name != "base"}))
         arguments[place] = None
-    return _DirectLaunch(compiled, launch.n_programs, arguments, pointers, descriptors)
+    return _DirectLaunch(compiled, compiled.run, launch.n_programs, arguments, pointers, descriptors)
 
 
 def _origin(tensor: Tensor, tensors: tuple[Any, ...]) -> int | None:

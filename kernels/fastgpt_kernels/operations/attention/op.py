@@ -95,7 +95,8 @@ def _check_kernel_arguments(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: T
 def _new_heads(x: Tensor) -> Tensor:
     """(B, H, T, D) over (B, T, H, D) memory, of x's shape and dtype."""
     n_batch, n_heads, n_tokens, head_dim = x.shape
-    return x.new_empty((n_batch, n_tokens, n_heads, head_dim)).transpose(1, 2)
+    strides = n_tokens * n_heads * head_dim, head_dim, n_heads * head_dim, 1
+    return x.new_empty_strided((n_batch, n_heads, n_tokens, head_dim), strides)
 
 
 def _new_stats(q: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ def _weight_rows(weight: Tensor) -> tuple[Tensor, bool]:
 
 def _is_describable(matrix: Tensor) -> bool:
     """Whether a tensor descriptor can hold the matrix: rows start at multiples of 16 bytes and do not overlap."""
-    row_bytes = matrix.stride(0) * matrix.element_size()
-    starts_aligned = matrix.data_ptr() % 16 == row_bytes % 16 == 0
-    return matrix.stride(1) == 1 and starts_aligned and matrix.stride(0) >= matrix.shape[1]
+    row_stride, column_stride = matrix.stride()
+    starts_aligned = matrix.data_ptr() % 16 == row_stride * matrix.element_size() % 16 == 0
+    return column_stride == 1 and starts_aligned and row_stride >= matrix.shape[1]
 
 
 def _product_tile(*matrices: Tensor | None) -> tiles.ProductTile:
@@ -239,10 +239,9 @@ def gelu_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, fc_weight, fc_bias, proj_weight and proj_bias; unwanted ones are empty."""
     wants_x, wants_fc_weight, wants_fc_bias, wants_proj_weight, wants_proj_bias = wants
-    dx, dfc_weight, dfc_bias, dproj_weight = (x.new_empty(0) for _ in range(4))
     dproduct, dproj_bias = _product_bwd(dout, seed, dropout_p, x.dtype, wants_proj_bias)
     if not any(wants[:4]):
-        return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+        return x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0), dproj_bias
 
     pre = pre.contiguous()  # A saved-tensor hook may have returned it in another layout.
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
@@ -253,14 +252,10 @@ def gelu_mlp_bwd(
     _launch_backward_pre(
         dproduct, weight, pre, dpre, hidden, partials, transposed, tile, activation, product_precision(dproduct)
     )
-    if wants_x:
-        dx = torch.mm(dpre, fc_weight.t()).view(x.shape)
-    if wants_fc_weight:
-        dfc_weight = torch.mm(_rows(x).t(), dpre)
-    if wants_fc_bias:
-        dfc_bias = partials.sum(0).to(pre.dtype)
-    if hidden is not None:
-        dproj_weight = torch.mm(hidden.t(), dproduct)
+    dx = torch.mm(dpre, fc_weight.t()).view(x.shape) if wants_x else x.new_empty(0)
+    dfc_weight = torch.mm(_rows(x).t(), dpre) if wants_fc_weight else x.new_empty(0)
+    dfc_bias = partials.sum(0).to(pre.dtype) if wants_fc_bias else x.new_empty(0)
+    dproj_weight = x.new_empty(0) if hidden is None else torch.mm(hidden.t(), dproduct)
     return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
 

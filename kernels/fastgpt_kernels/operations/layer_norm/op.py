@@ -89,7 +89,7 @@ def _normalised_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @launching

@@ -1,5 +1,6 @@
 """Launch configurations of LayerNorm, by width and chip."""
 
+from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,6 +60,7 @@ def layer_norm_tiles(kernel: str, architecture: str) -> tuple[LayerNormTile, ...
     return tuple(exceptions.get(tile.block_cols, tile) for tile in tiles)
 
 
+@cache
 def layer_norm_tile(kernel: str, n_cols: int, architecture: str) -> LayerNormTile:
     """The narrowest tile of a kernel, fwd or bwd, that holds a row of n_cols."""
     return next(tile for tile in layer_norm_tiles(kernel, architecture) if n_cols <= tile.block_cols)
