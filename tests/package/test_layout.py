@@ -1,6 +1,7 @@
 """Imports run downwards: no circle of modules, none of folders, and none hidden inside a function."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -92,3 +93,16 @@ def test_only_what_is_optional_is_imported_inside_a_function(module: str) -> Non
             for name in names - {name.rpartition(".")[0] for name in names}:  # A package counts through its module.
                 packages = {need.partition(".")[0] for need in all_imports_of(name)}
                 assert packages & OPTIONAL, f"{module}.{node.name} imports {name}"
+
+
+ROOMS = re.findall(r"^\| `fastgpt/(\w+)/` \| (.*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("room", "described"), ROOMS, ids=[room for room, _ in ROOMS])
+def test_the_architecture_names_every_module_of_a_room(room: str, described: str) -> None:
+    modules = {file.stem for file in (ROOT / "fastgpt" / room).glob("*.py")} - {"__init__"}
+    assert modules == modules & set(re.findall(r"`(\w+)`", described))
+
+
+def test_the_architecture_has_every_room() -> None:
+    assert {room for room, _ in ROOMS} == {file.parent.name for file in (ROOT / "fastgpt").glob("*/__init__.py")}
