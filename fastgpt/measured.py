@@ -1,4 +1,4 @@
-"""What is known of the speed of each operation's kernel beside torch's, for the backend that `auto` takes on a GPU.
+"""Which of an operation's kernel and torch is faster on a GPU, as far as it is known: the backend that `auto` takes.
 
 Tables are measured: one of this machine, which `fastgpt doctor --measure` writes, and those in `measured.json`, which
 ship. A table is of one GPU with one torch and one triton, and counts only there. A row has the median seconds of one
@@ -57,7 +57,7 @@ def known(device: torch.device) -> Known:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a table is of."""
+    """The GPU and the versions that a table is measured with."""
     import triton  # Kernels run on the device, so it is here.
 
     return {"gpu": torch.cuda.get_device_name(device), "torch": str(torch.__version__), "triton": triton.__version__}

@@ -77,9 +77,8 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype | Non
 
 def runs_kernels(device: torch.device | str) -> bool:
     """Whether generation on `device` runs on the Triton kernels. Raises as `explain` does."""
-    name, _ = explain(
-        "causal_attention", device
-    )  # Without a dtype, every operation has a kernel, so one answers for all.
+    # Without a dtype, one operation answers for all, because every one has a kernel.
+    name, _ = explain("causal_attention", device)
     return name == "triton"
 
 

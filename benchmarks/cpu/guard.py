@@ -80,7 +80,7 @@ def measure_again(then: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
 def render(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print the verdicts as a table."""
-    table = Table("work", "beside")
+    table = Table("work", "compared with")
     for heading in ("then", "now", "may fall by", ""):
         table.add_column(heading, justify="right")
     for verdict in verdicts:

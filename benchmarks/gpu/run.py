@@ -21,7 +21,7 @@ class Extent:
 
     shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
     n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
-    middle of what decode makes. tiers: of decoding, timed beside the one that is chosen. cold_starts: with empty
+    middle of what decode makes. tiers: of decoding, timed besides the one that is chosen. cold_starts: with empty
     caches and with full ones. tests: files of tests, or tests, as pytest names them.
     """
 

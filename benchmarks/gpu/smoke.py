@@ -105,7 +105,7 @@ def _in_and_out_of_inference_mode(run: Run, size: str, dtype: torch.dtype) -> st
 
 
 def smoke_model(run: Run, dtype: torch.dtype) -> Iterator[Part]:
-    """Logits, loss and gradients of the first size beside transformers' and float64."""
+    """Logits, loss and gradients of the first size, compared with transformers' and with float64."""
     size = next(iter(run.extent.models))
     yield Part("logits and tokens", partial(_inference, run, size, dtype), 120)
     yield Part("training step", partial(_training, run, size, dtype), 120)

@@ -326,7 +326,7 @@ def to_paste(findings: Sequence[Finding], place: str) -> str:
     for finding in findings:
         if finding.gain is not None:
             lines.append(
-                f"# {finding.call}: {finding.gain:.2f}x beside {finding.shipped}, "
+                f"# {finding.call}: {finding.gain:.2f}x the speed of {finding.shipped}, "
                 f"{finding.operation} {finding.direction} of {finding.size} on {place}.\n{finding.best}"
             )
     return "\n".join(lines) or "# nothing beat the shipped configuration"

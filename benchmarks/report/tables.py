@@ -74,7 +74,7 @@ def _speed_table(group: Sequence[tuple[Result, Mapping[str, Any]]]) -> str:
         speed = row["tokens_per_s"]["median"]
         figures = f"{speed:,.{0 if speed >= 100 else 1}f}", f"{row['percent_of_ceiling']:.0f}%"
         rows.append([describe_work(content, row["workload"]), *figures, *ratios, f"`{result.file.name}`"])
-    headings = [f"beside {_BASELINES.get(name, name)}" for name in baselines]
+    headings = [f"compared with {_BASELINES.get(name, name)}" for name in baselines]
     folder = (RESULTS / group[0][0].device).as_posix()
     return markdown_table(["workload", "fastgpt", "of ceiling", *headings, f"file in `{folder}/`"], rows)
 
@@ -226,7 +226,8 @@ def _operation_table(rows: Sequence[Row]) -> str:
                 f"{others[fastest] / ours['median_s']:.2f}x ({fastest})" if fastest else "-",
             ]
         )
-    headings = ["operation", "pass", "fastgpt, ms", "of the floor", "beside torch", "beside the fastest other"]
+    baselines = "compared with torch", "compared with the fastest other"
+    headings = ["operation", "pass", "fastgpt, ms", "of the floor", *baselines]
     absent = dict.fromkeys(row["contender"] for row in rows if "contender" in row and "direction" not in row)
     return markdown_table(headings, table) + (f"\n\nNot run: {', '.join(absent)}." if absent else "")
 

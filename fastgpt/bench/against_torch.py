@@ -31,7 +31,8 @@ def measure_against_torch(model: str, device: torch.device, progress: Progress) 
     for precision, (dtype, tf32) in PRECISIONS.items():
         with float32_products(tf32=tf32), ops.backend("triton"):
             for case in operations.cases(shape, N_BATCH, shape.n_positions, device, dtype):
-                if case.operation in OPERATIONS:  # Not dropout in attention, for which `auto` always takes the kernel.
+                # Attention with dropout is left out, because `auto` always takes its kernel.
+                if case.operation in OPERATIONS:
                     n_done = len({(row["operation"], row["precision"]) for row in rows})
                     progress(f"{case.operation} in {precision}", n_done, n_steps)
                     rows += _rows(case, precision)

@@ -1,5 +1,5 @@
-"""What every way to generate stands on: a static cache that a prompt fills through the model's own blocks, the views of
-the model's weights that decode steps read, and the decode step in torch.
+"""The parts of the engine: a static cache that a prompt fills through the model's own blocks, the views of the model's
+weights that decode steps read, and the decode step in torch.
 
 B batch, N new tokens per row, T slots of the cache, L layers, H heads, D head size, V vocabulary.
 """

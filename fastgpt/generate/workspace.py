@@ -207,8 +207,11 @@ class Choices:
         pad_id: int,
         seen: Tensor | None,
     ) -> None:
-        """Take the rows of a new call. ids: (B, T), the prompts. end_tokens: what eos_ids holds, for which the host
-        would have to wait. seen: (B, V) or None, as in `Rows`."""
+        """Take the rows of a new call.
+
+        ids: (B, T), the prompts. end_tokens: the values of eos_ids, which the host would have to wait for. seen: (B, V)
+        or None, as in `Rows`.
+        """
         self._options, self._eos_ids = options, eos_ids
         if options.seed is not None:
             self._seed.copy_(seed_tensor(options.seed, ids.device).view(1))

@@ -104,7 +104,7 @@ def test_a_gain_is_ready_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
         (finding,) = tune.search(layer_norm_case(), tunable, "tiny", tune.FULL, float("inf"))
     assert finding.gain == 2
     comment, code = tune.to_paste([finding], "Some GPU").splitlines()
-    assert comment.startswith("# layer_norm_tile('fwd', 32, 'cpu'): 2.00x beside LayerNormTile(")
+    assert comment.startswith("# layer_norm_tile('fwd', 32, 'cpu'): 2.00x the speed of LayerNormTile(")
     assert comment.endswith("on Some GPU.")
     assert eval(code, dict(vars(layer_norm_tiles))) == finding.shipped._replace(num_warps=8)
 

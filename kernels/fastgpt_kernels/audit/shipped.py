@@ -2,7 +2,7 @@
 
 The calls are real, on small tensors in the CPU's memory. `audit` records their launches for a chip that need not be
 present, so that it compiles what is launched. A tile depends on dtype, width and chip. Numbers of rows and vocabulary
-sizes change the machine code only by their divisibility, for which those of GPT-2 are examples.
+sizes change the machine code only by their divisibility, so those of GPT-2 stand for others.
 """
 
 from collections.abc import Callable, Iterator

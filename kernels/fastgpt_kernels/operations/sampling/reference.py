@@ -33,8 +33,8 @@ class SamplingOptions:
 
     temperature: > 0. top_k: how many tokens to keep, 0 for all. top_p: probability to keep, in (0, 1]. min_p: least
     probability to keep, as a share of the largest, in [0, 1]. repetition_penalty: > 0, acts on `Rows.seen`. min_length:
-    end tokens are barred while a row (padding counted) is shorter. seed: None takes the most likely token, for which
-    the first four do not matter; 64 bits, or a tensor that holds them on the device, sample. n_continuations: row i
+    end tokens are barred while a row (padding counted) is shorter. seed: None takes the most likely token, whatever
+    the first four are; 64 bits, or a tensor that holds them on the device, sample. n_continuations: row i
     continues prompt i // n_continuations, and noise tells those of one prompt apart by i % n_continuations.
     """
 
