@@ -44,8 +44,7 @@ _ATTENTION_FWD_HOPPER = AttentionTile(128, 64, 8, 3)
 _ATTENTION_DKDV_HOPPER = AttentionTile(64, 64, 4, 3)
 # Replacements on GPUs where triton (3.6 to 3.9) spills a few bytes of the tiles above: compiled, not timed.
 _ATTENTION_SM86 = {
-    ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
-    ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
+    ("fwd", 4, 128): AttentionTile(16, 16, 4, 1),
     ("dq", 2, 128): AttentionTile(64, 32, 8, 2),
     ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2),
 }
@@ -60,7 +59,14 @@ _ATTENTION_ON = {
     "sm_86": _ATTENTION_SM86,
     "sm_89": _ATTENTION_SM86,
     "sm_90": {("fwd", 4, 128): AttentionTile(16, 16, 4, 2), ("dkdv", 4, 128): AttentionTile(16, 16, 8, 2)},
-    "sm_100": {**_ATTENTION_SM86, ("dq", 2, 128): AttentionTile(32, 32, 4, 1)},
+    "sm_100": {
+        # Tensor cores of this chip take 64 rows or more, and triton 3.6 and 3.7 then round float32 to tf32 unasked.
+        ("fwd", 4, 64): AttentionTile(32, 32, 8, 2),
+        ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
+        ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
+        ("dq", 2, 128): AttentionTile(32, 32, 8, 1),
+        ("dkdv", 4, 128): AttentionTile(16, 16, 8, 1),
+    },
     "sm_120": {
         ("fwd", 2, 128): AttentionTile(64, 32, 8, 2),
         ("dq", 2, 128): AttentionTile(32, 32, 8, 2),
@@ -75,14 +81,20 @@ _ATTENTION_TF32 = {
     ("fwd", 64): AttentionTile(64, 32, 8, 1),
     ("fwd", 128): AttentionTile(16, 16, 4, 1),
     ("dq", 64): AttentionTile(32, 32, 4, 2),
+    ("dq", 128): AttentionTile(16, 16, 8, 2),
     ("dkdv", 64): AttentionTile(16, 32, 4, 2),
 }
-_ATTENTION_TF32_HOPPER = {
-    ("fwd", 128): AttentionTile(64, 16, 4, 1),
-    ("dq", 64): AttentionTile(32, 32, 4, 2),
-    ("dq", 128): AttentionTile(16, 16, 8, 2),
-    ("dkdv", 64): AttentionTile(32, 32, 4, 2),
-    ("dkdv", 128): AttentionTile(16, 16, 4, 2),
+_ATTENTION_TF32_SM86 = {**_ATTENTION_TF32, ("fwd", 128): AttentionTile(32, 16, 4, 1)}
+_ATTENTION_TF32_ON = {
+    "sm_86": _ATTENTION_TF32_SM86,
+    "sm_89": _ATTENTION_TF32_SM86,
+    "sm_90": {
+        ("fwd", 128): AttentionTile(64, 16, 4, 1),
+        ("dq", 64): AttentionTile(32, 32, 4, 2),
+        ("dq", 128): AttentionTile(16, 16, 8, 2),
+        ("dkdv", 64): AttentionTile(32, 32, 4, 2),
+        ("dkdv", 128): AttentionTile(16, 16, 4, 2),
+    },
 }
 
 
@@ -104,10 +116,9 @@ def attention_tile(
         return _ATTENTION_FWD_HOPPER
     if architecture == "sm_90" and not has_dropout and key == ("dkdv", 2, 64):
         return _ATTENTION_DKDV_HOPPER
-    if precision == "tf32":
-        tf32 = _ATTENTION_TF32_HOPPER if architecture == "sm_90" else _ATTENTION_TF32
-        if replacement := tf32.get((kernel, padded_dim)):
-            return replacement
+    tf32 = _ATTENTION_TF32_ON.get(architecture, _ATTENTION_TF32)
+    if precision == "tf32" and (replacement := tf32.get((kernel, padded_dim))):
+        return replacement
     special = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
     tile = _ATTENTION_ON.get(architecture, {}).get(key) or special.get(key) or ATTENTION[key]
     # A thread on AMD GPUs can use 512 registers only in programs of at most 4 warps.

@@ -85,13 +85,14 @@ def _linear_cross_entropy_kernel(
         if HAS_GRADIENT:
             target_col = label.to(tl.int32)
             inverse_total = 1.0 / total  # pyright: ignore[reportOperatorIssue]
-            if Z_LOSS > 0:
-                inverse_total *= 1.0 + 2.0 * Z_LOSS * log_sum_exp
             for start in range(0, logits_row_stride, LANES * VECTOR):
                 cols = start + _tile_cols(LANES, VECTOR)
                 logits = _load_logits(row_ptr, cols, n_cols, logits_row_stride, ACCUMULATOR)
                 one_hot = tl.where(cols == target_col, 1.0, 0.0)
-                dlogits = tl.exp(logits - largest) * inverse_total - one_hot
+                probabilities = tl.exp(logits - largest) * inverse_total
+                dlogits = probabilities - one_hot
+                if Z_LOSS > 0:  # Added last, because the difference may be much smaller than its terms.
+                    dlogits += probabilities * (2.0 * Z_LOSS * log_sum_exp)
                 if LABEL_SMOOTHING > 0:
                     uniform = tl.where(cols < n_cols, 1.0 / tl.cast(n_cols, ACCUMULATOR), 0.0)
                     dlogits += LABEL_SMOOTHING * (one_hot - uniform)

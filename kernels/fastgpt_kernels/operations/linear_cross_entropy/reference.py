@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -82,23 +83,21 @@ def row_losses(
     counts = labels != ignore_index
     # So that NaN in an ignored row reaches no gradient of a row.
     logits = logits.masked_fill(~counts[:, None], 0.0)
-    losses = _losses_of_logits(logits, logits.logsumexp(1), labels, ignore_index, label_smoothing, z_loss)
-    return torch.where(counts, losses, 0.0)
-
-
-def _losses_of_logits(
-    logits: Tensor, log_sum_exp: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
-) -> Tensor:
-    """(N,) losses, whatever an ignored row gives; a label out of range gives a loss and gradients of NaN."""
-    in_range = (labels >= 0) & (labels < logits.shape[1])
-    picked = logits.gather(1, torch.where(in_range, labels, 0)[:, None]).squeeze(1)
-    losses = log_sum_exp - picked
-    if label_smoothing > 0:
-        losses = losses + label_smoothing * (picked - logits.mean(1))
+    safe_labels, factor = _checked_labels(labels, logits.shape[1], ignore_index)
+    losses = F.cross_entropy(logits, safe_labels, reduction="none", label_smoothing=label_smoothing)
     if z_loss > 0:
-        losses = losses + z_loss * log_sum_exp * log_sum_exp
-    # A factor, because it reaches the gradients too.
-    return losses * torch.where(in_range | (labels == ignore_index), 1.0, float("nan"))
+        losses = losses + z_loss * logits.logsumexp(1).square()
+    return torch.where(counts, losses * factor, 0.0)
+
+
+def _checked_labels(labels: Tensor, n_vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels in range, 0 in place of others, and (N,) factors: NaN where a label that counts was out of range, else 1.
+
+    A loss times its factor has gradients of NaN too.
+    """
+    in_range = (labels >= 0) & (labels < n_vocabulary)
+    factor = torch.where(in_range | (labels == ignore_index), 1.0, float("nan"))
+    return torch.where(in_range, labels, 0), factor
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
@@ -154,15 +153,23 @@ def _softmax_minus_target(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """dloss/dlogits (N, V) and the losses (N,); ignored rows are zero, rows with a label out of range NaN."""
-    counts, in_range = labels != ignore_index, (labels >= 0) & (labels < logits.shape[1])
-    safe_labels = torch.where(in_range, labels, 0)[:, None]
-    log_sum_exp = logits.logsumexp(1, keepdim=True)
-    losses = _losses_of_logits(logits, log_sum_exp.squeeze(1), labels, ignore_index, label_smoothing, z_loss)
-    dlogits = (logits - log_sum_exp).exp_()
+    counts = labels != ignore_index
+    safe_labels, factor = _checked_labels(labels, logits.shape[1], ignore_index)
+    safe_labels, log_sum_exp = safe_labels[:, None], logits.logsumexp(1, keepdim=True)
+    of_labels = logits.gather(1, safe_labels)
+    losses = log_sum_exp - of_labels
+    if label_smoothing > 0:
+        losses = losses + label_smoothing * (of_labels - logits.mean(1, keepdim=True))
     if z_loss > 0:
-        dlogits *= 1 + 2 * z_loss * log_sum_exp
+        losses = losses + z_loss * log_sum_exp.square()
+    losses = losses.squeeze(1) * factor
+    dlogits = (logits - log_sum_exp).exp_()  # the probabilities
+    of_labels, pull = dlogits.gather(1, safe_labels), 2 * z_loss * log_sum_exp
+    if z_loss > 0:
+        dlogits *= 1 + pull
+    # The target is subtracted first, because the difference may be much smaller than its terms.
+    dlogits.scatter_(1, safe_labels, (of_labels - (1 - label_smoothing)) + of_labels * pull)
     if label_smoothing > 0:
         dlogits -= label_smoothing / logits.shape[1]
-    dlogits.scatter_add_(1, safe_labels, torch.full_like(dlogits[:, :1], label_smoothing - 1))
-    dlogits.masked_fill_(~counts[:, None], 0.0).masked_fill_((counts & ~in_range)[:, None], float("nan"))
+    dlogits.masked_fill_(~counts[:, None], 0.0).masked_fill_(factor.isnan()[:, None], float("nan"))
     return dlogits, torch.where(counts, losses, 0.0)
