@@ -153,7 +153,8 @@ def test_a_killed_process_ends_the_other_and_the_last_checkpoint_goes_on_bitwise
     survivor, killed = ends
     assert killed.returncode == -signal.SIGKILL
     assert survivor.returncode == 1
-    assert "Connection closed by peer" in survivor.stderr
+    # The system words it as closed, reset or a broken pipe, by what the survivor was doing.
+    assert "gloo/transport/tcp" in survivor.stderr
     assert (out / "step-4").is_dir()
     assert not (out / "step-4" / ".metadata").exists()
     assert not (out / "model.safetensors").exists()
