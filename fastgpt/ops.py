@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastgpt.measured as measured
+import fastgpt.onednn as onednn
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -30,8 +31,9 @@ def _checked(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Run the operations inside the block on one backend.
 
-    name: "torch" runs the reference, "triton" the kernels (and raises where one cannot run), "auto" the kernels on a
-    GPU where they can run and the reference elsewhere. The choice holds for the whole process, not for one thread.
+    name: "torch" runs torch's own operations, "triton" the kernels (and raises where one cannot run), "auto" the
+    kernels on a GPU where they can run and torch's elsewhere. The choice holds for the whole process, not for one
+    thread.
     Raises ValueError on another name.
     """
     global _selected
@@ -126,6 +128,21 @@ def _is_supported(operation: str, x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
 
 
+def _asks_for_values_alone(*tensors: Tensor) -> bool:
+    """Whether these are float32 on a CPU, and nobody wants a gradient, a trace or to see each of torch's operations."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or is_transformed()
+    ) and all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        for tensor in tensors
+    )
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """See `fastgpt_kernels.reference.layer_norm`."""
     return _implementation("layer_norm", x)(x, weight, bias, eps)
@@ -154,6 +171,14 @@ def gelu_mlp(
 ) -> Tensor:
     """See `fastgpt_kernels.reference.gelu_mlp`."""
     implementation = _implementation("gelu_mlp", x)
+    tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
+    if (
+        implementation is reference.gelu_mlp
+        and not options.get("dropout_p")
+        and _asks_for_values_alone(*tensors)
+        and onednn.gains_in_mlp(x, fc_weight, activation)
+    ):
+        return onednn.gelu_mlp(*tensors, activation, residual=options.get("residual"))
     return implementation(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, **options)
 
 

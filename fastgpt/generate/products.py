@@ -20,6 +20,8 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
+import fastgpt.onednn as onednn
+
 # --- ways -----------------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +85,15 @@ class OutputSlices:
         return product if bias is None else product.add_(bias)
 
 
+class OneDNN(AsStored):
+    """oneDNN's product, which uses all cores for few rows too."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return onednn.multiply(x, self.matrix, bias)
+
+
 class Packed:
-    """A copy in oneDNN's own layout, in which it multiplies few rows with all cores."""
+    """oneDNN's product over a copy in its own layout."""
 
     def __init__(self, matrix: Tensor, n_rows: int):
         self.n_bytes = matrix.nbytes
@@ -113,6 +122,8 @@ def ways(matrix: Tensor, n_rows: int) -> dict[str, Way]:
     # oneDNN takes the dtypes for which the processor has instructions, and says so by an error.
     with suppress(AttributeError, RuntimeError):
         Packed(matrix[:16, :16], n_rows)
+        if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
+            found["oneDNN"] = OneDNN
         found["packed"] = lambda matrix: Packed(matrix, n_rows)
     return found
 
@@ -147,7 +158,7 @@ def has_memory_for(n_bytes: int) -> bool:
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 # Timing the ways takes as long as two to four steps, and fewer steps than these may not earn it back.
-MIN_STEPS = 32
+MIN_STEPS = 16
 # Another way must gain this much over torch's own, because a gain within the noise would change bits for nothing.
 _MIN_GAIN = 1.1
 _ROUNDS = 3
