@@ -68,7 +68,8 @@ def test_as_accurate_as_eager(scale: float, n_rows: int, activation: str, taken:
 @torch.no_grad()
 def test_every_layout(layout: str, taken: list[Any]) -> None:
     exact = arguments(5)
-    assert_is_the_mlp(ops.gelu_mlp(*[relayout(tensor, layout) for tensor in in_single(exact)]), exact)
+    tensors: list[Any] = [relayout(tensor, layout) for tensor in in_single(exact)]
+    assert_is_the_mlp(ops.gelu_mlp(*tensors), exact)
     assert len(taken) == 1
 
 
