@@ -1,9 +1,18 @@
-"""The engine's log, which says where a call went."""
+"""Generation on each backend, and the engine's log, which says where a call went."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+import fastgpt
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastgpt.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

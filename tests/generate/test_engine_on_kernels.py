@@ -11,14 +11,15 @@ import torch
 import transformers
 from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
 from interpreter import DEVICE, INTERPRETING
-from models import pair, tiny_config, token_ids
+from models import token_ids
 from prompts import left_padded, ragged
+from small_models import small_pair
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 import fastgpt
-from fastgpt.generate import kept, routing, workspace
+from fastgpt.generate import kept, routing, view_weights, workspace
 from fastgpt.generate import options as sampling
 from fastgpt.model.compat import CACHE
 
@@ -35,12 +36,6 @@ def _on_the_kernels() -> Iterator[None]:
 def route(caplog) -> Any:
     caplog.set_level(logging.DEBUG, logger="fastgpt")
     return lambda: {record.getMessage() for record in caplog.records if record.name == "fastgpt"}
-
-
-def small_pair(**changes: Any) -> tuple[Any, Any]:
-    """(transformers' model, ours) on the device of the kernels."""
-    theirs, ours = pair(tiny_config(**{"n_embd": 64, "n_head": 2, "n_layer": 1, "n_positions": 64} | changes))
-    return theirs.to(DEVICE), ours.to(DEVICE)
 
 
 def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,7 +306,8 @@ def test_warmup_leaves_nothing_to_compile_or_allocate() -> None:
 
 def test_two_calls_at_once_do_not_share_memory() -> None:
     _, ours = small_pair()
-    with kept.workspace(ours, 1, 8) as first, kept.workspace(ours, 1, 8) as second:
+    size = ours, view_weights(ours), 1, 8
+    with kept.workspace(*size) as first, kept.workspace(*size) as second:
         assert first.cache.memory.data_ptr() != second.cache.memory.data_ptr()
 
 

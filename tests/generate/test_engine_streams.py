@@ -9,7 +9,7 @@ import torch
 from models import pair, tiny_config, token_ids
 
 import fastgpt
-from fastgpt.generate import kept, streams, workspace
+from fastgpt.generate import kept, streams, view_weights, workspace
 from fastgpt.generate.streams import OwnStream
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
@@ -89,15 +89,16 @@ def test_a_workspace_warms_up_on_its_stream_and_calls_take_turns(monkeypatch: py
 
     monkeypatch.setattr(workspace, "OwnStream", Noted)
     monkeypatch.setattr(
-        workspace.Workspace, "_launch", lambda self, model, n_new: self._steps.update({n_new: object()})
+        workspace.Workspace, "_launch", lambda self, weights, n_new: self._steps.update({n_new: object()})
     )
     _, ours = pair(tiny_config())
-    with kept.workspace(ours, 1, 8) as work:
-        work.decode(ours)
-        work.decode(ours)
+    weights = view_weights(ours)
+    with kept.workspace(ours, weights, 1, 8) as work:
+        for _ in range(2):
+            work.decode(weights)
     assert log == ["inside", "first", "after", "inside", "first", "after"]
     log.clear()
-    with pytest.raises(KeyboardInterrupt), kept.workspace(ours, 1, 8):
+    with pytest.raises(KeyboardInterrupt), kept.workspace(ours, weights, 1, 8):
         raise KeyboardInterrupt
     assert log == ["first", "after"]
 
