@@ -119,7 +119,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             shifted = given.get("shift_labels")
             if shifted is None and isinstance(given.get("labels"), Tensor):
                 shifted = given["labels"][..., 1:]
-            if fusable(self.loss_function):
+            if shifted is not None and fusable(self.loss_function):
                 check_labels(shifted, self.config.vocab_size, given.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 

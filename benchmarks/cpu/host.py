@@ -37,12 +37,13 @@ CALLS: dict[str, dict[str, Any]] = {
 @contextmanager
 def stubbed() -> Iterator[None]:
     """The engine as on a GPU on which every kernel and every graph takes no time and no call of the driver."""
+    # Not before `main` has set TRITON_INTERPRET, which triton reads when it is imported.
     from fastgpt_kernels.operations.sampling import op as sampling
 
     def prefill(model: Any, cache: Any, ids: Tensor, *arguments: Any) -> Tensor:
         return torch.zeros(len(ids), model.config.vocab_size)
 
-    def launch(self: workspace.Workspace, model: Any, n_new: int) -> None:
+    def launch(self: workspace.Workspace, weights: Any, n_new: int) -> None:
         self._steps[n_new] = object()
 
     with ExitStack() as stack:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.sampling.reference import SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .decoding import prefill, without_autograd
+from .decoding import prefill, view_weights, without_autograd
 from .host_loop import Request
 from .kept import with_room, workspace
 from .options import NAN_LOGITS, seen_tokens
@@ -45,15 +46,16 @@ class DeviceGeneration:
 
         Raises ValueError when a row has filled its context, and on logits that are NaN.
         """
-        with workspace(self.model, self.request.ids.shape[0], self.n_most - 1, self.n_new) as work:
-            yield from self._generate(work)
+        weights = view_weights(self.model)
+        with workspace(self.model, weights, self.request.ids.shape[0], self.n_most - 1, self.n_new) as work:
+            yield from self._generate(work, weights)
             # The next call will use this memory.
             self._sequences = work.choices.rows.sequences[:, : self.n_tokens].clone()
             if self.request.past is not None:
                 work.cache.n_tokens = self.n_tokens - 1
                 work.cache.copy_to(self.request.past, self.model.dtype)
 
-    def _generate(self, work: Workspace) -> Iterator[Tensor]:
+    def _generate(self, work: Workspace, weights: DecodeWeights) -> Iterator[Tensor]:
         request, n_prompt = self.request, self.request.ids.shape[1]
         logits = self._prefill(work)
         self._start(work)
@@ -67,7 +69,7 @@ class DeviceGeneration:
             following = None
             if n_chosen < self.n_most:
                 # Launch the next step before reading these tokens. It costs one wasted step at the end.
-                work.decode(self.model)
+                work.decode(weights)
                 choices.append_after_step(work.logits)
                 following, n_chosen = mailbox.send(), n_chosen + 1
             tokens = mailbox.read(newest)

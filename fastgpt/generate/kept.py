@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from transformers import GPT2LMHeadModel
 
-from .decoding import view_weights
 from .workspace import Workspace, fixed_in_graphs
 
 Result = TypeVar("Result")
@@ -18,14 +18,18 @@ _kept: WeakKeyDictionary[GPT2LMHeadModel, list[Workspace]] = WeakKeyDictionary()
 
 
 @contextmanager
-def workspace(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1) -> Iterator[Workspace]:
+def workspace(
+    model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int = 1
+) -> Iterator[Workspace]:
     """A workspace that is kept for a model if one serves, else a new one; no other call can take it meanwhile.
 
-    It is kept again only if the block ends without an exception, because after one its state is unknown.
+    weights: the model's. The rest as for `Workspace`. It is kept again only if the block ends without an exception,
+    because after one its state is unknown.
     """
-    taken = _take(model, n_rows, n_slots, n_new) or _allocate(model, n_rows, n_slots, n_new)
+    size = n_rows, n_slots, n_new
+    taken = _take(model, weights, *size) or _allocate(model, weights, *size)
     taken.own_stream.come_first()
-    taken.refresh(model)
+    taken.refresh(weights)
     try:
         yield taken
     finally:
@@ -49,12 +53,12 @@ def release(model: torch.nn.Module) -> None:
         _kept.pop(module, None)  # type: ignore[arg-type]
 
 
-def _take(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> Workspace | None:
+def _take(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace | None:
     held = _kept.get(model)
     if not held:
         return None
     # The pointers in the graphs are no longer the model's where its weights have moved.
-    fixed = fixed_in_graphs(view_weights(model))
+    fixed = fixed_in_graphs(weights)
     held[:] = [work for work in held if work.fixed == fixed]
     for work in reversed(held):
         if work.serves(n_rows, n_slots, n_new):
@@ -63,13 +67,13 @@ def _take(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> Work
     return None
 
 
-def _allocate(model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int) -> Workspace:
+def _allocate(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace:
     """A new workspace, with room for the whole context where half the limit allows it, so that it serves longer."""
     n_context = max(n_slots, model.config.n_positions)
     n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
     if n_context * n_bytes_of_slot <= limit_bytes(model.device) // 2:
         n_slots = n_context
-    return with_room(lambda: Workspace(model, n_rows, n_slots, n_new))
+    return with_room(lambda: Workspace(model, weights, n_rows, n_slots, n_new))
 
 
 def with_room(function: Callable[[], Result]) -> Result:

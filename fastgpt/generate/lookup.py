@@ -8,6 +8,7 @@ N proposed tokens, V vocabulary.
 from collections.abc import Iterator, Sequence
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -110,7 +111,7 @@ class DeviceLookupGeneration(DeviceGeneration):
     def sequences(self) -> Tensor:
         return torch.tensor([self.index.tokens], device=self.request.ids.device)
 
-    def _generate(self, work: Workspace) -> Iterator[Tensor]:
+    def _generate(self, work: Workspace, weights: DecodeWeights) -> Iterator[Tensor]:
         logits = self._prefill(work)
         self._start(work)
         yield self._append(self._choose(work, logits)[0])
@@ -118,7 +119,7 @@ class DeviceLookupGeneration(DeviceGeneration):
             proposed = self.index.propose(min(self.n_new, self.n_most - self.n_tokens) - 1)
             n_new = self.n_new if proposed else 1
             self._feed(work, proposed + [0] * (n_new - 1 - len(proposed)))
-            work.decode(self.model, n_new)
+            work.decode(weights, n_new)
             for number, token in enumerate(self._choose(work, work.logits[:n_new])):
                 yield self._append(token)
                 if proposed[number : number + 1] != [token] or not self._goes_on():

@@ -78,13 +78,14 @@ def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor
 class Workspace:
     """The memory in which one model decodes batches of one size, and on a GPU the graphs of the steps.
 
+    It keeps no weights, because they would stay on the GPU after the model has moved away.
     n_rows: B. n_slots: T of the cache. n_new: the most tokens of a row in a step; more than one only if B is 1.
     tokens, positions, slots, starts: (B * n_new,) int64, views of `state`. logits: (B * n_new, V). choices: of the next
     tokens, for one new token per row.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, n_rows: int, n_slots: int, n_new: int = 1):
-        self.fixed, self.tier = fixed_in_graphs(view_weights(model)), _selected_tier
+    def __init__(self, model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int = 1):
+        self.fixed, self.tier = fixed_in_graphs(weights), _selected_tier
         self.n_rows, self.n_slots, self.n_new = n_rows, n_slots, n_new
         self.own_stream = OwnStream(model.device)
         with self.own_stream.inside():
@@ -109,41 +110,39 @@ class Workspace:
         """Bytes of the cache and of copies of weights."""
         return self.cache.memory.nbytes + sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
 
-    def refresh(self, model: GPT2LMHeadModel) -> None:
-        """Bring copies of the model's weights up to date, at the start of a call.
+    def refresh(self, weights: DecodeWeights) -> None:
+        """Bring copies of the weights up to date, at the start of a call.
 
         Every time, because nothing reliable shows a change: fused optimizers and `.data` bypass autograd's version
         counters. A copy moves the bytes of the blocks twice, about as much as two tokens read.
         """
         if self.tier == "persistent" and 1 in self._steps:
-            self._steps[1].pack(view_weights(model))
+            self._steps[1].pack(weights)
 
-    def decode(self, model: GPT2LMHeadModel, n_new: int = 1) -> None:
+    def decode(self, weights: DecodeWeights, n_new: int = 1) -> None:
         """Fill the first n_rows * n_new logits from tokens, positions, slots and starts, and append to the cache."""
         replay = self._replays.get(n_new)
         if replay is None and n_new in self._steps and self._records:
-            replay = self._replays[n_new] = self.own_stream.record(lambda: self._launch(model, n_new))
+            replay = self._replays[n_new] = self.own_stream.record(lambda: self._launch(weights, n_new))
         if replay is not None:
             replay()
         elif n_new in self._steps:
-            self._launch(model, n_new)
+            self._launch(weights, n_new)
         else:  # The first step is not captured: it compiles the kernels and allocates scratch memory, cuBLAS's too.
             self.own_stream.come_after()
             with self.own_stream.inside():
-                self._launch(model, n_new)
+                self._launch(weights, n_new)
             self.own_stream.come_first()
 
-    def _launch(self, model: GPT2LMHeadModel, n_new: int) -> None:
+    def _launch(self, weights: DecodeWeights, n_new: int) -> None:
         rows = slice(self.n_rows * n_new)
         tokens, positions, slots, starts = self.state[:, rows]
         where = self.cache.memory, tokens, positions, slots, starts, self.logits[rows]
         step, (decode_step, persistent_decoder) = self._steps.get(n_new), _decoders()
         if self.tier == "persistent" and n_new == 1:
-            step = step or persistent_decoder(view_weights(model))
+            step = step or persistent_decoder(weights)
             step.decode(*where)
         else:
-            # The step holds no weights, which would stay on the GPU after the model has moved away.
-            weights = view_weights(model)
             step = step or decode_step(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
             step.decode(weights, *where)
         self._steps[n_new] = step
