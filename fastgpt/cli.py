@@ -226,7 +226,7 @@ def train(
     """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint; --resume goes on bitwise."""
     if find_spec("accelerate") is None:
         raise typer.BadParameter("training needs accelerate: pip install 'fastgpt[train]'")
-    from . import train as training
+    from . import train as training  # It imports accelerate.
 
     with wrong_usage():
         settings = training.Settings(

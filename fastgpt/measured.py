@@ -58,7 +58,7 @@ def known(device: torch.device) -> Known:
 
 def machine(device: torch.device) -> dict[str, str]:
     """The GPU and the versions that a table is measured with."""
-    import triton  # Kernels run on the device, so it is here.
+    import triton  # It need not be installed, but kernels run on the device, so here it is.
 
     return {"gpu": torch.cuda.get_device_name(device), "torch": str(torch.__version__), "triton": triton.__version__}
 

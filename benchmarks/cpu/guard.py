@@ -26,7 +26,8 @@ from ..report.command import ROOT
 from ..report.records import benchmarks
 from ..report.tables import RESULTS, describe_work
 
-# Of a ratio: two runs of the same code differ by this much, however little the rounds of either do.
+# The share of a ratio by which it may always fall: two runs of the same code differ as much, even where the rounds of
+# each agree.
 MIN_DROP = 0.03
 
 

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia_compiler
-from triton.backends.nvidia.driver import CudaDriver
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime import driver
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -29,8 +29,6 @@ class _StubDriver(CudaDriver):
     """Triton's driver of a GPU without torch's part of it, which needs a torch for CUDA."""
 
     def __init__(self, architecture: str):
-        from triton.backends.nvidia.driver import CudaLauncher, CudaUtils  # Both are built with the stub.
-
         self.architecture, self.stream = architecture, 0
         self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
 

@@ -28,15 +28,8 @@ def measure(
     Raises ParityError when the token differs, RuntimeError when the process fails, subprocess.TimeoutExpired.
     """
     name = str(dtype).removeprefix("torch.")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.cold_start",
-        folder,
-        device.type,
-        name,
-        ",".join(map(str, ids)),
-    ]
+    prompt = ",".join(map(str, ids))
+    command = [sys.executable, "-m", "benchmarks.gpu.cold_start", folder, device.type, name, prompt]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": kernel_cache}
     start = time.time()  # both processes read this clock

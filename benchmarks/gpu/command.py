@@ -53,9 +53,9 @@ def _commit() -> str | None:
 
 
 def groups(extent: Extent) -> Iterator[dict[str, Step]]:
-    """All steps by name, the most important first, in groups that run at once; curves are for the first size.
+    """All steps by name, the most important first. The steps of a group run at the same time.
 
-    The smoke tests run side by side. What is timed runs alone.
+    So do the smoke tests; a step that times something is alone in its group. Curves are drawn for the first size only.
     """
     yield {"environment": environment}
     name = str(extent.dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from .run import ROOT, Part, Run
 # --- the kernels' tests ---------------------------------------------------------------------------------------------
 
 
-# Many tests run the reference of an operation, on the CPU, and then its kernel; their ids begin so.
+# Many tests run an operation's reference, on the CPU, and then its kernel. The ids of the former begin with this.
 WITHOUT_REFERENCES = ["-k", "not [reference"]
 
 

@@ -20,9 +20,10 @@ class Extent:
     """How large everything is, and how often it is timed.
 
     shapes: of the operations, by size. models: what `workloads.load_base` is given, by size. n_batch: sequences of
-    n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: in the
-    middle of what decode makes. tiers: of decoding, timed besides the one that is chosen. cold_starts: with empty
-    caches and with full ones. tests: files of tests, or tests, as pytest names them.
+    n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: the tokens
+    that a sequence has when half of what it decodes is there. tiers: of decoding, each timed in addition to the one
+    that `generate()` chooses. cold_starts: how many with empty caches of kernels, and how many with full ones. tests:
+    files of tests, or tests, as pytest names them.
     """
 
     device: torch.device
@@ -52,7 +53,7 @@ class Extent:
 
 
 def tests_of_kernels() -> list[Path]:
-    """The files whose tests run kernels. Some of their tests run the reference too, with an id that starts so."""
+    """The files whose tests run kernels. Where a test also runs the reference, that case's id starts with its name."""
     tests = ROOT / "tests"
     of_operations = (path for path in tests.glob("kernels/*/test_*.py") if path.parent.name != "audit")
     return sorted([*of_operations, *tests.rglob("test_*_on_kernels.py")])
@@ -136,5 +137,5 @@ class Part(NamedTuple):
     limit_s: float = 60.0
 
 
-# What a step does, part by part. It may be sent to another process: a function of a module, or a partial of one.
+# Yields the parts of a step. It is sent to another process, so it must be a module's function or a partial of one.
 Step = Callable[[Run], Iterator[Part]]

@@ -1,10 +1,9 @@
-"""Searches for launch configurations that beat the shipped ones on the GPU at hand, for the `tiles.py` of the
-operations.
+"""Searches for launch configurations that beat those in the `tiles.py` of the operations, on the GPU at hand.
 
     PYTHONPATH=.:kernels python -m benchmarks tune --minutes 20 --out tuned.json > tuned.txt
 
-Every candidate is checked before it is timed, in turn with the shipped configuration. The best is timed
-again and kept only if it gains more than 2% and more than the spread, because the best of many tries is partly luck.
+Every candidate is checked, and then timed in turn with the shipped configuration. The best is timed again, and kept
+only if it gains more than 2% and more than the spread, because the best of many tries is partly luck.
 Standard output holds what was kept, to paste. `--dry-run` takes every step on tiny shapes, on a CPU.
 """
 
@@ -62,7 +61,8 @@ class Tunable:
     """Something in the `tiles.py` of an operation that launches read: a function that returns a tile, or a number.
 
     operation, direction: of the case that is timed. name: of the function or the number. grid: the values to try of
-    each field of the tile, or of the number itself under "". selects: which calls of the function it stands for.
+    each field of the tile, or of the number itself under "". selects: whether a call of the function, by its
+    arguments, is for the tile that is tuned.
     """
 
     operation: str
@@ -145,7 +145,7 @@ def patched(tunable: Tunable, value: Any) -> Iterator[None]:
 
 
 def shipped_values(tunable: Tunable, run: Callable[[], Any]) -> dict[str, Any]:
-    """What `run` reads of a tunable, by the call that gave it: one value in most cases."""
+    """The values of a tunable that `run` reads, by the call that returned them: mostly one."""
     shipped = getattr(tunable.tiles, tunable.name)
     if not callable(shipped):
         return {tunable.name: shipped}
@@ -201,7 +201,7 @@ class Timing:
 
 
 def is_gain(shipped: Sequence[Timing], candidate: Sequence[Timing]) -> bool:
-    """More than `MIN_GAIN`, and more than the widest quartiles of either: rounds were timed in turn."""
+    """Whether the gain of the medians is above `MIN_GAIN` and above every round's distance between its quartiles."""
     ours, theirs = (median(timing.median_s for timing in rounds) for rounds in (candidate, shipped))
     spread = max(timing.high_s - timing.low_s for timing in (*shipped, *candidate))
     return theirs / ours > MIN_GAIN and theirs - ours > spread

@@ -46,9 +46,8 @@ def barrier_seconds(device: torch.device, n_barriers: int, budget_s: float) -> d
     """Seconds of one barrier of all multiprocessors. Raises RuntimeError when a program did not pass all of them."""
     n_programs = persistent_decode_tiles.persistent_programs(device) if device.type == "cuda" else 1
     counter = torch.zeros(1, dtype=torch.int64, device=device)
-    if not bool((pass_barriers(counter, n_programs, n_barriers) == n_barriers).all()) or counter != (
-        n_programs * n_barriers
-    ):
+    passed = pass_barriers(counter, n_programs, n_barriers)
+    if not bool((passed == n_barriers).all()) or int(counter) != n_programs * n_barriers:
         raise RuntimeError("a program has not passed all barriers")
     few, many = (
         operations.time_call(lambda n=n: pass_barriers(counter, n_programs, n), device, budget_s)["median_s"]

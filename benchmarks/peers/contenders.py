@@ -1,7 +1,8 @@
 """Contenders other than torch and transformers. One that is not installed, or that differs, is left out with a reason.
 
-On a CPU whole models: ctranslate2 and onnxruntime on the very weights, for prefill and decode. On a GPU operations:
-liger-kernel, cut-cross-entropy, flash-attn, quack-kernels. Shapes: B batch, T tokens, H heads, V vocabulary.
+On a CPU these are whole models, ctranslate2 and onnxruntime with the same weights, for prefill and decode. On a GPU
+they are operations of liger-kernel, cut-cross-entropy, flash-attn and quack-kernels.
+Shapes: B batch, T tokens, H heads, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ OPERATION_PEERS: dict[str, dict[str, MakeOperation]] = {
 
 
 def with_peers(case: operations.Case, shape: Shape) -> tuple[operations.Case, list[dict[str, Any]]]:
-    """A case with the peers that are installed and agree with the reference, and a row of reasons for each other."""
+    """A case with the peers that are installed and agree with the reference, and a row for each other that says why."""
     contenders, left_out = dict(case.contenders), []
     for name, reason, function in _judged(case, shape):
         if reason is None:

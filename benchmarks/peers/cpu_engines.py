@@ -86,7 +86,7 @@ def _start(build: Callable[[GPT2LMHeadModel, int, int], Engine], folder: str, n_
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
-    torch.set_num_threads(1)  # or torch's threads here would count too
+    torch.set_num_threads(1)  # The engine has the threads; torch's own would compete with them.
     _engine = build(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval(), n_batch, n_threads)
     return _engine.n_bytes
 
@@ -171,7 +171,7 @@ class OnnxRuntime:
         self._value = onnxruntime.OrtValue
         config = base.config
         self._empty = torch.zeros(n_batch, config.n_head, 0, config.n_embd // config.n_head)
-        # Sizes of 0 and 1 would be taken for constants, and one tensor in several places for one input.
+        # The export would take sizes of 0 and 1 for constants, and one tensor passed several times for a single input.
         past = [
             self._empty.new_zeros(n_batch, config.n_head, 3, self._empty.shape[3]) for _ in range(2 * config.n_layer)
         ]

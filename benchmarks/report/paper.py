@@ -42,7 +42,7 @@ H200 = Machine(accounting.H200_BANDWIDTH, accounting.H200_MATRIX_RATE, launch_s=
 
 @dataclass(frozen=True)
 class Work:
-    """What `n_launches` kernels move and compute together."""
+    """The bytes and FLOPs of `n_launches` kernels together."""
 
     name: str
     n_bytes: int

@@ -40,7 +40,7 @@ CLUSTER = Cluster()
 class Traffic:
     """Collective operations of one kind in a step: how many, and the bytes of the whole tensors that they work on.
 
-    rounds: how often the tensor goes around: twice to reduce it for all, once to gather or to scatter it.
+    rounds: how often the tensors go around the ring: twice in an all-reduce, once in a gather or a reduce-scatter.
     """
 
     kind: str
@@ -99,10 +99,10 @@ def outside_blocks(shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step on n_gpus; all figures are those of one GPU.
+    """A training step on several GPUs; all figures are those of one of them.
 
-    hidden_s: its time if communication overlaps the backward pass (FSDP2: and the forward pass) as far as it goes.
-    exposed_s: the time if none of it does. state_bytes: weights, gradients and moments that it holds.
+    hidden_s: its time if as much communication as possible runs during the backward pass (FSDP2: and the forward pass).
+    exposed_s: its time if none does. state_bytes: of the weights, gradients and moments that it holds.
     """
 
     sent_bytes: float

@@ -177,7 +177,7 @@ _MOST_LAYERS_BUILT = 1_000
 
 @dataclass(frozen=True)
 class Component:
-    """`count` parts with `each` parameters. formula: gives `each`; empty when `each` was counted."""
+    """`count` equal parts of `each` parameters. formula: what gives `each`, empty where parameters were counted."""
 
     name: str
     formula: str

@@ -1,4 +1,4 @@
-"""Times the kernel of every operation against torch on a GPU, for the table that `auto` follows (`measured.py`)."""
+"""Times each operation on its kernel and in torch on a GPU, for the table that `auto` follows (`measured.py`)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +15,7 @@ from ..progress import Progress
 from .parity import ParityError
 
 N_BATCH = 4
+# Timed seconds of each operation, pass and backend.
 _ROW_S = 0.2
 # By precision: the dtype, and whether float32 may be rounded to tf32.
 PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}

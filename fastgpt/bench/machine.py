@@ -101,8 +101,8 @@ def _best_seconds(call: Callable[[], Any], device: torch.device, n: int = 5) -> 
 def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int, str]:
     """The most bytes of torch's allocations that a call needs on top of those held before it, and how they are counted.
 
-    On a CPU torch's profiler counts them, in the second of two calls, because it does not see that memory is freed
-    which it has not seen allocated. What libraries allocate by themselves is not counted.
+    On a CPU torch's profiler counts them. It notices that memory is freed only if it saw it allocated, so it traces two
+    calls, and the second counts. What libraries allocate by themselves is not counted.
     """
     gc.collect()
     if device.type == "cuda":
@@ -130,9 +130,9 @@ _SECOND_CALL = "second call"
 
 
 def resident_growth(call: Callable[[], Any]) -> tuple[int | None, str]:
-    """`peak_growth` for an engine that does not allocate by torch: of the resident set of the process, on Linux.
+    """`peak_growth` for an engine that does not allocate through torch: the growth of the process' resident set.
 
-    It counts whole pages and memory that the allocator keeps. Elsewhere (None, "n/a").
+    It counts whole pages, and memory that was freed but that the allocator keeps. Without Linux (None, "n/a").
     """
     gc.collect()
     before = _start_peak_of_resident_set()

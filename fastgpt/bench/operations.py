@@ -28,10 +28,11 @@ TINY = {"tiny": Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. Contenders take the inputs, of which the floating ones get gradients.
+    """One operation at one size, done by several contenders.
 
-    The first contender is fastgpt's, the second the torch reference, against which the others are checked.
-    forward, backward: (bytes, FLOPs) of the pass.
+    inputs: what every contender is called with; gradients are computed of the floating ones. contenders: the first is
+    fastgpt's, the second the torch reference, with which the others are compared. forward, backward: (bytes, FLOPs) of
+    the pass.
     """
 
     operation: str
@@ -123,7 +124,7 @@ def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor
     flops = 4 * n_hidden * x.shape[1]
     n_bytes = fc_weight.nbytes + proj_weight.nbytes + 2 * x.nbytes + 2 * n_hidden * x.element_size()
     contenders = _ours("gelu_mlp")
-    if x.is_cuda:  # On a CPU this epilogue is the other GELU.
+    if x.is_cuda:  # On a CPU it computes the exact GELU, not the tanh form.
 
         def cublas_epilogue(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, *proj: Tensor) -> Tensor:
             return torch.addmm(proj[1], torch._addmm_activation(fc_bias, x, fc_weight, use_gelu=True), proj[0])
@@ -139,8 +140,9 @@ def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor
 def check(case: Case) -> str | None:
     """What is wrong with fastgpt's outputs and gradients, None when nothing is.
 
-    Compared with the reference in a wider dtype, they may err 1.5 times as much as the reference in the dtype itself,
-    plus two ulps (of tf32 where torch may round float32 so), in the Frobenius norm. Dropout has the same seed for both.
+    The truth is the reference in a wider dtype. In the Frobenius norm, fastgpt may err 1.5 times as much as the
+    reference does in the dtype itself, plus two ulps (of tf32 where torch may round float32 to it). All draw the same
+    dropout.
     """
     first = case.inputs[0]
     wider = torch.float64 if first.dtype == torch.float32 else torch.float32
@@ -151,9 +153,9 @@ def check(case: Case) -> str | None:
         for function, inputs in ((functions[1], wide), (functions[1], case.inputs), (functions[0], case.inputs))
     )
     for i, (true, theirs, mine) in enumerate(zip(truth, eager, ours, strict=True)):
-        # A loss is a mean over rows: the reference may be exact by luck, but rounding errors of rows average out.
+        # A scalar is a mean over rows. The reference may be exact by luck, while rounding errors of rows average out.
         mean_ulp = 0.0 if mine.ndim else torch.finfo(first.dtype).eps / len(first) ** 0.5
-        # Matrix units cut float32 off where the library rounds it, so their ulp counts, and not the library's error.
+        # Matrix units truncate float32 to tf32 where torch's library rounds it, so they may err by more than it does.
         is_tf32 = mine.dtype == torch.float32 and first.dtype == torch.float32 and tf32_is_allowed()
         ulp = max(2**-10 if is_tf32 else torch.finfo(mine.dtype).eps, mean_ulp)
         error, allowed = _distance(mine, true), 1.5 * _distance(theirs, true) + 2 * ulp
@@ -189,7 +191,8 @@ def _distance(x: Tensor, truth: Tensor) -> float:
 def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[str, Any]]:
     """A row for each contender and pass: median time and quartiles in s, peak memory in bytes, share of the floor.
 
-    rates: of `machine.measure_rates`. budget_s: timed seconds of each row. A contender that cannot run has its reason.
+    rates: of `machine.measure_rates`. budget_s: timed seconds of each row. For a contender that cannot run, a row says
+    why under "skipped".
     """
     rows: list[dict[str, Any]] = []
     for name, function in case.contenders.items():
@@ -227,7 +230,7 @@ def time_call(call: Callable[[], Any], device: torch.device, budget_s: float) ->
     call()
     peak_bytes, _ = machine.peak_growth(call, device)
     if device.type == "cuda":
-        from triton.testing import do_bench  # which empties the cache between runs
+        from triton.testing import do_bench  # Triton need not be installed. It empties the L2 cache between runs.
 
         milliseconds: Any = do_bench(
             call, warmup=int(250 * budget_s), rep=int(1000 * budget_s), quantiles=[0.25, 0.5, 0.75]

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from ..accounting import forward_flops, shape_of
 from .workloads import OURS, autocast, contender
 
-# The truth in float64 costs more than the timing itself past this, per forward pass on a CPU.
+# With more FLOPs in a forward pass on a CPU, the truth in float64 would take longer than what is timed.
 _CHEAP_FLOPS = 5e11
 
 
@@ -23,10 +23,10 @@ class ParityError(RuntimeError):
 def check_inference(base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compare logits and greedy tokens of fastgpt with transformers' sdpa, on the inputs that will be timed.
 
-    ids: (B, T). Where a float64 pass is cheap, the logits of the first sequence may err twice as much against it as
-    transformers' own, plus one ulp of the largest logit; otherwise they may differ from transformers' by 64 ulps of the
-    largest (8 in half precision). Greedy tokens must be equal; in half precision, where logits tie, they may diverge
-    where transformers' two logits are no further apart than the allowance.
+    ids: (B, T). Where a float64 pass is cheap, it is the truth: the logits of the first sequence may err twice as much
+    as transformers' own, plus one ulp of the largest logit. Elsewhere they may differ from transformers' by 64 ulps of
+    the largest (8 in half precision). Greedy tokens must be equal in float32. In half precision logits tie: tokens may
+    differ from the first place on where transformers' logits of the two are within twice that allowance.
     Returns the figures, ready for JSON. Raises ParityError.
     """
     ours, theirs = contender(OURS, base, ids.device, dtype), contender("hf-sdpa", base, ids.device, dtype)

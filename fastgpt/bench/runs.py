@@ -30,8 +30,8 @@ from .workloads import BASELINES, OURS, WORKLOADS
 SCHEMA = 1
 MIN_RUNS = 5
 
-# Makes the work of a further contender from (workload, base, ids, n_new_tokens, dtype), as `make_work` takes them. An
-# exception skips the contender and is the reason.
+# Makes the work of a further contender from (workload, base, ids, n_new_tokens, dtype), as `make_work` takes them. If
+# it raises, the contender is skipped, and the result gives the exception as the reason.
 MakeWork = Callable[[str, GPT2LMHeadModel, Tensor, int, torch.dtype], workloads.Work]
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def run_series(series: Sequence[BenchmarkOptions], progress: Progress | None = N
 
 
 def bring_together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Results of a series as one, ready for JSON: a single one as it is, several by dtype and batch."""
+    """The results of a series in one, ready for JSON: a single one unchanged, several under their dtype and batch."""
     first = results[0]
     if len(results) == 1:
         return dict(first)

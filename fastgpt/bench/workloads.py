@@ -124,8 +124,8 @@ def prefill(name: str, model: GPT2LMHeadModel, ids: Tensor) -> Work:
 def decode(name: str, model: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int) -> Work:
     """Greedy generation of n_new_tokens after ids (B, T), timed from the first token, which prefill gives.
 
-    On a CPU, a streamer reads the clock at the first token. On a GPU that would stall work queued ahead of Python, so
-    the time of a run that stops at that token is subtracted instead.
+    On a CPU, a streamer reads the clock at the first token. On a GPU it would have to wait there for work that Python
+    has only queued, so the time of a run that stops at the first token is subtracted instead.
     """
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
     if name == "hf-compile":

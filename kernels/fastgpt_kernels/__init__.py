@@ -83,7 +83,7 @@ def why_unavailable(operation: str, device: torch.device) -> str | None:
 
 
 def _fault(device: torch.device) -> str | None:
-    from .common import probe  # With triton, as the kernels.
+    from .common import probe  # It imports triton, which need not be installed.
 
     return probe.fault(device)
 

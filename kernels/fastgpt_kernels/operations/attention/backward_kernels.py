@@ -16,6 +16,7 @@ from .kernels import VARYING, _exp, _load_rows, _locate, _locate_queries, _store
 
 @triton.jit
 def _weights(score, row_max, row_norm, score_scale, IS_WIDE: tl.constexpr):
+    """The weights of attention, from q . k and the statistics of the rows."""
     if IS_WIDE:
         return _exp(score * score_scale - row_max, IS_WIDE) * row_norm
     else:
@@ -54,9 +55,9 @@ def _causal_attention_bwd_dkdv_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dk and dv of one block of keys of one head. The first, with most queries, start first.
+    """One program computes dk and dv of one block of keys of one head. Blocks that the most queries see start first.
 
-    Tiles are (keys, queries), so that no product transposes one.
+    Tiles of scores are (keys, queries), so that the products for dk and dv need not transpose them.
     """
     IS_WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32
     batch_head, batch, head, block = _locate(n_batch_heads, n_heads)

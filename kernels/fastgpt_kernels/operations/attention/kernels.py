@@ -1,11 +1,11 @@
 """The forward kernel of causal_attention, and the pieces that the backward kernels share with it.
 
 A program holds one block of queries (or, for dk and dv, of keys) of one head and loops over the other axis. Scores
-become weights by exp2: in half precision log2(e) is folded into `score_scale`, so that scores are in units of log2. For
-each query forward stores the largest score and the log2 of the sum of exponentials. Together they are the log-sum-exp,
-from which the backward passes recompute the weights. In float32, where the rounding of both would show, scores stay in
-natural units and the inverse of the sum is stored. Sums have the dtype of these statistics: float32, or float64 for
-float64 inputs, which the gradient tests use.
+become weights by exp2. In half precision log2(e) is folded into `score_scale`, so that scores are in units of log2, and
+for each query forward stores the largest score and the log2 of the sum of exponentials. Added up they are the
+log-sum-exp, from which the backward passes recompute the weights. In float32 the rounding of that scale and of that sum
+would show, so scores stay in natural units, and forward stores the inverse of the sum of exponentials. Sums have the
+dtype of these statistics: float32, or float64 for float64 inputs, which the gradient tests use.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -17,7 +17,8 @@ import triton.language as tl
 from ...common.arithmetic import LOG2_E
 from ...common.dropout_kernels import dropout_keep
 
-# Arguments that vary from call to call. The alignment of norm_ptr, the second half of the statistics, varies too.
+# These vary from call to call, and triton would compile the kernel again for special values of them. The alignment of
+# norm_ptr, the second half of the statistics, varies too.
 VARYING = ["n_batch_heads", "n_queries", "n_keys", "threshold"]
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -32,9 +33,10 @@ def _locate(n_batch_heads, n_heads):
 
 @triton.jit
 def _locate_queries(block, n_queries, n_keys, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The first query of a block; where the key blocks end that all its queries see; where the keys end that any sees.
+    """(q_start, diagonal, stop) of a block of queries: it starts at q_start, and none of it sees a key from stop on.
 
-    Blocks count from the last queries, which see the most keys: the longest programs start first.
+    All of its queries see every block of keys that ends by diagonal. Block 0 holds the last queries, which see the most
+    keys, so that the longest programs start first.
     """
     q_start = (tl.cdiv(n_queries, BLOCK_Q) - 1 - block) * BLOCK_Q
     n_past = n_keys - n_queries
@@ -75,7 +77,7 @@ def _store_rows(ptr, value, rows, row_in, token_stride, HEAD_DIM: tl.constexpr, 
 
 @triton.jit
 def _exp(x, IS_WIDE: tl.constexpr):
-    """exp of x, a score minus its row's largest: in natural units in wide dtypes, otherwise in units of log2."""
+    """exp of x, a score minus its row's largest: in natural units if IS_WIDE (32 bits or more), else in log2 units."""
     return tl.exp2(x * LOG2_E if IS_WIDE else x)
 
 

@@ -123,6 +123,7 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
 
 
 def _scores(q: Tensor, scale: float, dropout_p: float) -> dict[str, Any]:
+    """The arguments with which a kernel scales and drops. score_scale: to units of log2 in half precision."""
     threshold = dropout_threshold(dropout_p)
     return {
         "score_scale": scale * LOG2_E.value if q.element_size() == 2 else scale,

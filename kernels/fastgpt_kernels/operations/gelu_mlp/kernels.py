@@ -1,8 +1,9 @@
 """The kernels of gelu_mlp: three products with fused epilogues, and one pass over the rows of dout.
 
 Arguments named `_ref` are matrices with dense rows. They are pointers, or with DESCRIPTORS tensor descriptors made by
-the launcher, through which Hopper copies whole tiles. A grid may have any size, because each program takes every n-th
-tile. With pointers that is one tile; with descriptors many, and loads of the next tile overlap the last one's epilogue.
+the launcher, through which Hopper copies whole tiles. A grid may have any number n of programs, because each takes
+every n-th tile. With pointers a program gets one tile. With descriptors it gets many, and the loads for its next tile
+overlap the epilogue of the one before.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,7 +15,7 @@ import triton.language as tl
 from ...common.arithmetic import activation_and_derivative, rounded_product
 from ...common.dropout_kernels import dropout_keep, dropout_scale
 
-# Row tiles to visit before the next column of tiles, so that neighbours share their operands in the cache.
+# Row tiles to visit before the next column of tiles, so that programs that run together share operands in the cache.
 _GROUP_ROWS = tl.constexpr(8)
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def _n_tiles(n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr)
 
 @triton.jit
 def _tile_start(tile, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """First row and column of a tile. Numbers go down each group of _GROUP_ROWS row tiles first, then to the right."""
+    """First row and column of a tile. Tiles are numbered down a group of _GROUP_ROWS row tiles, then to the right."""
     n_row_tiles, n_col_tiles = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     tiles_per_group = _GROUP_ROWS * n_col_tiles
     first_row_tile = tile // tiles_per_group * _GROUP_ROWS
@@ -76,6 +77,7 @@ def _store_tile(
 
 @triton.jit
 def _column_halves(tile, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_ROWS, 2, BLOCK_COLS // 2)), (0, 2, 1)))
 
 
@@ -229,7 +231,7 @@ def _gelu_mlp_bwd_product_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, STORE_DPRODUCT: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """dproduct = dout (n_rows, n_cols) through dropout, and the sum of dproduct over the rows of each program.
+    """dproduct: dout (n_rows, n_cols) after dropout's backward. Its sums over the rows of a program: partial dbias.
 
     A program takes BLOCK_COLS columns of every n-th tile of rows.
     """

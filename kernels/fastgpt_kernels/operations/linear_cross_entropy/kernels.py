@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns (LANES, VECTOR) of a tile: each lane takes VECTOR neighbours, moved by one access of 16 bytes."""
+    """The columns (LANES, VECTOR) of a tile. A lane is VECTOR neighbouring columns: 16 bytes, moved by one access."""
     return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
@@ -31,7 +31,7 @@ def _softmax_statistics(
 ):  # fmt: skip
     """The largest logit of a row, the sum of exp(logit - largest), and for label smoothing the sum of all logits.
 
-    Every lane keeps its own maximum and sums, so that threads exchange nothing before the end of the row.
+    Every lane keeps its own maximum and sums over the tiles, so that threads exchange nothing until the row has ended.
     """
     lane_largest = tl.full((LANES,), float("-inf"), dtype=ACCUMULATOR)
     lane_total = tl.zeros((LANES,), dtype=ACCUMULATOR)
@@ -91,7 +91,7 @@ def _linear_cross_entropy_kernel(
                 one_hot = tl.where(cols == target_col, 1.0, 0.0)
                 probabilities = tl.exp(logits - largest) * inverse_total
                 dlogits = probabilities - one_hot
-                if Z_LOSS > 0:  # Added last, because the difference may be much smaller than its terms.
+                if Z_LOSS > 0:  # Not before the subtraction, whose result may be much smaller than its terms.
                     dlogits += probabilities * (2.0 * Z_LOSS * log_sum_exp)
                 if LABEL_SMOOTHING > 0:
                     uniform = tl.where(cols < n_cols, 1.0 / tl.cast(n_cols, ACCUMULATOR), 0.0)

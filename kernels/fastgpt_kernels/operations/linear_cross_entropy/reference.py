@@ -156,19 +156,19 @@ def _softmax_minus_target(
     counts = labels != ignore_index
     safe_labels, factor = _checked_labels(labels, logits.shape[1], ignore_index)
     safe_labels, log_sum_exp = safe_labels[:, None], logits.logsumexp(1, keepdim=True)
-    of_labels = logits.gather(1, safe_labels)
-    losses = log_sum_exp - of_labels
+    label_logits = logits.gather(1, safe_labels)
+    losses = log_sum_exp - label_logits
     if label_smoothing > 0:
-        losses = losses + label_smoothing * (of_labels - logits.mean(1, keepdim=True))
+        losses = losses + label_smoothing * (label_logits - logits.mean(1, keepdim=True))
     if z_loss > 0:
         losses = losses + z_loss * log_sum_exp.square()
     losses = losses.squeeze(1) * factor
     dlogits = (logits - log_sum_exp).exp_()  # the probabilities
-    of_labels, pull = dlogits.gather(1, safe_labels), 2 * z_loss * log_sum_exp
+    label_probabilities, z_factor = dlogits.gather(1, safe_labels), 2 * z_loss * log_sum_exp
     if z_loss > 0:
-        dlogits *= 1 + pull
-    # The target is subtracted first, because the difference may be much smaller than its terms.
-    dlogits.scatter_(1, safe_labels, (of_labels - (1 - label_smoothing)) + of_labels * pull)
+        dlogits *= 1 + z_factor
+    # The target is subtracted before anything is added, because the difference may be much smaller than its terms.
+    dlogits.scatter_(1, safe_labels, label_probabilities - (1 - label_smoothing) + label_probabilities * z_factor)
     if label_smoothing > 0:
         dlogits -= label_smoothing / logits.shape[1]
     dlogits.masked_fill_(~counts[:, None], 0.0).masked_fill_(factor.isnan()[:, None], float("nan"))

@@ -6,8 +6,8 @@ LINEAR_CROSS_ENTROPY_LANES, LINEAR_CROSS_ENTROPY_WARPS = 512, 8
 # The most bytes of logits that exist at once: 2**27 logits in half precision. Every chunk reads and writes the float32
 # gradient of the weight once, so larger chunks cost less time; not timed.
 LINEAR_CROSS_ENTROPY_BYTES = 2**28
-# Beside large gradients a chunk takes less, so that the logits and the gradients stay within this, but not less than
-# half: with that a chunk of GPT-2's vocabulary still multiplies for longer than it reads and writes that gradient.
+# Where the gradients are large, a chunk takes less, so that logits and gradients stay within this. It takes at least
+# half of the above, because with that a chunk still multiplies for longer than it reads and writes the gradient.
 LINEAR_CROSS_ENTROPY_BYTES_WITH_GRADIENTS = 500 * 2**20
 # The rows of a chunk fill whole tiles of a matrix product.
 _CHUNK_ROWS_MULTIPLE = 128
