@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import fastgpt_kernels
 import torch
 from fastgpt_kernels import KernelUnavailableError, reference
+from fastgpt_kernels.operations.attention import packed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -153,6 +154,17 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `fastgpt_kernels.reference.add_layer_norm`."""
     return _implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
+
+
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, views (B, H, T, D) of the packed result (B, T, 3, H, D) of one product.
+
+    The attention kernel writes their gradients where the backward of that product reads them.
+    """
+    is_joined = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+    if is_joined and _implementation("causal_attention", qkv) is not reference.causal_attention:
+        return packed.SplitHeads.apply(qkv)  # type: ignore[return-value]
+    return packed.split_heads(qkv)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:

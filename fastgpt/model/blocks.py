@@ -79,8 +79,7 @@ class GPT2Attention(hf.GPT2Attention):
 
         qkv = self.c_attn(hidden_states)
         qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
-        # Views (B, H, T, D). Unbind along the packed axis, because backward then stacks the gradients along it.
-        query, key, value = (heads.transpose(1, 2) for heads in qkv.unbind(2))
+        query, key, value = ops.split_heads(qkv)  # views (B, H, T, D)
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
         if past is not None:

@@ -8,10 +8,11 @@ import fastgpt_kernels
 import pytest
 import torch
 import triton.language as tl
-from accuracy import gradients
+from accuracy import gradients, random
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
 from fastgpt_kernels.operations.attention import op as attention
+from fastgpt_kernels.operations.attention import packed
 from fastgpt_kernels.operations.attention.op import causal_attention
 from interpreter import DEVICE
 
@@ -62,6 +63,28 @@ def test_what_is_returned_merges_its_heads_without_a_copy() -> None:
     for made in outputs_and_gradients(causal_attention, inputs):
         merged = made.transpose(1, 2).reshape(2, 9, 48)
         assert merged.data_ptr() == made.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_packed_heads_lie_in_one_tensor(dtype: torch.dtype) -> None:
+    qkv = random(2, 19, 3, 2, 16).to(dtype).requires_grad_()
+    dout = random(2, 2, 19, 16, seed=1).to(dtype)
+    of_parts = torch.autograd.grad(causal_attention(*packed.split_heads(qkv)), qkv, dout)[0]
+    heads = packed.SplitHeads.apply(qkv)
+    assert packed.are_packed(*heads)
+    apart = torch.autograd.grad(causal_attention(*heads), heads, dout)
+    assert packed.are_packed(*apart)
+    whole = packed.SplitHeads.apply(qkv)
+    joined = torch.autograd.grad(causal_attention(*whole), qkv, dout)[0]
+    assert torch.equal(joined, of_parts)
+    assert joined.is_contiguous()
+
+
+def test_gradients_that_lie_apart_are_joined() -> None:
+    qkv = random(2, 5, 3, 2, 16).requires_grad_()
+    q, k, v = packed.SplitHeads.apply(qkv)
+    expected = torch.autograd.grad(reference.causal_attention(*packed.split_heads(qkv)).square().sum(), qkv)[0]
+    assert torch.equal(torch.autograd.grad(reference.causal_attention(q, k, v).square().sum(), qkv)[0], expected)
 
 
 # --- dropout --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import Launch, cdiv, eager_or_registered, launching
 from ...common.precision import product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
-from . import tiles
+from . import packed, tiles
 from .backward_kernels import (
     _causal_attention_bwd_delta_kernel,
     _causal_attention_bwd_dkdv_kernel,
@@ -194,13 +194,29 @@ def causal_attention_bwd(
 
     Saved tensors may have other strides than in forward, because a saved-tensor hook may have repacked them.
     """
-    dq, dk, dv = _new_heads(q), _new_heads(k), _new_heads(v)
+    new = _new_heads(q), _new_heads(k), _new_heads(v)
+    return _fill_gradients(new, dout, q, k, v, out, stats, key_padding_mask, seed, scale, dropout_p)
+
+
+def _bwd_in_one_tensor(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_attention_bwd`; if q, k and v are views of one tensor (`packed`), so are their gradients."""
+    if not packed.are_packed(q, k, v):
+        return causal_attention_bwd(dout, q, k, v, *more)
+    n_batch, n_heads, n_tokens, head_dim = q.shape
+    new = packed.split_heads(q.new_empty((n_batch, n_tokens, 3, n_heads, head_dim)))
+    return _fill_gradients(new, dout, q, k, v, *more)
+
+
+def _fill_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor,
+    key_padding_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stats = stats.contiguous()
     delta = stats.new_empty(stats.shape[1:])
     _launch_backward(
-        dout, q, k, v, out, stats, key_padding_mask, seed, delta, dq, dk, dv, scale, dropout_p, product_precision(q)
+        dout, q, k, v, out, stats, key_padding_mask, seed, delta, *gradients, scale, dropout_p, product_precision(q)
     )
-    return dq, dk, dv
+    return gradients
 
 
 @launching
@@ -209,7 +225,7 @@ def _launch_backward(
     key_padding_mask: Tensor | None, seed: Tensor | None, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     scale: float, dropout_p: float, precision: str,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Fill dq, dk and dv. delta: (B, H, Tq), the sum of out * dout over a head."""
+    """Fill dq, dk and dv, whose heads lie side by side. delta: (B, H, Tq), the sum of out * dout over a head."""
     q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
     sizes, mask = _sizes(q, k), _mask_bytes(key_padding_mask)
     tile, k_tile = (_tile(kernel, q, mask, seed, precision) for kernel in ("dq", "dkdv"))
@@ -223,8 +239,9 @@ def _launch_backward(
         )  # fmt: skip
     pointers = q, k, v, dout, stats[0], stats[1], delta, mask, seed
     arguments = {**_strides(q=q, k=k, v=v, dout=dout), **sizes, "scale": scale, **_scores(q, scale, dropout_p)}
-    yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **arguments, **tile)
-    yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **arguments, **k_tile)
+    q_arguments, k_arguments = ({**arguments, "grad_token_stride": x.stride(2)} for x in (dq, dk))
+    yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **q_arguments, **tile)
+    yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **k_arguments, **k_tile)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
@@ -252,7 +269,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @twice_differentiable(lambda ctx, *grads: _gradients(ctx, grads[0], _bwd_with_graph))
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grads[0], causal_attention_bwd)
+        return _gradients(ctx, grads[0], _bwd_in_one_tensor)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
