@@ -9,6 +9,7 @@ import fastgpt_kernels
 import torch
 from fastgpt_kernels import KernelUnavailableError, reference
 from fastgpt_kernels.operations.attention import packed
+from fastgpt_kernels.operations.attention import reference as formula
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -107,7 +108,8 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Callable:
+def implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Callable:
+    """The function that runs an operation on x now: a kernel's or the reference's."""
     if is_transformed():
         return getattr(reference, operation)
     needs_kernel = has_dropout and operation == "causal_attention"
@@ -146,14 +148,14 @@ def _asks_for_values_alone(*tensors: Tensor) -> bool:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """See `fastgpt_kernels.reference.layer_norm`."""
-    return _implementation("layer_norm", x)(x, weight, bias, eps)
+    return implementation("layer_norm", x)(x, weight, bias, eps)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """See `fastgpt_kernels.reference.add_layer_norm`."""
-    return _implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
+    return implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,14 +164,14 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The attention kernel writes their gradients where the backward of that product reads them.
     """
     is_joined = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
-    if is_joined and _implementation("causal_attention", qkv) is not reference.causal_attention:
+    if is_joined and implementation("causal_attention", qkv) is not reference.causal_attention:
         return packed.SplitHeads.apply(qkv)  # type: ignore[return-value]
-    return packed.split_heads(qkv)
+    return formula.split_heads(qkv)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """See `fastgpt_kernels.reference.causal_attention`."""
-    return _implementation("causal_attention", q, options.get("dropout_p", 0.0) > 0.0)(q, k, v, **options)
+    return implementation("causal_attention", q, options.get("dropout_p", 0.0) > 0.0)(q, k, v, **options)
 
 
 def gelu_mlp(
@@ -182,18 +184,18 @@ def gelu_mlp(
     **options,
 ) -> Tensor:
     """See `fastgpt_kernels.reference.gelu_mlp`."""
-    implementation = _implementation("gelu_mlp", x)
+    run = implementation("gelu_mlp", x)
     tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
     if (
-        implementation is reference.gelu_mlp
+        run is reference.gelu_mlp
         and not options.get("dropout_p")
         and _asks_for_values_alone(*tensors)
         and onednn.gains_in_mlp(x, fc_weight, activation)
     ):
         return onednn.gelu_mlp(*tensors, activation, residual=options.get("residual"))
-    return implementation(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, **options)
+    return run(*tensors, activation, **options)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
     """See `fastgpt_kernels.reference.linear_cross_entropy`."""
-    return _implementation("linear_cross_entropy", hidden)(hidden, weight, labels, **options)
+    return implementation("linear_cross_entropy", hidden)(hidden, weight, labels, **options)

@@ -90,6 +90,7 @@ def _activation_totals(shape: Shape, batch: int, tokens: int, *, element_bytes: 
     variants = {
         "kept, chunked loss": {},
         "kept, full logits": {"full_logits": True},
+        "norms computed again, chunked loss": {"recompute_norms": True},
         "checkpointed, chunked loss": {"checkpointing": True},
         "checkpointed, full logits": {"checkpointing": True, "full_logits": True},
     }
@@ -104,11 +105,14 @@ def _saved(shape: Shape, batch: int, tokens: int, precision: str) -> dict[str, d
     variants = {
         "kept": {},
         "kept, dropout": {"dropout": True},
+        "with norms computed again": {"recompute_norms": True},
+        "with norms computed again, dropout": {"recompute_norms": True, "dropout": True},
         "checkpointed": {"checkpointing": True},
         "checkpointed, dropout": {"checkpointing": True, "dropout": True},
     }
     return {
         "token_and_layer": layer_saved_bytes(shape, precision, dropout=True),
+        "token_and_layer_norms_computed_again": layer_saved_bytes(shape, precision, dropout=True, recompute_norms=True),
         "model": {
             variant: sum(saved_bytes(shape, batch, tokens, precision, **flags).values())
             for variant, flags in variants.items()

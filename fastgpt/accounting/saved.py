@@ -11,17 +11,23 @@ PRECISIONS = {"bf16": (2, 2), "autocast": (4, 2), "fp32": (4, 4)}
 
 
 def layer_saved_bytes(
-    shape: Shape, precision: str = "bf16", *, dropout: bool = False, device_type: str = "cuda"
+    shape: Shape,
+    precision: str = "bf16",
+    *,
+    dropout: bool = False,
+    recompute_norms: bool = False,
+    device_type: str = "cuda",
 ) -> dict[str, int]:
     """Bytes that one layer on the kernels saves for backward for each token, by tensor.
 
-    In bf16 these are 16*C + 2*F + 8*H, with F = 4*C 24*C + 8*H. Both norms save only their input, because backward
-    computes the statistics again; their results are saved by the products that read them. The MLP saves no hidden
-    values, because backward computes them again. Attention and the MLP draw their dropout again from a seed; torch's
-    dropout between them keeps a mask.
+    In bf16 these are 16*C + 2*F + 8*H, with F = 4*C 24*C + 8*H, and 20*C + 8*H with recompute_norms. Both norms save
+    only their input, because backward computes the statistics again; their results are saved by the products that read
+    them. The MLP saves no hidden values, because backward computes them again. Attention and the MLP draw their dropout
+    again from a seed; torch's dropout between them keeps a mask.
     precision: "bf16" (or fp16) for weights and activations alike, "autocast" for fp32 weights under autocast to bf16,
     or "fp32". dropout: whether the model drops anywhere; torch's masks are bool on a GPU, but on a CPU have the dtype
-    of what they mask. Raises ValueError on another precision.
+    of what they mask. recompute_norms: whether backward computes the results of the norms again
+    (`config.recompute_norms`). Raises ValueError on another precision.
     """
     C, (stream, element) = shape.n_embd, _element_bytes(precision)
     saved = {
@@ -34,6 +40,8 @@ def layer_saved_bytes(
         "normalised sum": C * element,
         "MLP before its activation": shape.hidden_width * element,
     }
+    if recompute_norms:
+        del saved["normalised input"], saved["normalised sum"]
     if dropout:
         saved["dropout mask"] = C * _mask_bytes(element, device_type)
     return saved
@@ -47,6 +55,7 @@ def saved_bytes(
     *,
     dropout: bool = False,
     checkpointing: bool = False,
+    recompute_norms: bool = False,
     device_type: str = "cuda",
 ) -> dict[str, int]:
     """Bytes that a training step on the kernels saves for backward, by part. There are no logits.
@@ -54,13 +63,15 @@ def saved_bytes(
     Every layer saves `layer_saved_bytes`; under autocast also a copy of its matrices and of the MLP's first bias. The
     loss saves its input and the labels (for second derivatives), the gradient of its input and, in fp32, the gradient
     of the (V, C) table.
-    checkpointing: layers save only their input, and backward computes one layer at a time again.
+    checkpointing: layers save only their input, and backward computes one layer at a time again, with its norms.
     The other arguments and errors as in `layer_saved_bytes`.
     """
     C, F, L = shape.n_embd, shape.hidden_width, shape.n_layer
     rows, (stream, element) = batch * tokens, _element_bytes(precision)
     layer_input = rows * C * stream
-    layer = rows * sum(layer_saved_bytes(shape, precision, dropout=dropout, device_type=device_type).values())
+    again = recompute_norms and not checkpointing
+    saved = layer_saved_bytes(shape, precision, dropout=dropout, recompute_norms=again, device_type=device_type)
+    layer = rows * sum(saved.values())
     weight_copies = (4 * C**2 + 2 * C * F + F) * element if precision == "autocast" else 0
     return {
         "token_and_position_ids": 8 * (rows + tokens),
@@ -90,6 +101,7 @@ def activation_bytes(
     *,
     element_bytes: int = 2,
     checkpointing: bool = False,
+    recompute_norms: bool = False,
     full_logits: bool = False,
 ) -> dict[str, int]:
     """Bytes that a training step in torch, without dropout, keeps from forward to backward, by part.
@@ -99,6 +111,7 @@ def activation_bytes(
     activation; and 4 + H statistics per row in fp32: mean and reciprocal deviation of two norms, the log-sum-exp of
     each head. No (T, T) scores are kept.
     checkpointing: blocks keep only their input, and backward recomputes one block at a time.
+    recompute_norms: without checkpointing, blocks keep 2*C elements less: neither normalised tensor.
     full_logits: the loss keeps its normalised input, the logits, their log-softmax in fp32, and the labels. Otherwise
     `linear_cross_entropy` keeps its input and the labels (for second derivatives), the gradient of its input and, in
     fp32, the gradient of the (V, C) table.
@@ -108,7 +121,8 @@ def activation_bytes(
     C, F, V, L = shape.n_embd, shape.hidden_width, shape.vocab_size, shape.n_layer
     rows = batch * tokens
     stream = rows * C * element_bytes
-    block = rows * ((8 * C + 2 * F) * element_bytes + (4 + shape.n_head) * 4)
+    n_elements = (6 if recompute_norms and not checkpointing else 8) * C + 2 * F
+    block = rows * (n_elements * element_bytes + (4 + shape.n_head) * 4)
     return {
         "token_and_position_ids": 8 * (rows + tokens),
         "blocks": L * (stream if checkpointing else block),

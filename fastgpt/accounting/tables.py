@@ -81,8 +81,12 @@ def _saved_table(report: dict[str, Any]) -> Table:
     for tensor in layers[0]:
         add(f"a token in each layer: {tensor}", [layer[tensor] for layer in layers])
     table.add_section()
-    add("a token in each layer, without dropout", [sum(layer.values()) - layer["dropout mask"] for layer in layers])
-    add("a token in each layer, with dropout", [sum(layer.values()) for layer in layers])
+    smaller = [saved["token_and_layer_norms_computed_again"] for saved in precisions.values()]
+    for how, of_each in {"": layers, ", norms computed again": smaller}.items():
+        for dropout in ("without", "with"):
+            masks = [layer["dropout mask"] if dropout == "without" else 0 for layer in of_each]
+            sizes = [sum(layer.values()) - mask for layer, mask in zip(of_each, masks, strict=True)]
+            add(f"a token in each layer, {dropout} dropout{how}", sizes)
     table.add_section()
     models = [saved["model"] for saved in precisions.values()]
     for variant in models[0]:

@@ -6,6 +6,7 @@ arguments are the same. `patching` swaps the classes. Shapes: B batch, T tokens,
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GPT2Config
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -19,6 +20,7 @@ from .checks import check_positions, check_token_ids
 from .compat import CACHE, take_cache
 from .patching import ATTENTION, replaces
 from .plain import declare, fused_activation, is_as_imported, is_plain
+from .recompute import as_read, computed_again, save_recipe
 
 # --- embeddings and norms -------------------------------------------------------------------------------------------
 
@@ -53,6 +55,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 declare(LayerNorm(1), ("normalized_shape", "eps"), lambda it: (it.normalized_shape, it.normalized_shape))
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    return is_plain(norm, LayerNorm) and is_as_imported(nn.LayerNorm)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -140,28 +146,48 @@ class GPT2Block(hf.GPT2Block):
         if not is_as_imported(hf.GPT2Block):
             encoder = encoder_hidden_states, encoder_attention_mask
             return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]
+        recomputes = self._recomputes_norms()
+        recomputes_1, recomputes_2 = (recomputes and _is_plain_norm(norm) for norm in (self.ln_1, self.ln_2))
         residual = hidden_states  # (B, T, C)
+        normalised = computed_again(self._norm_1, residual) if recomputes_1 else self.ln_1(residual)
         attended, _ = self.attn(
-            self.ln_1(hidden_states),
+            normalised,
             attention_mask=attention_mask,
             use_cache=use_cache,
             **{CACHE: past},
             **kwargs,
         )
+        if recomputes_1:
+            save_recipe(normalised, residual, self.ln_1, attended)
 
         if encoder_hidden_states is not None:
             residual = residual + attended
             attended = self._cross_attend(residual, past, encoder_hidden_states, encoder_attention_mask)
 
-        if is_plain(self.ln_2, LayerNorm) and is_as_imported(nn.LayerNorm):
+        if recomputes_2:
+            normalised, residual = computed_again(self._add_and_norm_2, attended, residual)
+        elif _is_plain_norm(self.ln_2):
             ln = self.ln_2
             normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
         else:
             residual = residual + attended
             normalised = self.ln_2(residual)
-        if is_plain(self.mlp, GPT2MLP):
-            return self.mlp(normalised, residual)
-        return residual + self.mlp(normalised)
+        output = self.mlp(normalised, residual) if is_plain(self.mlp, GPT2MLP) else residual + self.mlp(normalised)
+        if recomputes_2:
+            save_recipe(normalised, residual, self.ln_2, output)
+        return output
+
+    def _recomputes_norms(self) -> bool:
+        is_asked = getattr(getattr(self.attn, "config", None), "recompute_norms", False)
+        return is_asked and torch.is_grad_enabled() and not ops.is_transformed()
+
+    def _norm_1(self, x: Tensor) -> Tensor:
+        return as_read(self.ln_1(x), self.attn, "c_attn")
+
+    def _add_and_norm_2(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        ln = self.ln_2
+        normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
+        return as_read(normalised, self.mlp, "c_fc"), residual
 
     def _cross_attend(
         self,

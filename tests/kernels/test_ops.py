@@ -188,11 +188,11 @@ def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
     x = torch.zeros(2, 4)
     with fastgpt.backend("auto"):
         for supported in (x, torch.nn.Parameter(x)):
-            assert ops._implementation(operation, supported) is fastgpt_kernels.kernel(operation)
+            assert ops.implementation(operation, supported) is fastgpt_kernels.kernel(operation)
         for other in (x.double(), x.as_subclass(Subclass)):
-            assert ops._implementation(operation, other) is getattr(reference, operation)
+            assert ops.implementation(operation, other) is getattr(reference, operation)
     with fastgpt.backend("triton"):
-        assert ops._implementation(operation, x.double()) is fastgpt_kernels.kernel(operation)
+        assert ops.implementation(operation, x.double()) is fastgpt_kernels.kernel(operation)
 
 
 @pytest.mark.parametrize("operation", ARGUMENTS)
@@ -205,21 +205,21 @@ def test_bug_auto_took_float32_products_to_kernels_that_are_slower_than_torch(
     multiplies = operation in ("causal_attention", "gelu_mlp")
     in_float32 = getattr(reference, operation) if multiplies else kernel
     with fastgpt.backend("auto"):
-        assert ops._implementation(operation, x) is in_float32
-        assert ops._implementation(operation, x.bfloat16()) is kernel
+        assert ops.implementation(operation, x) is in_float32
+        assert ops.implementation(operation, x.bfloat16()) is kernel
         with monkeypatch.context() as autocast:
             autocast.setattr(torch, "is_autocast_enabled", lambda device_type: True)
             autocast.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
-            assert ops._implementation(operation, x) is kernel
+            assert ops.implementation(operation, x) is kernel
         # The reference of attention would hold all weights in memory.
         with_dropout = kernel if operation == "causal_attention" else in_float32
-        assert ops._implementation(operation, x, has_dropout=True) is with_dropout
+        assert ops.implementation(operation, x, has_dropout=True) is with_dropout
         assert ops.explain("gelu_mlp", "cuda", torch.float32) == (
             "torch",
             "torch's products in float32 are expected to be faster",
         )
     with fastgpt.backend("triton"):
-        assert ops._implementation(operation, x) is kernel
+        assert ops.implementation(operation, x) is kernel
 
 
 def test_an_old_gpu_runs_the_reference(fake_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:

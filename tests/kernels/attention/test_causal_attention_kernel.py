@@ -14,6 +14,7 @@ from fastgpt_kernels.common import dropout
 from fastgpt_kernels.operations.attention import op as attention
 from fastgpt_kernels.operations.attention import packed
 from fastgpt_kernels.operations.attention.op import causal_attention
+from fastgpt_kernels.operations.attention.reference import split_heads
 from interpreter import DEVICE
 
 from .formula import DTYPES, assert_attention_parity, make_inputs, make_mask, outputs_and_gradients
@@ -69,7 +70,7 @@ def test_what_is_returned_merges_its_heads_without_a_copy() -> None:
 def test_gradients_of_packed_heads_lie_in_one_tensor(dtype: torch.dtype) -> None:
     qkv = random(2, 19, 3, 2, 16).to(dtype).requires_grad_()
     dout = random(2, 2, 19, 16, seed=1).to(dtype)
-    of_parts = torch.autograd.grad(causal_attention(*packed.split_heads(qkv)), qkv, dout)[0]
+    of_parts = torch.autograd.grad(causal_attention(*split_heads(qkv)), qkv, dout)[0]
     heads = packed.SplitHeads.apply(qkv)
     assert packed.are_packed(*heads)
     apart = torch.autograd.grad(causal_attention(*heads), heads, dout)
@@ -83,7 +84,7 @@ def test_gradients_of_packed_heads_lie_in_one_tensor(dtype: torch.dtype) -> None
 def test_gradients_that_lie_apart_are_joined() -> None:
     qkv = random(2, 5, 3, 2, 16).requires_grad_()
     q, k, v = packed.SplitHeads.apply(qkv)
-    expected = torch.autograd.grad(reference.causal_attention(*packed.split_heads(qkv)).square().sum(), qkv)[0]
+    expected = torch.autograd.grad(reference.causal_attention(*split_heads(qkv)).square().sum(), qkv)[0]
     assert torch.equal(torch.autograd.grad(reference.causal_attention(q, k, v).square().sum(), qkv)[0], expected)
 
 

@@ -27,7 +27,7 @@ from .backward_kernels import (
 )
 from .kernels import _causal_attention_fwd_kernel
 from .reference import causal_attention as formula
-from .reference import check_attention_arguments
+from .reference import check_attention_arguments, split_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -203,7 +203,7 @@ def _bwd_in_one_tensor(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any
     if not packed.are_packed(q, k, v):
         return causal_attention_bwd(dout, q, k, v, *more)
     n_batch, n_heads, n_tokens, head_dim = q.shape
-    new = packed.split_heads(q.new_empty((n_batch, n_tokens, 3, n_heads, head_dim)))
+    new = split_heads(q.new_empty((n_batch, n_tokens, 3, n_heads, head_dim)))
     return _fill_gradients(new, dout, q, k, v, *more)
 
 

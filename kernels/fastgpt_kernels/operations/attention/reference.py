@@ -59,6 +59,12 @@ def causal_attention(
     return (weights * keep * keep_scale).to(v.dtype) @ v
 
 
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, views (B, H, T, D) of the packed result (B, T, 3, H, D) of one product."""
+    q, k, v = (heads.transpose(1, 2) for heads in qkv.unbind(2))
+    return q, k, v
+
+
 def check_attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, dropout_p: float
 ) -> None:
