@@ -54,8 +54,8 @@ def kv_cache_bytes(shape: Shape, tokens: int = 1, *, batch: int = 1, element_byt
 def training_state_bytes(n_parameters: int, precision: str = "fp32") -> dict[str, int]:
     """Bytes that training with AdamW holds at any batch size, by part.
 
-    precision: "fp32", or "mixed": bf16 weights and gradients with a master copy and moments in fp32: both take
-    16 bytes per parameter. Raises ValueError on another.
+    precision: "fp32", or "mixed", which has weights and gradients in bf16, and a master copy and moments in fp32. Both
+    take 16 bytes per parameter. Raises ValueError on another.
     """
     sizes = {
         "fp32": {"weights": 4, "gradients": 4, "master_weights": 0, "moments": 8},
@@ -72,8 +72,8 @@ def training_state_bytes(n_parameters: int, precision: str = "fp32") -> dict[str
 def forward_flops(shape: Shape, tokens: int) -> int:
     """FLOPs of the matrix products for one sequence, with all logits: 24*T*L*C^2 + 2*T*(T+1)*L*C + 2*T*V*C.
 
-    The 24 is 8 for attention's own matrices and 4*F/C for the MLP. Attention is causal: query i reads i keys, (T+1)/2
-    on average; a product that ignores the mask reads T.
+    The 24 is 8 for attention's own matrices and 4*F/C for the MLP, where F = 4*C. Attention is causal: query i reads i
+    keys, (T+1)/2 on average, where a product that ignored the mask would read T.
     """
     C, L = shape.n_embd, shape.n_layer
     blocks = tokens * L * (8 * C**2 + 4 * C * shape.hidden_width)
@@ -86,14 +86,14 @@ def training_flops(shape: Shape, tokens: int) -> int:
 
 
 def adamw_bytes(n_parameters: int) -> int:
-    """Bytes that an fp32 AdamW step moves: weight, gradient and two moments read, all but the gradient written."""
+    """Bytes that an fp32 AdamW step moves: weight, gradient and two moments are read, all but the gradient written."""
     return 28 * n_parameters
 
 
 def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int = 2) -> int:
     """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
 
-    Weights: L*(12*C^2 + 13*C) + 2*C + V*C elements, where 12*C^2 + 13*C stands for 4*C^2 + 2*C*F + 9*C + F.
+    Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C.
     """
     C, F = shape.n_embd, shape.hidden_width
     n_weights = shape.n_layer * (4 * C**2 + 2 * C * F + 9 * C + F) + 2 * C + shape.vocab_size * C

@@ -1,12 +1,13 @@
 """What a training step keeps from forward to backward, on the kernels and in torch, from closed formulas.
 
-C channels, H heads, F hidden width of the MLP, V vocabulary. Both count each storage once, without the parameters, the
-seeds of dropout (8 bytes each) and the scalars of the loss. Layers are those of a decoder without cross-attention.
+C channels, H heads, F hidden width of the MLP, V vocabulary. A tensor that several operations save counts once. The
+parameters, the seeds of dropout (8 bytes each) and the scalars of the loss are not counted. Layers are those of a
+decoder without cross-attention.
 """
 
 from .shapes import Shape
 
-# Bytes of an element of the residual stream, and of an element that a product reads or makes.
+# By precision: bytes of an element of the residual stream, and of an element that a product reads or makes.
 PRECISIONS = {"bf16": (2, 2), "autocast": (4, 2), "fp32": (4, 4)}
 
 
