@@ -155,15 +155,15 @@ def _softmax_minus_target(
     """dloss/dlogits (N, V) and the losses (N,); ignored rows are zero, rows with a label out of range NaN."""
     counts = labels != ignore_index
     safe_labels, factor = _checked_labels(labels, logits.shape[1], ignore_index)
-    safe_labels, log_sum_exp = safe_labels[:, None], logits.logsumexp(1, keepdim=True)
-    label_logits = logits.gather(1, safe_labels)
-    losses = log_sum_exp - label_logits
+    safe_labels, log_probabilities = safe_labels[:, None], logits.log_softmax(1)
+    of_labels = log_probabilities.gather(1, safe_labels)
+    log_sum_exp, losses = logits.gather(1, safe_labels) - of_labels, -of_labels
     if label_smoothing > 0:
-        losses = losses + label_smoothing * (label_logits - logits.mean(1, keepdim=True))
+        losses = losses + label_smoothing * (of_labels - log_probabilities.mean(1, keepdim=True))
     if z_loss > 0:
         losses = losses + z_loss * log_sum_exp.square()
     losses = losses.squeeze(1) * factor
-    dlogits = (logits - log_sum_exp).exp_()  # the probabilities
+    dlogits = log_probabilities.exp_()  # the probabilities
     label_probabilities, z_factor = dlogits.gather(1, safe_labels), 2 * z_loss * log_sum_exp
     if z_loss > 0:
         dlogits *= 1 + z_factor
