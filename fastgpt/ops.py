@@ -163,8 +163,8 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The attention kernel writes their gradients where the backward of that product reads them.
     """
-    is_joined = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
-    if is_joined and implementation("causal_attention", qkv) is not reference.causal_attention:
+    is_traced = torch.compiler.is_compiling() or is_transformed()
+    if not is_traced and implementation("causal_attention", qkv) is not reference.causal_attention:
         return packed.SplitHeads.apply(qkv)  # type: ignore[return-value]
     return formula.split_heads(qkv)
 

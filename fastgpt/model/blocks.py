@@ -85,7 +85,9 @@ class GPT2Attention(hf.GPT2Attention):
 
         qkv = self.c_attn(hidden_states)
         qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
-        query, key, value = ops.split_heads(qkv)  # views (B, H, T, D)
+        # Views (B, H, T, D).
+        has_backward = torch.is_grad_enabled()
+        query, key, value = ops.split_heads(qkv) if has_backward else (x.transpose(1, 2) for x in qkv.unbind(2))
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
         if past is not None:
@@ -146,7 +148,7 @@ class GPT2Block(hf.GPT2Block):
         if not is_as_imported(hf.GPT2Block):
             encoder = encoder_hidden_states, encoder_attention_mask
             return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]
-        recomputes = self._recomputes_norms()
+        recomputes = torch.is_grad_enabled() and self._recomputes_norms()
         recomputes_1, recomputes_2 = (recomputes and _is_plain_norm(norm) for norm in (self.ln_1, self.ln_2))
         residual = hidden_states  # (B, T, C)
         normalised = computed_again(self._norm_1, residual) if recomputes_1 else self.ln_1(residual)
@@ -179,7 +181,7 @@ class GPT2Block(hf.GPT2Block):
 
     def _recomputes_norms(self) -> bool:
         is_asked = getattr(getattr(self.attn, "config", None), "recompute_norms", False)
-        return is_asked and torch.is_grad_enabled() and not ops.is_transformed()
+        return is_asked and not ops.is_transformed()
 
     def _norm_1(self, x: Tensor) -> Tensor:
         return as_read(self.ln_1(x), self.attn, "c_attn")
