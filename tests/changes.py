@@ -209,6 +209,12 @@ def _adapter(model: Any, stack: ExitStack) -> None:
     peft.inject_adapter_in_model(lora, model)
 
 
+def _other_table(model: Any, stack: ExitStack) -> None:
+    """Other parameters, in a dictionary of their own, as DeepSpeed's ZeRO gives a module one."""
+    norm = model.transformer.ln_f
+    norm._parameters = {name: nn.Parameter(-parameter.data) for name, parameter in norm._parameters.items()}
+
+
 def _weights(model: Any, stack: ExitStack) -> None:
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.neg_()
@@ -241,6 +247,7 @@ CHANGES: dict[str, Change] = {
     "a wider MLP": _widen,
     "an adapter": _adapter,
     "a weight negated": _weights,
+    "a table of parameters exchanged": _other_table,
     "forward of a product": _call_of("transformer.h.0.mlp.c_proj", 0.5),
     "forward of a norm": _call_of("transformer.h.1.ln_2", 0.5),
     "forward of an activation": _call_of("transformer.h.1.mlp.act", 0.5),

@@ -133,10 +133,11 @@ def in_fast_dtype(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
     The results are then those of float32 from the same weights: closer to the truth than those of half precision.
     """
-    n_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
-    if model.device.type != "cpu" or not is_slow(model.dtype) or not has_memory_for(n_bytes):
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu" or not is_slow(weight.dtype):
         return model
-    return converted(model, torch.float32)
+    n_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    return converted(model, torch.float32) if has_memory_for(n_bytes) else model
 
 
 def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:

@@ -22,8 +22,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 import fastgpt.ops as ops
 
 from ..model import twin
+from ..model.checks import check_module
 from ..model.compat import CACHE
-from ..model.patching import ATTENTION
 from .device_loop import DeviceGeneration
 from .host_loop import Generation, Request
 from .lookup import LONGEST_LOOKUP, DeviceLookupGeneration, LookupGeneration
@@ -70,20 +70,19 @@ def explain(model: GPT2LMHeadModel) -> str:
     """Where `generate()` runs on this model and why, then a line for each module that is not plain and so is called.
 
     No fused operation reads such a module directly. A line reads, for example, "transformers' loop:
-    transformer.h.0.mlp.c_fc is not a plain module: it has hooks".
+    transformer.h.0.mlp.c_fc is not a plain module: it has hooks". Raises TypeError when the model has no `generate`.
     """
+    check_module(model, "explain", "generate")
     first = describe(model)
     others = [] if first.startswith("the engine") else [line for line in twin.differences(model) if line not in first]
     return "\n".join([first, *others])
 
 
 def _obstacles_in_model(model: Any) -> Iterator[str]:
-    if model.config._attn_implementation != ATTENTION:
-        yield f"the attention is {model.config._attn_implementation!r}"
     difference = twin.difference(model)
     if difference is not None:
         yield difference
-    if torch.is_autocast_enabled(model.device.type):
+    if torch.is_autocast_enabled(model.lm_head.weight.device.type):  # `model.device` would look at all modules
         yield "autocast is on"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield "the call is being compiled"

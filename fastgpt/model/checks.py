@@ -1,14 +1,28 @@
-"""Range checks of ids and labels, where their values can be read."""
+"""Checks of what a user gives: a model, and the range of ids and labels where their values can be read."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 import fastgpt.ops as ops
 
 _PAST_THE_CONTEXT = "position {value} is outside the context: n_positions is {limit}"
+
+
+def check_module(model: Any, function: str, *methods: str) -> None:
+    """Raise TypeError unless the model given to a public function is a torch module that has these methods."""
+    if isinstance(model, nn.Module) and all(hasattr(model, method) for method in methods):
+        return
+    wanted = "".join(f" with {method}()" for method in methods)
+    given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    cure = ""
+    if isinstance(getattr(model, "model", None), nn.Module):  # of a pipeline or a Trainer
+        cure = ": give its .model"
+    elif isinstance(model, str):
+        cure = ": load it first, as by fastgpt.GPT2LMHeadModel.from_pretrained"
+    raise TypeError(f"fastgpt.{function} takes a model{wanted}, not {given}{cure}")
 
 
 def check_token_ids(ids: Tensor, n_vocab: int, may_wait: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
@@ -81,6 +82,18 @@ def attribute(path: str, name: str, value: Any) -> Change:
     return lambda model, stack: setattr(model.get_submodule(path), name, value)
 
 
+def hooks_of_its_own(model: Any, stack: ExitStack) -> None:
+    model.get_submodule(NORM)._forward_hooks = {0: some_hook}
+
+
+def copied_and_changed(model: Any, stack: ExitStack) -> None:
+    """A namespace that was equal when the model was last looked at, and is changed now."""
+    norm = model.get_submodule(NORM)
+    norm.__dict__ = dict(vars(norm))
+    routing.why_not_model(model)
+    norm.eps = 0.5
+
+
 def namespace(model: Any, stack: ExitStack) -> None:
     """All attributes of a module exchanged at once."""
     dropout = model.transformer.drop
@@ -105,10 +118,20 @@ REASONS: dict[str, tuple[Change, str]] = {
         "transformer.drop is not a plain module: Special",
     ),
     "another module": (equal_but_another, "transformer.drop is not a plain module: its p was changed"),
+    "hooks of its own": (hooks_of_its_own, f"{NORM} is not a plain module: it has hooks"),
+    "a copied namespace": (copied_and_changed, f"{NORM} is not a plain module: its eps was changed"),
     "all attributes": (namespace, "transformer.drop is not a plain module: its p was changed"),
     "training": (lambda model, _: model.transformer.drop.train(), "transformer.drop is in training mode"),
     "another config": (its_own_config, "transformer.h.0.attn is not a plain module: its config was changed"),
     "an attribute": (attribute(NORM, "eps", 0.5), f"{NORM} is not a plain module: its eps was changed"),
+    "a tensor for a number": (
+        attribute(NORM, "eps", torch.ones(2)),
+        f"{NORM} is not a plain module: its eps was changed",
+    ),
+    "an array for a number": (
+        attribute(NORM, "eps", np.ones(2)),
+        f"{NORM} is not a plain module: its eps was changed",
+    ),
     "an attribute more": (attribute(NORM, "gain", 2), f"{NORM} is not a plain module: its gain was changed"),
     "an attribute less": (
         lambda model, _: delattr(model.get_submodule(NORM), "eps"),
