@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, GPT2Config
+from transformers import GenerationMixin, GPT2Config, PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
@@ -50,7 +50,8 @@ class _DropIn(LoadingMixin):
     """Shared by the six models: build transformers' model, then swap the classes of its modules."""
 
     def __init__(self, config: GPT2Config, *args, **kwargs):
-        check_config(config)
+        if isinstance(config, PreTrainedConfig):  # of anything else transformers says what it is not
+            check_config(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         swap_classes(self, to_fastgpt=True)  # type: ignore[arg-type]
 

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 import fastgpt.measured as measured
 import fastgpt.onednn as onednn
 
+from .checkpoint.headers import shown
+
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -25,7 +27,7 @@ _selected = os.environ.get("FASTGPT_BACKEND", "auto")
 
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: unknown backend {shown(name)}: choose one of {', '.join(BACKENDS)}")
     return name
 
 

@@ -118,9 +118,10 @@ def describe(source: Source) -> "tuple[str, Shape | PreTrainedConfig | nn.Module
         if preset not in PRESETS:
             raise ValueError(_unknown_name(name))
         return preset, PRESETS[preset]
-    if hasattr(source, "model_type"):
+    if hasattr(source, "model_type") and not isinstance(source, type):
         return type(source).__name__.removesuffix("Config"), _shape_or_config(source)
-    raise TypeError(f"expected a preset's name, a directory, a configuration or a model, not {type(source).__name__}")
+    given = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+    raise TypeError(f"expected a preset's name, a directory, a configuration or a model, not {given}")
 
 
 def _unknown_name(name: str) -> str:

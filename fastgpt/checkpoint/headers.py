@@ -52,8 +52,8 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def shown(name: object) -> str:
-    """A name from a file for use in a message: quoted, on one line, not too long."""
-    text = repr(name)
+    """A name from a file, or any other value, for use in a message: quoted, on one line, not too long."""
+    text = repr(name).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -113,7 +113,8 @@ class LoadingMixin:
             raise ValueError("trust_remote_code=True lets a checkpoint run code: fastgpt runs none")
         kwargs["trust_remote_code"] = False
         checkpoint, unreachable, directory = None, None, None
-        source = None if path is None or kwargs.get("gguf_file") else _source(path, kwargs)
+        is_from_memory = path is None and kwargs.get("state_dict") is not None
+        source = None if is_from_memory or kwargs.get("gguf_file") else _source(path, kwargs)
         model_id = None if source is None or os.path.exists(source) else source
         if model_id is not None:
             unreachable, kwargs = _prepare_hub(model_id, kwargs)
@@ -195,8 +196,10 @@ def _loaded_problems(
 # --- local files ----------------------------------------------------------------------------------------------------
 
 
-def _source(path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
+def _source(path: Any, kwargs: dict[str, Any]) -> str:
     """Where the weights come from: `path`, or the base model that the adapter there was trained on."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected a directory or a model id, not {type(path).__name__}")
     if not os.path.isdir(path) or (Path(path) / "config.json").exists():
         return os.fspath(path)
     adapter = Path(path) / (kwargs.get("subfolder") or "") / "adapter_config.json"

@@ -5,7 +5,7 @@ run the call; if not, transformers' loop runs.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
+from ..checkpoint.headers import shown
+from ..model.checks import check_module
 from ..model.patching import ATTENTION
 from .kept import release
 from .options import Seed, check_generation_options, refusing_nan, settle_seed
@@ -39,16 +41,18 @@ def _shows_parameters_of(theirs: Callable) -> Callable[[Callable], Callable]:
     return change
 
 
-def warmup(model: Any, batch: Iterable[int] = (1,), prompt_tokens: int = 512, **options: Any) -> None:
+def warmup(model: Any, batch: int | Iterable[int] = 1, prompt_tokens: int = 512, **options: Any) -> None:
     """Generate a few tokens at every batch size, so that the first calls that count compile, record and allocate less.
 
     On a GPU, kernels are compiled and CUDA graphs recorded for these batch sizes and this way of choosing tokens. A
     prompt of another length can still compile a kernel or two.
-    model: a GPT-2 with `generate`. batch: numbers of sequences. prompt_tokens: of each, as many as the context allows.
-    options: of the calls to come, as `generate` takes them. Raises as `generate` does.
+    model: a GPT-2 with `generate`. batch: the number of sequences, or several. prompt_tokens: of each, as many as the
+    context allows. options: of the calls to come, as `generate` takes them. Raises as `generate` does, and TypeError
+    when the model has no `generate`.
     """
+    check_module(model, "warmup", "generate")
     n_tokens = max(1, min(prompt_tokens, model.config.n_positions - 2))
-    for n_rows in batch:
+    for n_rows in [batch] if isinstance(batch, int) else batch:
         ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64, device=model.device)
         chosen = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0} | options
         for _ in range(2):  # The first step compiles and the second is recorded, even where each call ends at once.
@@ -77,7 +81,7 @@ class GenerationMethods:
 
         inputs: (B, T) ids, or a list of prompts of different lengths, which are padded on the left.
         seed: determines every draw, whatever batch a prompt is in. None draws from torch's generator.
-        Raises ValueError on wrong sampling options and on NaN logits.
+        Raises ValueError on wrong sampling options and on NaN logits, TypeError on inputs that hold no token ids.
         """
         check_generation_options(generation_config or self.generation_config, kwargs)  # type: ignore[attr-defined]
         prompt = kwargs.get("input_ids", inputs)
@@ -88,6 +92,11 @@ class GenerationMethods:
             pad_id = next((pad for pad in asked if pad is not None), 0)
             inputs, (prompt, mask) = None, _pad_left(prompt, pad_id, self.device)  # type: ignore[attr-defined]
             kwargs |= {"input_ids": prompt, "attention_mask": mask}
+        elif prompt is not None and not isinstance(prompt, Tensor):
+            cure = ": unpack it, generate(**inputs)" if isinstance(prompt, Mapping) else ""
+            raise TypeError(
+                f"generate() takes token ids, (B, T) or a list of prompts, not {type(prompt).__name__}{cure}"
+            )
         if isinstance(prompt, Tensor) and prompt.numel() == 0:
             raise ValueError(f"nothing to continue: the prompt has shape {tuple(prompt.shape)}")
         if seed is not None:
@@ -151,11 +160,12 @@ def _pad_left(prompts: Sequence[Tensor | Sequence[int]], pad_id: int, device: to
     """Pad B prompts on the left. Returns ids and attention mask, both (B, T) int64.
 
     prompts: each a list of token ids or a tensor of them, (T,) or (1, T). pad_id: the padding token.
-    Raises ValueError on an empty list, and on a prompt that is empty or has another shape.
+    Raises ValueError on an empty list, and on a prompt that is empty or has another shape; TypeError on one that holds
+    no integers.
     """
     if not prompts:
         raise ValueError("nothing to continue: the list of prompts is empty")
-    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    rows = [_token_ids(number, prompt).to(device) for number, prompt in enumerate(prompts)]
     for number, row in enumerate(rows):
         if row.numel() == 0:
             raise ValueError(f"nothing to continue: prompt {number} is empty")
@@ -168,3 +178,13 @@ def _pad_left(prompts: Sequence[Tensor | Sequence[int]], pad_id: int, device: to
         row_ids[n_tokens - row.numel() :] = row.flatten()
         row_mask[n_tokens - row.numel() :] = 1
     return ids, mask
+
+
+def _token_ids(number: int, prompt: Tensor | Sequence[int]) -> Tensor:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt {number} holds no token ids but {shown(prompt)}") from error
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex()):
+        raise TypeError(f"prompt {number} holds {ids.dtype}, not token ids")
+    return ids.to(torch.int64)

@@ -9,6 +9,7 @@ import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights
 from transformers import GPT2LMHeadModel
 
+from ..model.checks import check_module
 from .workspace import Workspace, fixed_in_graphs
 
 Result = TypeVar("Result")
@@ -47,8 +48,9 @@ def release(model: torch.nn.Module) -> None:
 
     model: a GPT-2, or a module that contains one, such as an adapter; without effect if nothing is kept. The next call
     allocates everything again. A running call keeps its workspace until it ends. Moving a model by `to()` and similar
-    methods releases it too.
+    methods releases it too. Raises TypeError when it is no torch module.
     """
+    check_module(model, "release")
     for module in model.modules():
         _kept.pop(module, None)  # type: ignore[arg-type]
 

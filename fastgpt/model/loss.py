@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastgpt.ops as ops
+
+from ..checkpoint.headers import shown
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class CausalLMLoss:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], not {self.label_smoothing}")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"z_loss must be finite and 0 or more, not {self.z_loss}")
+        if not (isinstance(self.label_smoothing, Real) and 0 <= self.label_smoothing <= 1):
+            raise ValueError(f"label_smoothing must be in [0, 1], not {shown(self.label_smoothing)}")
+        if not (isinstance(self.z_loss, Real) and 0 <= self.z_loss < math.inf):
+            raise ValueError(f"z_loss must be finite and 0 or more, not {shown(self.z_loss)}")
         if self.reduction not in ("mean", "none"):
-            raise ValueError(f"unknown reduction {self.reduction!r}: choose one of mean, none")
+            raise ValueError(f"unknown reduction {shown(self.reduction)}: choose one of mean, none")
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .checks import check_module
 from .plain import watch
 
 # The name under which our attention is registered with transformers: config._attn_implementation.
@@ -138,9 +139,10 @@ def patch(model: Module) -> Module:
 
     Weights, hooks, adapters and settings stay. transformers' default attention ("sdpa") is replaced by ours; another
     choice ("eager", "flex_attention", ...) is kept. `unpatch` undoes it.
-    Returns the model, unchanged if it already runs on fastgpt. Raises ValueError when it contains no GPT-2. On any
-    error the model is unchanged.
+    Returns the model, unchanged if it already runs on fastgpt. Raises ValueError when it contains no GPT-2, TypeError
+    when it is no torch module. On any error the model is unchanged.
     """
+    check_module(model, "patch")
     runs_already = any(type(module) in _TO_FASTGPT.values() for module in model.modules())
     with _all_or_nothing() as undo:
         n_changed = _swap_classes(model, undo, to_fastgpt=True)
@@ -154,8 +156,10 @@ def patch(model: Module) -> Module:
 def unpatch(model: Module) -> Module:
     """Restore the classes of transformers and its default attention in a model that runs on fastgpt; in place.
 
-    Returns the model. Raises ValueError, and leaves the model unchanged, when nothing in it runs on fastgpt.
+    Returns the model. Raises ValueError, and leaves the model unchanged, when nothing in it runs on fastgpt, and
+    TypeError when it is no torch module.
     """
+    check_module(model, "unpatch")
     with _all_or_nothing() as undo:
         if not _swap_classes(model, undo, to_fastgpt=False):
             raise ValueError(f"nothing in {type(model).__name__} runs on fastgpt: nothing to unpatch")

@@ -1,4 +1,4 @@
-"""Training under torch's DDP, FSDP1 and FSDP2 in processes on gloo: transformers' losses, and no logits computed."""
+"""Training under torch's DDP, FSDP1 and FSDP2 on gloo: transformers' losses, and no logits computed or held."""
 
 import itertools
 from collections import Counter
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastgpt_kernels.operations.linear_cross_entropy import reference
 from models import pair, tiny_config, token_ids
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from fastgpt import ops
+from fastgpt.bench.machine import peak_growth
 from fastgpt.model import outputs, recompute
 
 
@@ -140,3 +142,19 @@ def test_losses_equal_transformers_under_the_same_wrapper(n_processes: int, tmp_
             assert calls["compute"] == (0 if reads == "nothing" else 3), (name, reads)
             assert calls["gelu_mlp"] == (6 if "checkpointed" in name else 3), (name, reads)
             assert calls["follow"] == (6 if "norms" in name else 0), (name, reads)
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP1", "FSDP2", "FSDP2, resharded"])
+def test_a_step_holds_no_logits(wrapper: str, one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak bytes of a step: with the loss fused, from logits, and in transformers under the same wrapper."""
+    # As in a batch of the usual size, the logits are those of many chunks.
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 2**14)
+    ids = token_ids(8, 40, 499)
+    theirs, ours = (WRAPPERS[wrapper](model.train()) for model in pair(tiny_config(n_layer=1, vocab_size=499)))
+
+    def peak(model: nn.Module, **options: Any) -> int:
+        return peak_growth(lambda: model(ids, labels=ids, **options).loss.backward(), torch.device("cpu"))[0]
+
+    fused, from_logits, expected = peak(ours), peak(ours, logits_to_keep=0), peak(theirs)
+    n_bytes_of_logits = ids.numel() * 499 * 4
+    assert fused + n_bytes_of_logits < min(from_logits, expected), (fused, from_logits, expected)

@@ -1,13 +1,10 @@
 """patch() of a model inside a wrapper: an adapter, DDP, an encoder-decoder, a pipeline."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from models import assert_same_within_rounding, lively, pair, tiny_config, token_ids
 from torch import Tensor, nn
@@ -49,15 +46,6 @@ WRAPPERS = {
 }
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def trained(whole: Any) -> list[Tensor]:
     """The loss of a step, and all its gradients in one vector."""
     ids = token_ids(2, 9, 131)
@@ -76,45 +64,45 @@ def state(whole: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_patch_inside_a_wrapper(wrapper: str) -> None:
+def test_patch_inside_a_wrapper(wrapper: str, one_process: None) -> None:
     """The same loss and gradients, patched once or twice, and all as before after unpatch()."""
-    with one_process():
-        whole = WRAPPERS[wrapper](pair(tiny_config())[0]).train()
-        before, expected = state(whole), trained(whole)
-        for _ in range(2):
-            assert fastgpt.patch(whole) is whole
-            assert sum(isinstance(module, fastgpt.GPT2LMHeadModel) for module in whole.modules()) == 1
-            for found, value in zip(trained(whole), expected, strict=True):
-                assert_same_within_rounding(found, value)
-        fastgpt.unpatch(whole)
-        assert state(whole) == before
-        assert all(map(torch.equal, trained(whole), expected))
+    whole = WRAPPERS[wrapper](pair(tiny_config())[0]).train()
+    before, expected = state(whole), trained(whole)
+    for _ in range(2):
+        assert fastgpt.patch(whole) is whole
+        assert sum(isinstance(module, fastgpt.GPT2LMHeadModel) for module in whole.modules()) == 1
+        for found, value in zip(trained(whole), expected, strict=True):
+            assert_same_within_rounding(found, value)
+    fastgpt.unpatch(whole)
+    assert state(whole) == before
+    assert all(map(torch.equal, trained(whole), expected))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_failure_at_any_change_inside_a_wrapper(wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with one_process():
-        whole = WRAPPERS[wrapper](pair(tiny_config(n_layer=1))[0])
-        before, change, n_changes = state(whole), patching._set, 0
-        for n_allowed in range(1000):
-            n_changes = 0
+def test_a_failure_at_any_change_inside_a_wrapper(
+    wrapper: str, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = WRAPPERS[wrapper](pair(tiny_config(n_layer=1))[0])
+    before, change, n_changes = state(whole), patching._set, 0
+    for n_allowed in range(1000):
+        n_changes = 0
 
-            def fail_later(target, name, value, undo, n_allowed=n_allowed) -> None:
-                nonlocal n_changes
-                n_changes += 1
-                change(target, name, value, undo)
-                if n_changes > n_allowed:
-                    raise MemoryError
+        def fail_later(target, name, value, undo, n_allowed=n_allowed) -> None:
+            nonlocal n_changes
+            n_changes += 1
+            change(target, name, value, undo)
+            if n_changes > n_allowed:
+                raise MemoryError
 
-            monkeypatch.setattr(patching, "_set", fail_later)
-            try:
-                fastgpt.patch(whole)
-            except MemoryError:
-                assert state(whole) == before
-            else:
-                break
-        assert n_changes > 8  # modules and the attention
-        assert state(whole) != before
+        monkeypatch.setattr(patching, "_set", fail_later)
+        try:
+            fastgpt.patch(whole)
+        except MemoryError:
+            assert state(whole) == before
+        else:
+            break
+    assert n_changes > 8  # modules and the attention
+    assert state(whole) != before
 
 
 def test_patch_inside_a_pipeline() -> None:
