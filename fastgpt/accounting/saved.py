@@ -21,14 +21,14 @@ def layer_saved_bytes(
 ) -> dict[str, int]:
     """Bytes that one layer on the kernels saves for backward for each token, by tensor.
 
-    In bf16 these are 16*C + 2*F + 8*H, with F = 4*C 24*C + 8*H, and 20*C + 8*H with recompute_norms. Both norms save
-    only their input, because backward computes the statistics again; their results are saved by the products that read
-    them. The MLP saves no hidden values, because backward computes them again. Attention and the MLP draw their dropout
-    again from a seed; torch's dropout between them keeps a mask.
+    In bf16 they add up to 16*C + 2*F + 8*H: where F = 4*C, 24*C + 8*H, or 20*C + 8*H with recompute_norms. Both norms
+    save only their input, because backward computes the statistics again; the products that read the norms' results
+    save those. The MLP saves no hidden values, because backward computes them again. Attention and the MLP draw their
+    dropout again from a seed, but the dropout after attention's projection is torch's, which keeps a mask.
     precision: "bf16" (or fp16) for weights and activations alike, "autocast" for fp32 weights under autocast to bf16,
-    or "fp32". dropout: whether the model drops anywhere; torch's masks are bool on a GPU, but on a CPU have the dtype
-    of what they mask. recompute_norms: whether backward computes the results of the norms again
-    (`config.recompute_norms`). Raises ValueError on another precision.
+    or "fp32". dropout: whether the model drops anywhere. recompute_norms: whether backward computes the results of the
+    norms again (`config.recompute_norms`). device_type: torch's masks are bool on a GPU, and on a CPU have the dtype of
+    what they mask. Raises ValueError on another precision.
     """
     C, (stream, element) = shape.n_embd, _element_bytes(precision)
     saved = {
