@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -123,6 +124,21 @@ def test_packages_are_typed(package: str) -> None:
 
 
 # --- importing ------------------------------------------------------------------------------------------------------
+
+# Later versions keep them. Whole models that 0.1.0 pickled name the classes of fastgpt.modeling.
+NAMES_OF_0_1_0 = {
+    "fastgpt": "CheckpointError GPT2DoubleHeadsModel GPT2ForQuestionAnswering GPT2ForSequenceClassification "
+    "GPT2ForTokenClassification GPT2LMHeadModel GPT2Model backend count_parameters load_demo patch unpatch",
+    "fastgpt.modeling": "GPT2Attention GPT2Block GPT2MLP LayerNorm PositionEmbedding TokenEmbedding",
+    "fastgpt_kernels": "KERNEL_MODULES OPERATIONS KernelUnavailableError check_device kernel reference supports",
+    "fastgpt_kernels.reference": "add_layer_norm causal_attention gelu_mlp layer_norm linear_cross_entropy",
+}
+
+
+@pytest.mark.parametrize("module", NAMES_OF_0_1_0)
+def test_names_of_0_1_0_import_as_before(module: str) -> None:
+    assert set(NAMES_OF_0_1_0[module].split()) <= set(import_module(module).__all__)
+
 
 WHAT_IMPORTS_ADD = """
 import json, sys
