@@ -6,6 +6,7 @@ from .demo import load_demo
 from .generate import release
 from .generate.api import warmup
 from .generate.routing import explain
+from .model.int8 import quantize
 from .model.loss import CausalLMLoss
 from .model.patching import patch, unpatch
 from .modeling import (
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "load_demo",
     "patch",
+    "quantize",
     "release",
     "unpatch",
     "warmup",

@@ -54,6 +54,7 @@ UsageError: Any = typer.BadParameter.__base__
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU when there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Round the weights of the blocks to int8, in memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
 
 
@@ -83,6 +84,7 @@ def generate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
@@ -102,6 +104,7 @@ def generate(
         prompt_lookup=prompt_lookup,
         device=device,
         dtype=dtype,
+        int8=int8,
         write=None if as_json else write_now,
     )
     if as_json:
@@ -177,6 +180,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte over a sliding window."""
@@ -184,7 +188,7 @@ def evaluate(
         settle_place(device, dtype)
         ops.selected_backend()
         text = read_text(file)
-    network, tokenizer = load_model_and_tokenizer(model, device, dtype)
+    network, tokenizer = load_model_and_tokenizer(model, device, dtype, int8=int8)
     with wrong_usage():
         context, stride = settle_windows(network.config.n_positions, context, stride)
     with progress_bar(notes) as progress:

@@ -10,9 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import ops
+from .checkpoint.fit import has_int8_products
 from .checkpoint.tokenizer import load_tokenizer
 from .demo import load_demo
 from .generate import options as sampling
+from .model.int8 import quantize
 from .modeling import GPT2LMHeadModel
 
 logger = logging.getLogger("fastgpt")
@@ -34,6 +36,7 @@ class Continuation:
     n_new_tokens: int
     prefill_s: float
     decode_s: float
+    int8: bool
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -55,7 +58,7 @@ class Continuation:
         return (
             f"prefill {self.n_prompt_tokens} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
             f"decode {self.n_new_tokens} tokens at {decode} "
-            f"({self.backend} path on {self.device}, {self.dtype}, seed {self.seed})"
+            f"({self.backend} path on {self.device}, {self.dtype}{' with int8 weights' * self.int8}, seed {self.seed})"
         )
 
 
@@ -106,12 +109,13 @@ def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[t
 
 
 def load_model_and_tokenizer(
-    name: str, device: str | None = None, dtype: str | None = None
+    name: str, device: str | None = None, dtype: str | None = None, *, int8: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the demo, a Hub id or a local directory, ready to run.
 
-    device, dtype: as for `settle_place`. If the checkpoint lacks an untied head, the model gets a new one, with a
-    warning. Raises ValueError on another dtype or device, OSError or ValueError on a model that cannot be loaded.
+    device, dtype: as for `settle_place`. int8: `quantize` the weights, before they get that dtype. If the checkpoint
+    lacks an untied head, the model gets a new one, with a warning. Raises ValueError on another dtype or device,
+    OSError or ValueError on a model that cannot be loaded.
     """
     model: Any
     place = settle_place(device, dtype)
@@ -123,7 +127,7 @@ def load_model_and_tokenizer(
         if "lm_head.weight" in info["missing_keys"]:
             logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
         tokenizer = load_tokenizer(name)
-    return model.to(*place).eval(), tokenizer
+    return (quantize(model) if int8 else model).to(*place).eval(), tokenizer
 
 
 def stream_text(
@@ -138,17 +142,18 @@ def stream_text(
     prompt_lookup: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    int8: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
     """Continue `prompt` with the model `name`; `write` receives the prompt and then the text, piece by piece.
 
     temperature 0 is greedy. seed: None draws one; the result reports it. prompt_lookup: how many tokens to propose at
-    once where the text repeats itself.
+    once where the text repeats itself. int8: round the weights of the blocks.
     Raises ValueError when the prompt leaves no room in the context or an option describes no distribution.
     """
     greedy = temperature == 0
     sampling.check_sampling_options(temperature=None if greedy else temperature, top_k=top_k, top_p=top_p)
-    model, tokenizer = load_model_and_tokenizer(name, device, dtype)
+    model, tokenizer = load_model_and_tokenizer(name, device, dtype, int8=int8)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     n_prompt, n_context = inputs["input_ids"].shape[1], model.config.n_positions
     if n_prompt == 0:
@@ -181,4 +186,5 @@ def stream_text(
         n_new_tokens=len(sequence) - n_prompt,
         prefill_s=first - start,
         decode_s=last - first,
+        int8=has_int8_products(model.config),
     )

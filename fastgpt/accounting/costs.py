@@ -35,13 +35,13 @@ def peak_rate(device_name: str) -> float | None:
 def weight_bytes(shape: Shape) -> dict[str, int]:
     """Bytes of the weights in fp32, bf16 and int8.
 
-    int8: the matrices of every product (attention, cross-attention, MLP, and the head, whose table a tied token
-    embedding reads too) in int8 with one fp32 scale per output column; everything else in bf16.
+    int8: what `fastgpt.quantize` makes of the model in bf16: the matrices of attention, cross-attention and MLP in int8
+    with one fp32 scale per output column.
     """
-    C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
+    C, F = shape.n_embd, shape.hidden_width
     n_attentions = 2 if shape.cross_attention else 1
-    n_matrix = shape.n_layer * (n_attentions * 4 * C**2 + 2 * C * F) + V * C
-    n_columns = shape.n_layer * (n_attentions * 4 * C + F + C) + V
+    n_matrix = shape.n_layer * (n_attentions * 4 * C**2 + 2 * C * F)
+    n_columns = shape.n_layer * (n_attentions * 4 * C + F + C)
     total = count_parameters(shape).total
     return {"fp32": 4 * total, "bf16": 2 * total, "int8": n_matrix + 4 * n_columns + 2 * (total - n_matrix)}
 

@@ -54,7 +54,7 @@ def _memory_table(report: dict[str, Any]) -> Table:
         table.add_row(what, f"{size:,}", f"{_short(size)}B")
 
     for precision, size in report["weight_bytes"].items():
-        scales = " (matrices, with fp32 scales per column; the rest bf16)" if precision == "int8" else ""
+        scales = " (products of the blocks, with fp32 scales per column; the rest bf16)" if precision == "int8" else ""
         add(f"weights, {precision}{scales}", size)
     if "kv_cache_bytes" in report:
         add("keys and values of one token, bf16", report["kv_cache_bytes"]["token"])

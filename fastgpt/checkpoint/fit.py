@@ -74,6 +74,16 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(problem)
 
 
+# The name under which a configuration says that the products of the blocks have int8 weights (`fastgpt.quantize`).
+INT8 = "fastgpt_int8"
+
+
+def has_int8_products(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model with int8 weights."""
+    given: Any = getattr(config, "quantization_config", None)
+    return (given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)) == INT8
+
+
 # --- names and shapes -----------------------------------------------------------------------------------------------
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
@@ -85,7 +95,11 @@ def body_shapes(config: PreTrainedConfig) -> Named:
     F = 4 * C if config.n_inner is None else config.n_inner
 
     def linear(name: str, n_in: int, n_out: int) -> Named:
-        yield f"{name}.weight", (n_in, n_out)  # as Conv1D stores it
+        if has_int8_products(config):
+            yield f"{name}.weight", (n_out, n_in)
+            yield f"{name}.scale", (n_out,)
+        else:
+            yield f"{name}.weight", (n_in, n_out)  # as Conv1D stores it
         yield f"{name}.bias", (n_out,)
 
     def norm(name: str) -> Named:
@@ -158,10 +172,11 @@ def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig) -> Iterator[
 def shape_problems(
     checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str, *, ignore_mismatched_sizes: bool = False
 ) -> Iterator[CheckpointError]:
-    """Tensors of a model of this configuration that are stored with another shape, or not as floating-point numbers."""
+    """Tensors of a model of this configuration that are stored with another shape or kind of numbers."""
     stored = by_model_name(checkpoint)
     body = islice(body_shapes(config), len(stored) + 100)
-    for name, shape in (*body, *head_shapes(architecture, config).items()):
+    shapes = dict(body) | head_shapes(architecture, config)
+    for name, shape in shapes.items():
         tensor = stored.get(name)
         if tensor is None:
             continue
@@ -169,8 +184,10 @@ def shape_problems(
             yield CheckpointShapeError(
                 f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, but the configuration asks for {shape}"
             )
-        if tensor.dtype not in FLOATS:
-            yield CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
+        is_int8 = f"{name.removesuffix('.weight')}.scale" in shapes
+        if tensor.dtype not in (("I8",) if is_int8 else FLOATS):
+            kind = "int8" if is_int8 else "floating-point numbers"
+            yield CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {kind}")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

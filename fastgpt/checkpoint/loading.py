@@ -28,6 +28,7 @@ from .fit import (
     check_config,
     config_problems,
     field_problems,
+    has_int8_products,
     missing_from_body,
     name_problems,
     not_finite,
@@ -237,8 +238,9 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
     )
     raise_first(checkpoint.problems, path)
     # These change the names of the stored tensors, or their shapes and dtypes.
-    is_converted = kwargs.get("key_mapping") or getattr(config, "quantization_config", None)
-    if config is not None and not is_converted:
+    if config is None or kwargs.get("key_mapping"):
+        return checkpoint
+    if getattr(config, "quantization_config", None) is None or has_int8_products(config):
         # A user's subclass may have other heads.
         is_own = model_class.__module__.partition(".")[0] == __name__.partition(".")[0]
         architecture = model_class.__name__ if is_own else ""

@@ -10,15 +10,17 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from fastgpt_kernels.common.decode_weights import DecodeLayer, DecodeWeights
+from fastgpt_kernels.common.decode_weights import DecodeLayer, DecodeWeights, Matrix
 from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
 from ..model.compat import CACHE
+from ..model.int8 import Int8Linear
 from ..model.plain import fused_activation
 from ..model.twin import converted
 from .products import has_memory_for, is_slow
@@ -101,7 +103,7 @@ def decode_one_token(
     cache: KVCache,
     tokens: Tensor,
     positions: Tensor,
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = reference.multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = reference.multiply,
 ) -> Tensor:
     """`decode_tokens` for one token per row. tokens: (B,). positions: (B,) or (1,). Returns logits (B, V)."""
     return decode_tokens(weights, cache, tokens[:, None], positions[:, None], multiply)[:, 0]
@@ -112,7 +114,7 @@ def decode_tokens(
     cache: KVCache,
     tokens: Tensor,
     positions: Tensor,
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = reference.multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = reference.multiply,
 ) -> Tensor:
     """Run N new tokens per row in torch and append their keys and values to the cache.
 
@@ -159,18 +161,20 @@ def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
 
 def _view_layer(block: GPT2Block) -> DecodeLayer:
     attn, mlp = block.attn, block.mlp
+    products: list[Conv1D | Int8Linear] = [attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj]
+    qkv, proj, fc, mlp_proj = (part.matrix if isinstance(part, Int8Linear) else part.weight for part in products)
     return DecodeLayer(
         ln_1_weight=block.ln_1.weight,
         ln_1_bias=block.ln_1.bias,
-        qkv_weight=attn.c_attn.weight,
+        qkv_weight=qkv,
         qkv_bias=attn.c_attn.bias,
         scale=attn.scaling,
-        proj_weight=attn.c_proj.weight,
+        proj_weight=proj,
         proj_bias=attn.c_proj.bias,
         ln_2_weight=block.ln_2.weight,
         ln_2_bias=block.ln_2.bias,
-        fc_weight=mlp.c_fc.weight,
+        fc_weight=fc,
         fc_bias=mlp.c_fc.bias,
-        mlp_proj_weight=mlp.c_proj.weight,
+        mlp_proj_weight=mlp_proj,
         mlp_proj_bias=mlp.c_proj.bias,
     )

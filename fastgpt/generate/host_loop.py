@@ -77,7 +77,7 @@ class Generation:
         yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
         weights = view_weights(model)
         # After the first token, because choosing the way of a product takes time.
-        products = Products(weights, len(request.ids), n_steps=self._n_free)
+        products = Products(weights, len(request.ids), n_steps=self._n_free, precision=self.model.dtype)
         while self._goes_on():
             newest = self._sequences[:, self.n_tokens - 1]
             yield self._append(decode_one_token(weights, self.cache, newest, self._positions(1)[:, 0], products))

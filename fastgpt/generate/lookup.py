@@ -73,7 +73,7 @@ class LookupGeneration(Generation):
     def _generate(self, model: GPT2LMHeadModel) -> Iterator[Tensor]:
         request, weights = self.request, view_weights(model)
         yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
-        products = Products(weights, 1 + self.n_proposed, n_steps=self._n_free)
+        products = Products(weights, 1 + self.n_proposed, n_steps=self._n_free, precision=self.model.dtype)
         while self._goes_on():
             proposed = self.index.propose(min(self.n_proposed, self._n_free - 1))
             tokens = torch.tensor([[self.index.tokens[-1], *proposed]], device=request.ids.device)

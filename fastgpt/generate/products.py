@@ -4,6 +4,8 @@ torch's own product of few rows may read a matrix with one core of several, at a
 Which other way is faster depends on the processor, its free cores, the rows, the shape and the dtype, so it is timed:
 once a process for each of these, at the first generation that is long enough to gain from it.
 
+An int8 matrix is multiplied as it is stored, or once converted to a float copy, in any way of that copy.
+
 r rows, K inputs, N outputs.
 """
 
@@ -12,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
-from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix
+from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
@@ -103,11 +106,50 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
-Way = Callable[[Tensor], Prepared]
+class Int8Values:
+    """torch's product of rows and int8 values, then the scales: no copy. Rows are rounded to `dtype`."""
+
+    n_bytes = 0
+
+    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype):
+        # The scales would be rounded to the dtype of the rows, so they follow in float32.
+        self.matrix, self.dtype, self.ones = matrix, dtype, torch.ones_like(matrix.scale, dtype=dtype)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = torch._weight_int8pack_mm(x.to(self.dtype), self.matrix.values, self.ones) * self.matrix.scale
+        return (product if bias is None else product + bias).to(x.dtype)
 
 
-def ways(matrix: Tensor, n_rows: int) -> dict[str, Way]:
-    """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is torch's own."""
+class FloatCopy:
+    """A float copy of an int8 matrix, multiplied in a way of its dtype."""
+
+    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype, way: "Way"):
+        copy = matrix.to_float(dtype).contiguous()
+        self.prepared = way(copy)
+        self.n_bytes = self.prepared.n_bytes or copy.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.prepared(x, bias)
+
+
+Way = Callable[[Any], Prepared]
+
+
+class Rows(NamedTuple):
+    """The rows of a product with an int8 matrix. dtype: theirs. precision: the dtype to which they may be rounded."""
+
+    dtype: torch.dtype
+    precision: torch.dtype
+
+
+def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way]:
+    """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is taken untimed.
+
+    rows: needed for an int8 matrix, which has no dtype for them.
+    """
+    if isinstance(matrix, Int8Matrix):
+        assert rows is not None
+        return _int8_ways(matrix, n_rows, rows)
     found: dict[str, Way] = {"as stored": AsStored}
     by_rows, by_columns = matrix.is_contiguous(), matrix.t().is_contiguous()
     if by_columns:
@@ -121,10 +163,22 @@ def ways(matrix: Tensor, n_rows: int) -> dict[str, Way]:
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
     # oneDNN takes the dtypes for which the processor has instructions, and says so by an error.
     with suppress(AttributeError, RuntimeError):
-        Packed(matrix[:16, :16], n_rows)
+        Packed(torch.ones(16, 16, dtype=matrix.dtype), n_rows)
         if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
             found["oneDNN"] = OneDNN
         found["packed"] = lambda matrix: Packed(matrix, n_rows)
+    return found
+
+
+def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
+    copies = ways(torch.empty(matrix.shape, dtype=rows.dtype, device="meta"), n_rows)
+    found: dict[str, Way] = {
+        f"copy, {name}": lambda matrix, way=way: FloatCopy(matrix, rows.dtype, way) for name, way in copies.items()
+    }
+    # torch's product reads K in steps of 16, and past the end of another. Without the scales float16 would overflow.
+    if matrix.shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
+        int8 = {"int8": lambda matrix: Int8Values(matrix, rows.precision)}
+        found = found | int8 if rows.precision == torch.float32 else int8 | found
     return found
 
 
@@ -178,23 +232,27 @@ class Cost(NamedTuple):
 _measured: dict[tuple, dict[str, Cost]] = {}
 
 
-def costs(matrices: Sequence[Tensor], n_rows: int) -> dict[str, Cost]:
+def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> dict[str, Cost]:
     """The cost of each way, by its name, measured when a process first asks for matrices of this kind."""
     matrix = matrices[0]
-    kind = n_rows, matrix.shape, matrix.stride(), matrix.dtype, torch.get_num_threads()
+    how = rows if isinstance(matrix, Int8Matrix) else (matrix.stride(), matrix.dtype)
+    kind = n_rows, matrix.shape, how, torch.get_num_threads()
     if kind not in _measured:
-        _measured[kind] = _measure(matrices, n_rows)
+        _measured[kind] = _measure(matrices, n_rows, rows)
     return _measured[kind]
 
 
-def _measure(matrices: Sequence[Tensor], n_rows: int) -> dict[str, Cost]:
+def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict[str, Cost]:
     # Two, because the processor's caches might hold one. Of the head, which is large and the only one, two quarters.
-    samples = matrices[:2] if matrices[0].is_contiguous() else matrices[0].chunk(4, dim=1)[:2]
+    first, samples = matrices[0], matrices[:2]
+    if isinstance(first, Tensor) and not first.is_contiguous():
+        samples = first.chunk(4, dim=1)[:2]
     n_inputs, n_outputs = samples[0].shape
-    x, bias = samples[0].new_ones(n_rows, n_inputs), samples[0].new_zeros(n_outputs)
+    dtype = first.dtype if isinstance(first, Tensor) else rows.dtype  # type: ignore[union-attr] - `ways` needs it
+    x, bias = torch.ones(n_rows, n_inputs, dtype=dtype), torch.zeros(n_outputs, dtype=dtype)
     prepared: dict[str, list[Prepared]] = {}
     prepare_s, multiply_s = {}, {}
-    for name, way in ways(samples[0], n_rows).items():
+    for name, way in ways(samples[0], n_rows, rows).items():
         start = time.perf_counter()
         prepared[name] = [way(sample) for sample in samples]
         prepare_s[name], multiply_s[name] = (time.perf_counter() - start) / len(samples), []
@@ -221,35 +279,56 @@ def fastest(known: dict[str, Cost], n_steps: int) -> str:
 class Products:
     """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
 
-    n_rows: rows of a step. n_steps: the most steps of the call. Where the weights are on a CPU and the steps many, the
-    way of each matrix is chosen: `chosen` names it by the shape (K, N). It may hold copies of the matrices, n_bytes in
-    all, as long as this object lives.
+    n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model. Where the
+    weights are on a CPU and the steps many, the way of each matrix is chosen: `chosen` names it by the shape (K, N). It
+    may hold copies of the matrices, n_bytes in all, as long as this object lives.
     """
 
-    def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int):
+    def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int, precision: torch.dtype | None = None):
         self.chosen: dict[tuple[int, int], str] = {}
         self.n_bytes = 0
         self._prepared: dict[int, Prepared] = {}
-        if weights.head.device.type != "cpu" or n_steps < MIN_STEPS:
+        if weights.head.device.type != "cpu":
             return
+        dtype = weights.head.dtype
         for matrices in _by_shape(weights):
-            fits = has_memory_for(sum(matrix.nbytes for matrix in matrices))
-            known = {name: cost for name, cost in costs(matrices, n_rows).items() if fits or not cost.copies}
-            name = fastest(known, n_steps)
+            name = _choose(matrices, n_rows, n_steps, Rows(dtype, precision or dtype))
+            if name is None:
+                continue
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
             for matrix in matrices:
-                prepared = ways(matrix, n_rows)[name](matrix)
-                self._prepared[matrix.data_ptr()] = prepared
+                prepared = ways(matrix, n_rows, Rows(dtype, precision or dtype))[name](matrix)
+                self._prepared[_place(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
 
-    def __call__(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""
-        prepared = self._prepared.get(matrix.data_ptr())
+        prepared = self._prepared.get(_place(matrix))
         return multiply(x, matrix, bias) if prepared is None else prepared(x, bias)
 
 
-def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Tensor]]:
+def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -> str | None:
+    """The name of the way for matrices of one kind, None for the reference's product."""
+    is_int8 = isinstance(matrices[0], Int8Matrix)
+    n_bytes = sum(matrix.shape.numel() for matrix in matrices) * rows.dtype.itemsize
+    fits = has_memory_for(n_bytes)
+    if n_steps >= MIN_STEPS:
+        known = {name: cost for name, cost in costs(matrices, n_rows, rows).items() if fits or not cost.copies}
+        return fastest(known, n_steps) if known else None
+    if not is_int8:
+        return None
+    # The reference would convert the matrix to floats in every step.
+    first = next(iter(ways(matrices[0], n_rows, rows)))
+    return first if fits or first == "int8" else None
+
+
+def _place(matrix: Matrix) -> int:
+    """What tells a matrix from the others."""
+    return matrix.values.data_ptr() if isinstance(matrix, Int8Matrix) else matrix.data_ptr()
+
+
+def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Matrix]]:
     """The matrices of all blocks by their place in the block, and the head, each (K, N)."""
     layers = weights.layers
     yield [layer.qkv_weight for layer in layers]

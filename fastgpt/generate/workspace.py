@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.common.dropout import seed_tensor
+from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -56,6 +57,8 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
     if _selected_tier == "persistent":
         wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
         shape = n_rows, wte.shape[1], weights.n_heads, n_hidden, weights.activation
+        if isinstance(weights.layers[0].fc_weight, Int8Matrix):
+            return "the persistent kernel reads no int8 weights"
         return persistent_decoder.obstacle(*shape, wte.dtype, wte.device)
     return decode_step.obstacle(weights)
 
@@ -154,7 +157,8 @@ def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
     Not the values of the weights, which the kernels read in place at every step.
     """
     held = chain(weights._replace(layers=()), *weights.layers)
-    return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in held]
+    tensors = chain.from_iterable(x if isinstance(x, Int8Matrix) else (x,) for x in held)
+    return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in tensors]
 
 
 # --- the choice that follows a step ---------------------------------------------------------------------------------

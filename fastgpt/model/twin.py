@@ -19,7 +19,9 @@ from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
+from ..checkpoint.fit import has_int8_products
 from . import plain
+from .int8 import Int8Linear, replace_products
 from .patching import ATTENTION, replacement
 
 
@@ -68,7 +70,9 @@ def differences(model: nn.Module) -> Iterator[str]:
         missing = [path for path in twins if path not in parts]
         yield f"{missing[0]} is missing" if missing else "its modules stand in another order"
         return
-    if len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) != 1:
+    parameters = list(model.parameters())
+    dtypes = {parameter.dtype for parameter in set(parameters) - _int8_tensors(model)}
+    if len(dtypes) != 1 or len({parameter.device for parameter in parameters}) != 1:
         yield "the parameters differ in device or dtype"
     for block in model.transformer.h:
         if plain.fused_activation(block.mlp.act) is None:  # type: ignore[union-attr]
@@ -79,17 +83,32 @@ def differences(model: nn.Module) -> Iterator[str]:
 
 def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
     with torch.device("meta"), no_init_weights():
-        return replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
+        twin = replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
+    if has_int8_products(config):
+        replace_products(twin)
+    return twin
 
 
 def converted(model: hf.GPT2LMHeadModel, dtype: torch.dtype) -> hf.GPT2LMHeadModel:
-    """A copy in another dtype, for inference, of a model that does not differ from its twin. Tied weights stay tied."""
+    """A copy in another dtype, for inference, of a model that does not differ from its twin.
+
+    Tied weights stay tied, and int8 weights are those of the model itself.
+    """
     twin = _twin(model.config)
-    copies = {parameter: nn.Parameter(parameter.to(dtype), requires_grad=False) for parameter in model.parameters()}
+    kept = _int8_tensors(model)
+    copies = {
+        parameter: parameter if parameter in kept else nn.Parameter(parameter.to(dtype), requires_grad=False)
+        for parameter in model.parameters()
+    }
     for module, its_twin in zip(model.modules(), twin.modules(), strict=True):
         for name, parameter in module._parameters.items():
             its_twin._parameters[name] = None if parameter is None else copies[parameter]
     return twin
+
+
+def _int8_tensors(model: nn.Module) -> set[Tensor]:
+    """The tensors that keep their dtypes whatever that of the model is."""
+    return {tensor for module in model.modules() if type(module) is Int8Linear for tensor in module.matrix}
 
 
 def _module_differences(
@@ -116,6 +135,8 @@ def _module_differences(
             yield f"is not a plain module: its {name} was changed"
     if list(map(_described, module._parameters.items())) != list(map(_described, twin._parameters.items())):
         yield "is not a plain module: its parameters are others"
+    elif isinstance(module, Int8Linear) and [x.dtype for x in module.matrix] != [torch.int8, torch.float32]:
+        yield "is not a plain module: its weight is not int8 with a float32 scale"
     if module._buffers:
         yield "is not a plain module: it has buffers"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
+from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt import generate as engine
 from fastgpt.generate import decoding, products
-from fastgpt.generate.products import Cost, Products
+from fastgpt.generate.products import Cost, Products, Rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LONG = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": products.MIN_STEPS + 8}
@@ -29,10 +30,10 @@ def in_torch() -> Iterator[None]:
 def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make one way the cheapest wherever it can be taken."""
 
-    def costs(matrices: list[Tensor], n_rows: int) -> dict[str, Cost]:
+    def costs(matrices: list[Tensor], n_rows: int, rows: Rows) -> dict[str, Cost]:
         return {
             way: Cost(0.0, 1.0 if way == name else 2.0, copies=way == "packed")
-            for way in products.ways(matrices[0], n_rows)
+            for way in products.ways(matrices[0], n_rows, rows)
         }
 
     monkeypatch.setattr(products, "costs", costs)
@@ -66,6 +67,56 @@ def test_every_way_gives_the_product(
         eager_error = max(max_error(multiply(row, matrix, added), exact(row, matrix, added)) for row in draws)
         for way in found.values():
             assert_as_accurate(way(matrix)(x, added), eager, true, eager_error=eager_error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_rows", [1, 5])
+@pytest.mark.parametrize(("n_inputs", "n_outputs"), [(96, 131), (50, 64)])
+def test_every_way_gives_the_product_of_int8_weights(
+    n_inputs: int, n_outputs: int, n_rows: int, dtype: torch.dtype
+) -> None:
+    """Beside float64 on the rounded weights, exactly, with rows and columns of other sizes among the usual ones."""
+    torch.manual_seed(n_rows)
+    matrix = Int8Matrix.nearest(torch.randn(n_inputs, n_outputs) * torch.logspace(-2, 1, n_outputs))
+    x, bias = torch.randn(n_rows, n_inputs).to(dtype), torch.randn(n_outputs).to(dtype)
+    x[0] *= 8
+    found = products.ways(matrix, n_rows, Rows(dtype, dtype))
+    # torch's product of int8 reads sixteen inputs at a time, and knows two of these dtypes whose sums cannot overflow.
+    assert ("int8" in found) == (n_inputs % 16 == 0 and dtype in (torch.bfloat16, torch.float32))
+    floats = matrix.to_float(torch.float64)
+    draws = [drawn_again(x, seed) for seed in range(8)]
+    eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
+    for way in found.values():
+        true, eager = exact(x, floats, bias), multiply(x, matrix, bias)
+        assert_as_accurate(way(matrix)(x, bias), eager, true, eager_error=eager_error)
+
+
+def test_a_model_in_bfloat16_has_its_rows_rounded_to_it_alone_by_int8(slow_halves: None) -> None:
+    """Where the processor has no instructions for bfloat16, its copy in float32 multiplies int8 by bfloat16 rows."""
+    ours = fastgpt.quantize(pair(tiny_config())[1].to(torch.bfloat16))
+    weights = engine.view_weights(decoding.in_fast_dtype(ours))
+    assert weights.head.dtype == torch.float32
+    chosen = Products(weights, 1, n_steps=2, precision=torch.bfloat16)
+    assert set(chosen.chosen.values()) == {"int8"}
+    assert chosen.n_bytes == 0
+    matrix: Any = weights.layers[0].fc_weight
+    bias, x = weights.layers[0].fc_bias, torch.randn(1, 64)
+    expected = multiply(x.bfloat16().double(), matrix.to_float(torch.float64), bias.double())
+    assert_as_accurate(chosen(x, matrix, bias).bfloat16(), multiply(x.bfloat16(), matrix, bias.bfloat16()), expected)
+
+
+def test_short_calls_convert_int8_weights_once() -> None:
+    weights = engine.view_weights(fastgpt.quantize(pair(tiny_config())[1]))
+    chosen = Products(weights, 1, n_steps=2)
+    assert set(chosen.chosen.values()) == {"copy, as stored"}
+    assert chosen.n_bytes == 4 * 2 * 12 * 64 * 64
+
+
+def test_without_the_memory_int8_weights_are_converted_for_each_product(monkeypatch) -> None:
+    monkeypatch.setattr(products, "has_memory_for", lambda _: False)
+    weights = engine.view_weights(fastgpt.quantize(pair(tiny_config())[1]))
+    for n_steps in (2, products.MIN_STEPS):
+        assert Products(weights, 1, n_steps).n_bytes == 0
 
 
 def exact(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,7 +203,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     if "packed" not in everything.chosen.values():
         pytest.skip("this torch has no oneDNN")
     matrices = [matrix for same in products._by_shape(weights) for matrix in same]
-    assert everything.n_bytes == sum(matrix.nbytes for matrix in matrices)
+    assert everything.n_bytes == sum(4 * matrix.shape.numel() for matrix in matrices)
     for share in (0.25, 0.4, 0.5):
         left = [int(2 * share * everything.n_bytes)]
 

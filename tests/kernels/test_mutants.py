@@ -35,7 +35,7 @@ TESTS = {
     "operations/persistent_decode/kernels.py": ["kernels/persistent_decode"],
     "operations/persistent_decode/op.py": ["kernels/persistent_decode"],
     "fastgpt/model/plain.py": ["model/test_plain_modules.py", "model/test_plain.py"],
-    "fastgpt/model/twin.py": ["model/test_twin.py"],
+    "fastgpt/model/twin.py": ["model/test_twin.py", "model/test_int8.py"],
     "fastgpt/generate/routing.py": ["model/test_twin.py"],
 }
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from counted_models import OTHERS, n_stored, on_meta, tiny_config
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
+import fastgpt
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, count_parameters, report, shape_of, tables
 from fastgpt.accounting.tables import render
@@ -22,18 +23,12 @@ from fastgpt.model.compat import CACHE
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("cross", [True, False])
 def test_weight_bytes_are_those_of_the_tensors(tied, cross):
-    model = GPT2LMHeadModel(tiny_config(tie_word_embeddings=tied, add_cross_attention=cross))
+    model: Any = GPT2LMHeadModel(tiny_config(tie_word_embeddings=tied, add_cross_attention=cross))
     stated = accounting.weight_bytes(shape_of(model))
     assert stated["fp32"] == 4 * n_stored(model)
     assert stated["bf16"] == 2 * n_stored(model)
 
-    matrices: set[torch.Tensor] = {m.weight for m in model.modules() if isinstance(m, Conv1D)}
-    outputs = sum(weight.shape[1] for weight in matrices) + model.lm_head.out_features
-    matrices.add(model.lm_head.weight)
-    rest = [p for p in model.parameters() if p not in matrices]
-    quantised = [torch.empty_like(p, dtype=torch.int8) for p in matrices] + [torch.empty(outputs)]
-    kept = [p.to(torch.bfloat16) for p in rest]
-    assert stated["int8"] == sum(tensor.nbytes for tensor in [*quantised, *kept])
+    assert stated["int8"] == sum(tensor.nbytes for tensor in fastgpt.quantize(model).to(torch.bfloat16).parameters())
 
 
 def test_kv_cache_bytes_are_those_of_a_cache():

@@ -29,6 +29,16 @@ def test_generate_streams_the_prompt_and_its_continuation(run) -> None:
     assert other.out != result.out
 
 
+def test_int8_rounds_the_weights(run, tmp_path) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "5", "--int8")
+    assert result.code == 0
+    assert "float32 with int8 weights" in result.err
+    file = tmp_path / "text.txt"
+    file.write_text("To be, or not to be, that is the question")
+    losses = [json.loads(run("eval", str(file), "--json", *option).out)["loss"] for option in ([], ["--int8"])]
+    assert 0 < abs(losses[0] - losses[1]) < 0.1
+
+
 def test_generate_json_holds_the_same_text(run) -> None:
     streamed = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20")
     result = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.decode_weights import DecodeLayer, DecodeWeights
+from ..common.decode_weights import DecodeLayer, DecodeWeights, Matrix
+from ..common.int8 import Int8Matrix
 from ..common.precision import float32_products
 from ..operations.attention import op as attention
 from ..operations.decode_step.op import DecodeStep
@@ -138,12 +139,12 @@ def _gelu_mlp(_: str) -> Iterator[Call]:
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype) -> DecodeWeights:
+def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, *, int8: bool = False) -> DecodeWeights:
     def new(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def product_of(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-        return new(n_in, n_out), new(n_out)
+    def product_of(n_in: int, n_out: int) -> tuple[Matrix, Tensor]:
+        return Int8Matrix.nearest(new(n_in, n_out)) if int8 else new(n_in, n_out), new(n_out)
 
     norm = new(n_channels), new(n_channels)
     layer = DecodeLayer(
@@ -164,9 +165,11 @@ def _decode(_: str) -> Iterator[Call]:
     # The narrowest and the widest size; those between use the same tiles.
     # One row, the most that are fused, more; new tokens of one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (4, True), (9, True)
-    for dtype, size in product((torch.bfloat16, torch.float32), ("small", "xl")):
-        weights = _decode_weights(*_SIZES[size], dtype)
-        for n_rows, one_sequence in forms if dtype == torch.bfloat16 else forms[:2]:
+    # With int8 weights, many rows of one sequence are multiplied as those of several, in tiles that grow with them.
+    int8_forms = *forms[:3], (32, False), (64, False)
+    for dtype, size, int8 in product((torch.bfloat16, torch.float32), ("small", "xl"), (False, True)):
+        weights = _decode_weights(*_SIZES[size], dtype, int8=int8)
+        for n_rows, one_sequence in int8_forms if int8 else forms if dtype == torch.bfloat16 else forms[:2]:
 
             def run(n_rows: int = n_rows, one_sequence: bool = one_sequence, weights: DecodeWeights = weights) -> None:
                 step = DecodeStep(weights, n_rows, _CONTEXT, one_sequence=one_sequence)
@@ -174,7 +177,8 @@ def _decode(_: str) -> Iterator[Call]:
                 state = _decode_state(weights.wte.shape[1], weights.n_heads, n_rows, n_caches, weights.wte.dtype)
                 step.decode(weights, *state)  # type: ignore[arg-type]
 
-            yield Call("decode", f"{_NAMES[dtype]} {size} B={n_rows}{' one sequence' * one_sequence}", run)
+            kind = f"{_NAMES[dtype]}{' int8' * int8} {size}"
+            yield Call("decode", f"{kind} B={n_rows}{' one sequence' * one_sequence}", run)
 
 
 def _persistent_decode(architecture: str) -> Iterator[Call]:

@@ -4,25 +4,29 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .int8 import Int8Matrix
+
+Matrix = Tensor | Int8Matrix
+
 
 class DecodeLayer(NamedTuple):
-    """The weights of one block. Matrices lie (in, out), as Conv1D stores them; vectors are (out,).
+    """The weights of one block. Matrices are (in, out), as Conv1D stores them; vectors are (out,).
 
     scale: what the scores of attention are multiplied by.
     """
 
     ln_1_weight: Tensor
     ln_1_bias: Tensor
-    qkv_weight: Tensor  # (C, 3C)
+    qkv_weight: Matrix  # (C, 3C)
     qkv_bias: Tensor
     scale: float
-    proj_weight: Tensor  # (C, C)
+    proj_weight: Matrix  # (C, C)
     proj_bias: Tensor
     ln_2_weight: Tensor
     ln_2_bias: Tensor
-    fc_weight: Tensor  # (C, F)
+    fc_weight: Matrix  # (C, F)
     fc_bias: Tensor
-    mlp_proj_weight: Tensor  # (F, C)
+    mlp_proj_weight: Matrix  # (F, C)
     mlp_proj_bias: Tensor
 
 

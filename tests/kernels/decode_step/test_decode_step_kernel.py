@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from fastgpt_kernels.common.activations import ACTIVATIONS
+from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step import kernels as decode_step_kernels
 from fastgpt_kernels.operations.decode_step import tiles as decode_step_tiles
 from fastgpt_kernels.operations.decode_step.op import DecodeStep
+from fastgpt_kernels.operations.decode_step.reference import multiply
 from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
 from models import look_trained, pair, tiny_config, token_ids
 from torch import Tensor
 
+import fastgpt
 from fastgpt.generate import KVCache, view_weights
 from fastgpt.model.compat import CACHE
+from fastgpt.model.int8 import Int8Linear
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 HALVES = [torch.bfloat16, torch.float16]
@@ -45,7 +50,13 @@ class Case:
 
 
 def make_case(
-    dtype: torch.dtype, starts: list[int], n_tokens: int = 40, n_steps: int = 2, trained: bool = False, **changes: Any
+    dtype: torch.dtype,
+    starts: list[int],
+    n_tokens: int = 40,
+    n_steps: int = 2,
+    trained: bool = False,
+    int8: bool = False,
+    **changes: Any,
 ) -> Case:
     theirs, ours = pair(tiny_config(**{"n_embd": 128, "n_head": 2, "n_positions": 96} | changes))
     if trained:
@@ -53,13 +64,20 @@ def make_case(
     theirs.to(DEVICE, dtype)
     ours.load_state_dict(theirs.state_dict())
     ours.to(DEVICE, dtype)
+    rounded: dict[str, Tensor] = {}
+    if int8:
+        fastgpt.quantize(ours)
+        products = {name: part for name, part in ours.named_modules() if isinstance(part, Int8Linear)}
+        rounded = {f"{name}.weight": product.matrix.to_float(torch.float64) for name, product in products.items()}
+        theirs.load_state_dict(rounded, strict=False)
     ids = token_ids(len(starts), n_tokens, theirs.config.vocab_size).to(DEVICE)
     padding = torch.tensor(starts)
     places = torch.arange(n_tokens)[None] - padding[:, None]
     inputs = {"attention_mask": (places >= 0).long(), "position_ids": places.clamp(min=0)}
     past = theirs(ids[:, :-n_steps], **{name: x[:, :-n_steps] for name, x in inputs.items()})[CACHE]
     eager = theirs(ids, **inputs).logits[:, -n_steps:]
-    truth = theirs.double()(ids, **inputs).logits[:, -n_steps:]
+    theirs.double().load_state_dict(rounded, strict=False)
+    truth = theirs(ids, **inputs).logits[:, -n_steps:]
     return Case(ours, ids, padding, n_steps, truth, eager, past)
 
 
@@ -90,13 +108,13 @@ def decode(case: Case, cache: KVCache) -> Tensor:
     return torch.stack(found, 1)
 
 
-def assert_case(case: Case, n_slots: int = 48) -> None:
+def assert_case(case: Case, n_slots: int = 48, n_ulps: int = 1) -> None:
     """Logits by the factor rule; the cache changed in the slots of the new tokens alone, and there rightly."""
     cache = filled_cache(case, n_slots)
     before = cache.memory.clone()
     logits = decode(case, cache)
     dtype = case.ours.dtype
-    assert_as_accurate(logits.to(dtype), case.eager, case.truth)
+    assert_as_accurate(logits.to(dtype), case.eager, case.truth, n_ulps=n_ulps)
     n_before, n_after = case.n_prompt, case.ids.shape[1]
     for untouched in (slice(0, n_before), slice(n_after, None)):
         assert torch.equal(cache.memory[..., untouched, :].nan_to_num(7.0), before[..., untouched, :].nan_to_num(7.0))
@@ -141,6 +159,46 @@ def test_logits_on_trained_like_weights(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("n_rows", [1, 5])
 def test_configurations(changes: dict[str, Any], n_rows: int) -> None:
     assert_case(make_case(torch.float32, [2, 0, 0, 1, 4][:n_rows], **changes))
+
+
+# --- int8 weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 4, 5])
+def test_int8_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int) -> None:
+    """Beside float64 on the rounded weights, exactly.
+
+    Kernels multiply each sum by a scale: one rounding more than eager, whose weights are exact in float32.
+    """
+    # On trained-like weights, float32's errors differ by factors from draw to draw, whatever computes them.
+    trained = n_rows == 4 and dtype in HALVES
+    assert_case(make_case(dtype, [0, 3, 0, 1, 4][:n_rows], int8=True, trained=trained), n_ulps=2)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": 66, "n_head": 1}, {"n_inner": 100, "activation_function": "relu", "n_layer": 1}], ids=str
+)
+def test_int8_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> None:
+    assert_case(make_case(torch.float32, [2, 0, 0, 1, 4][:n_rows], int8=True, **changes), n_ulps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("n_rows", "n_in", "n_out"), [(1, 64, 48), (17, 50, 67), (70, 131, 65)])
+def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, bias = torch.randn(n_rows, n_in).to(dtype), torch.randn(n_out).to(dtype)
+    matrix = Int8Matrix.nearest(torch.randn(n_in, n_out) * torch.logspace(-2, 1, n_out))
+    step = DecodeStep(view_weights(fastgpt.GPT2LMHeadModel(tiny_config()).to(DEVICE, dtype)), n_rows, 8)  # type: ignore[arg-type]
+    for activation in ("none", "gelu_new"):
+        act = ACTIVATIONS.get(activation, lambda y: y)
+        truth = act(multiply(x.double(), matrix.to_float(torch.float64), bias.double()))
+        eager = act(multiply(x, matrix, bias))
+        assert_as_accurate(step._multiply(x, matrix, bias, activation), eager, truth)
+
+
+# --- contexts and sequences -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_tokens", [2, 32, 33, 34, 65, 95])
@@ -244,8 +302,6 @@ def test_no_index_overflows() -> None:
     ],
 )
 def test_obstacles(changes: dict[str, Any], dtype: torch.dtype, reason: str | None) -> None:
-    import fastgpt
-
     with torch.device("meta"):
         model: Any = fastgpt.GPT2LMHeadModel(tiny_config(**changes))
         model.to(dtype)

@@ -42,6 +42,24 @@ def _rows_times(x, weight):
 
 
 @triton.jit
+def _weight_offsets(cols, outs, n_cols, n_out, scale_ptr):
+    """Of a tile (cols, outs) of a matrix (n_cols, n_out), which lies transposed if it is int8 and so has a scale."""
+    if scale_ptr is None:
+        offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+    else:
+        offsets = cols[:, None] + outs.to(tl.int64)[None, :] * n_cols
+    return offsets
+
+
+@triton.jit
+def _scaled(sums, scale_ptr, outs, in_out):
+    """The sums (rows, outs) of a product, times the scale of each column if the matrix is int8."""
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + outs, mask=in_out, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
 def _load_residual(
     stream_ptr, partial_ptr, bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS: tl.constexpr
 ):  # fmt: skip
@@ -115,14 +133,15 @@ def _decode_embed_kernel(
 
 @triton.jit
 def _decode_norm_product_kernel(
-    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr,
     new_stream_ptr, y_ptr, n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
     ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
 
-    weight: (n_cols, n_out). The first program also stores the stream with the partial sums added.
+    weight: (n_cols, n_out), or int8 (n_out, n_cols) with a scale for each column of y. The first program also stores
+    the stream with the partial sums added.
     """
     program = tl.program_id(0)
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
@@ -131,7 +150,7 @@ def _decode_norm_product_kernel(
     in_out = outs < n_out
 
     in_weight = (cols < n_cols)[:, None] & in_out[None, :]
-    weight_offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+    weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
     weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
     bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
@@ -143,7 +162,7 @@ def _decode_norm_product_kernel(
         tl.store(new_stream_ptr + rows[:, None] * n_cols + cols[None, :], x, mask=inside)
     normalised, _ = _normalise(x, inside, n_cols, eps)
     normalised = normalised * norm_weight[None, :] + norm_bias[None, :]
-    y = _rows_times(normalised, weight) + bias[None, :]
+    y = _scaled(_rows_times(normalised, weight), scale_ptr, outs, in_out) + bias[None, :]
     if ACTIVATION != "none":
         y, _ = activation_and_derivative(y, ACTIVATION)
 
@@ -257,14 +276,15 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _decode_project_kernel(
-    x_ptr, peak_ptr, total_ptr, weight_ptr, partial_ptr, n_rows, n_cols, n_out, n_heads, head_dim, cols_per_part,
+    x_ptr, peak_ptr, total_ptr, weight_ptr, scale_ptr, partial_ptr,
+    n_rows, n_cols, n_out, n_heads, head_dim, cols_per_part,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
 
-    x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. The sums of part p go to
-    partial[p] (n_rows, n_out).
+    x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. weight: (n_cols, n_out), or int8
+    (n_out, n_cols) with a scale for each column. The sums of part p go to partial[p] (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)
     tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
@@ -274,7 +294,7 @@ def _decode_project_kernel(
     in_part, in_out = (within < cols_per_part) & (cols < n_cols), outs < n_out
     inside = (rows < n_rows)[:, None] & in_part[None, :]
 
-    weight_offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+    weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
     in_weight = in_part[:, None] & in_out[None, :]
     weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
     _await_previous_launch(OVERLAP)
@@ -283,8 +303,40 @@ def _decode_project_kernel(
         x = _merge_splits(x_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS)
     else:
         x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    sums = _rows_times(x, weight)
+    sums = _scaled(_rows_times(x, weight), scale_ptr, outs, in_out)
 
     in_sums = (rows < n_rows)[:, None] & in_out[None, :]
     sum_offsets = (part.to(tl.int64) * n_rows + rows[:, None]) * n_out + outs[None, :]
     tl.store(partial_ptr + sum_offsets, sums, mask=in_sums)
+
+
+@triton.jit
+def _decode_int8_product_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, for more rows than those above.
+
+    x: (n_rows, n_cols). weight: int8 (n_out, n_cols), every value of which x's dtype holds exactly.
+    """
+    n_tiles = tl.cdiv(n_out, BLOCK_OUT)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    outs = (tl.program_id(0) % n_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_rows, in_out = rows < n_rows, outs < n_out
+    bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
+
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        in_cols = cols < n_cols
+        x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=in_rows[:, None] & in_cols[None, :], other=0.0)
+        weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
+        weight = tl.load(weight_ptr + weight_offsets, mask=in_cols[:, None] & in_out[None, :], other=0.0)
+        sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
+
+    y = _scaled(sums, scale_ptr, outs, in_out) + bias[None, :]
+    if ACTIVATION != "none":
+        y, _ = activation_and_derivative(y, ACTIVATION)
+    in_y = in_rows[:, None] & in_out[None, :]
+    tl.store(y_ptr + rows[:, None] * n_out + outs[None, :], y.to(y_ptr.dtype.element_ty), mask=in_y)

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from ...common import activations, chip
-from ...common.decode_weights import DecodeLayer, DecodeWeights
+from ...common.decode_weights import DecodeLayer, DecodeWeights, Matrix
+from ...common.int8 import Int8Matrix
 from ...common.launch import cdiv, launch
 from ..layer_norm import op as layer_norm
 from . import tiles
@@ -18,6 +19,7 @@ from .kernels import (
     _decode_attention_kernel,
     _decode_embed_kernel,
     _decode_head_kernel,
+    _decode_int8_product_kernel,
     _decode_norm_product_kernel,
     _decode_project_kernel,
 )
@@ -29,8 +31,8 @@ MAX_HEAD_DIM = 128
 class DecodeStep:
     """The step for one batch size, with its scratch memory. It keeps no weights, only their sizes.
 
-    weights: a model's own tensors, dense, of one dtype on one device. n_rows: B. n_slots: T of the caches.
-    one_sequence: the rows are consecutive newest tokens of one sequence, which share the cache of one row.
+    weights: a model's own tensors, dense, on one device, of one dtype but for int8 matrices. n_rows: B. n_slots: T of
+    the caches. one_sequence: the rows are consecutive newest tokens of one sequence, which share the cache of one row.
     """
 
     @staticmethod
@@ -117,20 +119,21 @@ class DecodeStep:
         options = {"num_warps": num_warps, "OVERLAP": self.overlap}
         return options | ({"launch_pdl": True} if self.overlap else {})
 
-    def _tile(self, kernel: str, n_cols: int) -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
-        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, self.element_size, self.architecture)
+    def _tile(self, kernel: str, n_cols: int, element_size: int) -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
+        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, element_size, self.architecture)
         blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
         return tile, blocks | self._launch_options(tile.num_warps)
 
     def _norm_product(
         self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
-        norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, activation: str, y: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor, matrix: Matrix, bias: Tensor, activation: str, y: Tensor,
     ) -> None:  # fmt: skip
         """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream if partial sums were added."""
-        tile, options = self._tile("norm_product", self.n_channels)
+        weight, scale = matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        tile, options = self._tile("norm_product", self.n_channels, weight.element_size())
         launch(
             _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
-            stream, self.partial, part_bias, norm_weight, norm_bias, weight, bias, new_stream, y,
+            stream, self.partial, part_bias, norm_weight, norm_bias, weight, scale, bias, new_stream, y,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=y.shape[1], eps=self.eps,
             N_PARTIALS=n_parts, ACTIVATION=activation, **options,
         )  # fmt: skip
@@ -146,14 +149,15 @@ class DecodeStep:
             STAGES=tiles.DECODE_ATTENTION_STAGES, **self._launch_options(tiles.DECODE_ATTENTION_WARPS),
         )  # fmt: skip
 
-    def _project(self, x: Tensor, n_splits: int, weight: Tensor) -> int:
-        """Write x @ weight to `partial` as sums of several parts. Returns the number of parts."""
-        n_parts, cols_per_part = tiles.decode_parts(weight.shape[0], weight.shape[1])
-        tile, options = self._tile("project", cols_per_part)
+    def _project(self, x: Tensor, n_splits: int, matrix: Matrix) -> int:
+        """Write x @ matrix to `partial` as sums of several parts. Returns the number of parts."""
+        (n_cols, n_out), (weight, scale) = matrix.shape, matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        n_parts, cols_per_part = tiles.decode_parts(n_cols, n_out)
+        tile, options = self._tile("project", cols_per_part, weight.element_size())
         launch(
-            _decode_project_kernel, cdiv(weight.shape[1], tile.block_out) * n_parts,
-            x, self.peak, self.total, weight, self.partial,
-            n_rows=self.n_rows, n_cols=weight.shape[0], n_out=weight.shape[1], n_heads=self.n_heads,
+            _decode_project_kernel, cdiv(n_out, tile.block_out) * n_parts,
+            x, self.peak, self.total, weight, scale, self.partial,
+            n_rows=self.n_rows, n_cols=n_cols, n_out=n_out, n_heads=self.n_heads,
             head_dim=self.n_channels // self.n_heads, cols_per_part=cols_per_part, N_SPLITS=n_splits, **options,
         )  # fmt: skip
         return n_parts
@@ -161,7 +165,7 @@ class DecodeStep:
     def _head(
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
-        tile, options = self._tile("head", self.n_channels)
+        tile, options = self._tile("head", self.n_channels, self.element_size)
         n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
             _decode_head_kernel, min(n_tiles, tiles.decode_head_programs(stream.device)),
@@ -183,17 +187,34 @@ class DecodeStep:
         stream = F.embedding(tokens.clamp(0, weights.wte.shape[0] - 1), weights.wte)
         stream += F.embedding(positions.clamp(0, weights.wpe.shape[0] - 1), weights.wpe)
         branch = torch.zeros_like(stream)
-        activation = activations.ACTIVATIONS[weights.activation]
         for layer, memory in zip(weights.layers, cache, strict=True):
             x, stream = self._add_norm(branch, stream, layer.ln_1_weight, layer.ln_1_bias)
-            torch.addmm(layer.qkv_bias, x, layer.qkv_weight, out=self.qkv)
+            self._multiply(x, layer.qkv_weight, layer.qkv_bias, out=self.qkv)
             self._attend(layer, memory, slots, starts)
-            branch = torch.addmm(layer.proj_bias, self.mixed, layer.proj_weight)
+            branch = self._multiply(self.mixed, layer.proj_weight, layer.proj_bias)
             x, stream = self._add_norm(branch, stream, layer.ln_2_weight, layer.ln_2_bias)
-            x = activation(torch.addmm(layer.fc_bias, x, layer.fc_weight))
-            branch = torch.addmm(layer.mlp_proj_bias, x, layer.mlp_proj_weight)
+            x = self._multiply(x, layer.fc_weight, layer.fc_bias, weights.activation)
+            branch = self._multiply(x, layer.mlp_proj_weight, layer.mlp_proj_bias)
         x, _ = self._add_norm(branch, stream, weights.ln_f_weight, weights.ln_f_bias)
         _head_product(x, weights.head, logits)
+
+    def _multiply(
+        self, x: Tensor, matrix: Matrix, bias: Tensor, activation: str = "none", out: Tensor | None = None
+    ) -> Tensor:
+        """act(x @ matrix + bias)."""
+        if isinstance(matrix, Tensor):
+            y = torch.addmm(bias, x, matrix, out=out)
+            return y if activation == "none" else activations.ACTIVATIONS[activation](y)
+        (n_cols, n_out), n_rows = matrix.shape, len(x)
+        y = x.new_empty(n_rows, n_out) if out is None else out
+        tile = tiles.decode_int8_tile(n_rows, x.element_size(), self.architecture)
+        launch(
+            _decode_int8_product_kernel, cdiv(n_rows, tile.block_rows) * cdiv(n_out, tile.block_out),
+            x, matrix.values, matrix.scale, bias, y, n_rows=n_rows, n_cols=n_cols, n_out=n_out,
+            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out,
+            ACTIVATION=activation, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        )  # fmt: skip
+        return y
 
     def _add_norm(self, branch: Tensor, stream: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.activations import ACTIVATIONS
-from ...common.decode_weights import DecodeWeights
+from ...common.decode_weights import DecodeWeights, Matrix
+from ...common.int8 import Int8Matrix
 
 
-def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x @ matrix + bias. x: (r, in). matrix: (in, out). bias: (out,). Returns (r, out)."""
+    matrix = matrix.to_float(x.dtype) if isinstance(matrix, Int8Matrix) else matrix
     return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 
@@ -26,7 +28,7 @@ def decode_tokens(
     tokens: Tensor,
     positions: Tensor,
     attention_bias: Tensor | None = None,
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = multiply,
 ) -> Tensor:
     """The forward of N new tokens per row over the cache, to which their keys and values are appended.
 

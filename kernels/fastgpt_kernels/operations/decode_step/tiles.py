@@ -33,7 +33,7 @@ def _power_of_two(n: int) -> int:
 def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
     """The tile of a kernel, norm_product, project or head: compiled, not timed.
 
-    n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype.
+    n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype, 1 for int8.
     """
     block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
     is_wide = block_cols > 1024
@@ -42,9 +42,20 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
     if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
         num_warps = max(num_warps, 8)
-    # 32 bytes, one memory sector, of every row of the weights. The head's rows are read whole.
-    block_out = 32 // element_size if kernel != "head" or n_rows == 1 else 8
+    # 32 bytes, one memory sector, of every row of the weights. The head's rows are read whole, and int8's columns.
+    is_whole = kernel == "head" or element_size == 1
+    block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
     return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)
+
+
+def decode_int8_tile(n_rows: int, element_size: int, architecture: str) -> DecodeTile:
+    """The tile of many rows' product with int8 weights: compiled, not timed. element_size: bytes of the rows' dtype."""
+    block_rows = min(64, _power_of_two(max(16, n_rows)))
+    if architecture == "cpu":
+        return DecodeTile(block_rows, 64, 64, 4, 2)
+    # float32 has no exact tensor cores.
+    block_cols = 128 if element_size == 2 else 32
+    return DecodeTile(block_rows, block_cols, 16 if block_rows == 16 else 32, 4 if block_rows > 16 else 2, 4)
 
 
 def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:

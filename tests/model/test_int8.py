@@ -1,0 +1,179 @@
+"""Products with int8 weights: how they are rounded, and that everything else works as before."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastgpt_kernels.common.int8 import Int8Matrix
+from models import assert_same_within_rounding, pair, tiny_config, token_ids
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+import fastgpt
+from fastgpt.model.int8 import Int8Linear
+
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def in_floats(quantised: Any) -> Any:
+    """A copy in which every product holds the floats of its int8 weights."""
+    model = copy.deepcopy(quantised)
+    for name, module in quantised.named_modules():
+        if isinstance(module, Int8Linear):
+            product = Conv1D(module.out_features, module.in_features)
+            product.weight = nn.Parameter(module.matrix.to_float(module.bias.dtype).contiguous())
+            product.bias = nn.Parameter(module.bias.detach().clone())
+            model.set_submodule(name, product)
+    del model.config.quantization_config
+    return model.eval()
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_every_weight_is_rounded_to_the_nearest_value(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    matrix = (torch.randn(33, 50) * torch.logspace(-2, 1, 50) * scale).to(dtype)
+    matrix[:, 7] = 0
+    rounded = Int8Matrix.nearest(matrix)
+    largest = matrix.double().abs().amax(0)
+    # A scale has 17 bits, so it may lie 2^-17 of itself away.
+    assert torch.allclose(rounded.scale.double(), (largest / 127).where(largest > 0, 1.0), rtol=2**-17, atol=0)
+    assert rounded.values.abs().amax(1).tolist() == [0 if column == 7 else 127 for column in range(50)]
+    error = (rounded.to_float(torch.float64) - matrix.double()).abs()
+    assert (error <= rounded.scale.double() / 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rounding_again_changes_nothing(dtype: torch.dtype) -> None:
+    """The matrix in float32 is exact, down to columns of which float32 holds but the smallest numbers."""
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 4096) * torch.logspace(-42, 30, 4096)
+    once = Int8Matrix.nearest(matrix)
+    floats = once.to_float(dtype)
+    again = Int8Matrix.nearest(floats)
+    assert torch.equal(floats.double(), once.values.t().double() * once.scale.double())
+    assert torch.equal(again.values, once.values)
+    assert torch.equal(again.scale, once.scale)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_changes() -> None:
+    _, ours = pair(tiny_config())
+    with torch.no_grad():
+        ours.transformer.h[1].mlp.c_fc.weight[3, 5] = torch.inf
+    with pytest.raises(ValueError, match=r"^transformer\.h\.1\.mlp\.c_fc\.weight: .* NaN or Inf"):
+        fastgpt.quantize(ours)
+    assert not any(isinstance(module, Int8Linear) for module in ours.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_the_bytes_are_those_that_params_counts(name: str) -> None:
+    shape = fastgpt.accounting.PRESETS[name]
+    sizes = {key: getattr(shape, key) for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")}
+    with torch.device("meta"), no_init_weights():
+        model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.tie_weights()
+    held = fastgpt.quantize(model).to(torch.bfloat16).parameters()
+    assert sum(tensor.nbytes for tensor in held) == fastgpt.accounting.weight_bytes(shape)["int8"]
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype) -> None:
+    theirs, ours = (fastgpt.quantize(model).to(dtype) for model in pair(tiny_config(add_cross_attention=True)))
+    assert {module.scale.dtype for module in ours.modules() if isinstance(module, Int8Linear)} == {torch.float32}
+    call = {"input_ids": token_ids(2, 9, 131), "encoder_hidden_states": torch.randn(2, 5, 64).to(dtype)}
+    expected = in_floats(theirs)(**call).logits
+    for model in (theirs, ours):
+        assert_same_within_rounding(model(**call).logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
+
+
+def test_gradients_flow_through_but_not_into_the_weights() -> None:
+    ours = fastgpt.quantize(pair(tiny_config())[1])
+    embeddings = torch.randn(2, 7, 64)
+    given = [embeddings.clone().requires_grad_() for _ in range(2)]
+    for model, x in zip((ours, in_floats(ours)), given, strict=True):
+        model(inputs_embeds=x).logits.square().mean().backward()
+    assert given[0].grad is not None
+    assert given[1].grad is not None
+    assert_same_within_rounding(given[0].grad, given[1].grad, n_ulps=512)
+    product = ours.transformer.h[0].attn.c_attn
+    assert (product.weight.grad, product.scale.grad) == (None, None)
+    assert product.bias.grad is not None
+
+
+def test_adapters_learn_on_top() -> None:
+    peft = pytest.importorskip("peft")
+    model = fastgpt.quantize(pair(tiny_config())[1])
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    ids = token_ids(2, 9, 131)
+    loss = adapted(input_ids=ids, labels=ids).loss
+    loss.backward()
+    learned = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert len(learned) == 2 * 3 * 2
+    assert all("lora" in name for name in learned)
+
+
+def test_what_was_changed_is_not_rounded() -> None:
+    _, ours = pair(tiny_config())
+    ours.transformer.h[0].mlp.c_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_proj was changed"):
+        fastgpt.quantize(ours)
+    with pytest.raises(TypeError, match="takes a GPT-2, not Linear"):
+        fastgpt.quantize(nn.Linear(2, 2))  # type: ignore[type-var]
+
+
+def test_models_of_the_same_configuration_stay_as_they_are() -> None:
+    config = tiny_config()
+    ours, other = fastgpt.GPT2LMHeadModel(config), fastgpt.GPT2LMHeadModel(config)
+    assert fastgpt.quantize(fastgpt.quantize(ours)) is ours
+    assert not hasattr(other.config, "quantization_config")
+    assert {id(module.config) for module in ours.modules() if hasattr(module, "config")} == {id(ours.config)}
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+def float_scale(model: Any) -> None:
+    product = model.transformer.h[0].mlp.c_fc
+    product.scale = nn.Parameter(product.scale.double(), requires_grad=False)
+
+
+def float_weight(model: Any) -> None:
+    product = model.transformer.h[0].mlp.c_fc
+    product.weight = nn.Parameter(product.weight.float())
+
+
+def one_product(model: Any) -> None:
+    model.transformer.h[0].mlp.c_fc = Conv1D(256, 64).eval()
+
+
+def hooked(model: Any) -> None:
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [float_scale, float_weight, one_product, hooked])
+def test_a_changed_product_is_called(change: Any) -> None:
+    ours = fastgpt.quantize(pair(tiny_config())[1])
+    assert fastgpt.explain(ours).startswith("the engine")
+    change(ours)
+    assert fastgpt.explain(ours).startswith("transformers' loop: transformer.h.0.mlp.c_fc is not a plain module")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_generate_gives_the_tokens_of_the_rounded_weights(options: dict[str, Any]) -> None:
+    theirs, ours = map(fastgpt.quantize, pair(tiny_config()))
+    expected = in_floats(theirs)
+    for n_new in (6, 40):
+        ids = token_ids(1 if "prompt_lookup_num_tokens" in options else 2, 5, 131)
+        tokens = expected.generate(ids, **GREEDY, **options, max_new_tokens=n_new)
+        assert ours.generate(ids, **GREEDY, **options, max_new_tokens=n_new).tolist() == tokens.tolist()
