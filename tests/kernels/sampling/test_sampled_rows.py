@@ -12,6 +12,7 @@ from fastgpt_kernels.operations.sampling.filter_kernels import _sampling_filtere
 from fastgpt_kernels.operations.sampling.op import sample, supports
 from fastgpt_kernels.operations.sampling.reference import SamplingOptions
 from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
+from torch import Tensor
 
 from .formula import DTYPES, FILTERS, OVERFLOWS_ARE_RIGHT, PAD, after, assert_same_rows, draws, make_logits, make_rows
 
@@ -72,6 +73,18 @@ def test_not_a_number_is_told_and_stays_in_its_row(filters: dict[str, Any], pena
     assert torch.equal(rows.tokens[::2], expected.tokens[::2])
     if rows.seen is not None:
         assert torch.equal(rows.seen[1], before.seen[1])  # pyright: ignore
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_scratch_memory_is_read_only_where_it_was_written(
+    filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds NaN in the other tests, which is above no threshold, so that a read of it would not show."""
+    logits = make_logits(2, 131)
+    expected = draws(logits, seed=4, **filters)
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *size, **options: new_empty(*size, **options).fill_(2**30))
+    assert torch.equal(draws(logits, seed=4, **filters), expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
