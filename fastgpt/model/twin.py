@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
 from ..checkpoint.fit import has_int8_products
@@ -51,7 +50,7 @@ def differences(model: nn.Module) -> Iterator[str]:
     if _has_any_global_hook():
         yield "a hook is set on every module"
     try:
-        twin = _twin(model.config)
+        twin = _twin_of(model)
     except Exception as error:  # the configuration was changed and describes no model any more
         yield f"its configuration describes no model: {error}"
         return
@@ -81,8 +80,21 @@ def differences(model: nn.Module) -> Iterator[str]:
         yield from plain.changes_of_class(kind)
 
 
+def _twin_of(model: hf.GPT2LMHeadModel) -> hf.GPT2LMHeadModel:
+    """The twin, built again only after the configuration has changed: one that differs is compared in every call."""
+    settings = dict(vars(model.config))
+    held = _twins.get(model)
+    if held is None or held[0] != settings:
+        held = _twins[model] = settings, _twin(model.config)
+    return held[1]
+
+
+_twins: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], hf.GPT2LMHeadModel]] = WeakKeyDictionary()
+
+
 def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
-    with torch.device("meta"), no_init_weights():
+    # Not under transformers' `no_init_weights`, which exchanges functions of torch in all threads.
+    with torch.device("meta"):
         twin = replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
     if has_int8_products(config):
         replace_products(twin)

@@ -1,6 +1,7 @@
 """Which models the engine stands in for, clause by clause: each change is named, at first and after a proof."""
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
 from models import tiny_config
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.gpt2 import modeling_gpt2 as hf
 
 import fastgpt
 from fastgpt.generate import routing
@@ -249,6 +251,17 @@ def test_a_model_is_compared_with_its_twin_once(in_inference: None, monkeypatch:
     assert routing.why_not_model(model) is None
 
 
+def test_a_model_that_differs_needs_one_twin_until_its_configuration_changes(in_inference: None, monkeypatch) -> None:
+    model, build, n_built = model_of(), twin._twin, []
+    monkeypatch.setattr(twin, "_twin", lambda config: [build(config), n_built.append(1)][0])
+    model.transformer.drop.train()
+    for _ in range(3):
+        assert routing.why_not_model(model) is not None
+    model.config.n_layer = 1
+    assert routing.why_not_model(model) is not None
+    assert len(n_built) == 2
+
+
 def test_the_proof_frees_what_is_replaced(in_inference: None) -> None:
     model = model_of()
     assert routing.why_not_model(model) is None
@@ -256,3 +269,22 @@ def test_the_proof_frees_what_is_replaced(in_inference: None) -> None:
     model.transformer.h[1] = nn.Identity()
     assert weight() is None
     assert model not in twin._proofs
+
+
+def test_bug_first_calls_in_two_threads_left_all_later_models_without_weights(in_inference: None, monkeypatch) -> None:
+    """A twin is built without a change that other threads see, such as to the functions that initialise weights."""
+    model, seen, make = model_of(), [], hf.GPT2MLP.__init__
+
+    def shared_by_threads() -> list[Any]:
+        return [*vars(nn.init).values(), *vars(PreTrainedModel).values()]
+
+    def noted(*args: Any) -> None:
+        seen.append(shared_by_threads())
+        make(*args)
+
+    monkeypatch.setattr(hf.GPT2MLP, "__init__", noted)
+    before, state = shared_by_threads(), torch.get_rng_state()
+    assert routing.why_not_model(model) is None
+    assert len(seen) == model.config.n_layer
+    assert all(all(map(operator.is_, before, during)) for during in seen)
+    assert torch.equal(torch.get_rng_state(), state)
