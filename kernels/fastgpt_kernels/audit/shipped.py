@@ -165,11 +165,16 @@ def _decode(_: str) -> Iterator[Call]:
     # The narrowest and the widest size; those between use the same tiles.
     # One row, the most that are fused, more; new tokens of one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (4, True), (9, True)
-    # With int8 weights, many rows of one sequence are multiplied as those of several, in tiles that grow with them.
-    int8_forms = *forms[:3], (32, False), (64, False)
+    # With int8 weights, the tiles of many rows grow with their number; the dtype of the rows changes little else.
+    int8_forms = {
+        (torch.bfloat16, "small"): ((1, False), (8, False), (64, False)),
+        (torch.bfloat16, "xl"): forms[:2],
+        (torch.float32, "small"): ((1, False), (8, False)),
+    }
     for dtype, size, int8 in product((torch.bfloat16, torch.float32), ("small", "xl"), (False, True)):
         weights = _decode_weights(*_SIZES[size], dtype, int8=int8)
-        for n_rows, one_sequence in int8_forms if int8 else forms if dtype == torch.bfloat16 else forms[:2]:
+        float_forms = forms if dtype == torch.bfloat16 else forms[:2]
+        for n_rows, one_sequence in int8_forms.get((dtype, size), ()) if int8 else float_forms:
 
             def run(n_rows: int = n_rows, one_sequence: bool = one_sequence, weights: DecodeWeights = weights) -> None:
                 step = DecodeStep(weights, n_rows, _CONTEXT, one_sequence=one_sequence)
