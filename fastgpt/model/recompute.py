@@ -34,9 +34,10 @@ def as_read(normalised: Tensor, reader: nn.Module, product: str) -> Tensor:
 
 
 def save_recipe(normalised: Tensor, x: Tensor, norm: nn.LayerNorm, output: Tensor) -> None:
-    """Replace `normalised`, `as_read` of norm(x), wherever it was saved to go back from `output` to it.
+    """Let the backward of the operations from `normalised` to `output` compute `normalised` again, not keep it.
 
-    Tensors that a saved-tensor hook has taken already, as in gradient checkpointing, are left to that hook.
+    normalised: what `as_read` made of norm(x). What a saved-tensor hook has already taken, as gradient checkpointing's
+    does, is left to that hook.
     """
     if torch.compiler.is_compiling():
         return

@@ -211,6 +211,7 @@ def _fill_gradients(
     gradients: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor,
     key_padding_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Fill dq, dk and dv, whose tokens may lie any stride apart, and return them."""
     stats = stats.contiguous()
     delta = stats.new_empty(stats.shape[1:])
     _launch_backward(

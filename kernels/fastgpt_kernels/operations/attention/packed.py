@@ -1,6 +1,6 @@
-"""q, k and v as views of one tensor, and their gradients as views of one tensor, which no copy has to join.
+"""Where q, k and v are views of one packed tensor, so are their gradients: no copy has to join them.
 
-A packed tensor is (B, T, 3, H, D), the result of one product. Its gradient is read by that product's backward.
+A packed tensor is (B, T, 3, H, D), the result of one product, whose backward reads the gradient in the same layout.
 """
 
 from typing import Any
