@@ -101,7 +101,10 @@ def pack(
     n_training = n_sequences - n_held_out
     if n_training < 1:
         needed = (1 + n_held_out) * context
-        raise ValueError(f"the text is too short: {len(ids)} tokens, and {needed} are the least: give a longer text")
+        raise ValueError(
+            f"the text is too short: {len(ids)} tokens, and {needed} are the least: "
+            "give a longer text or a shorter context"
+        )
     measured = ids[n_training * context :] if validation is None else encode(tokenizer, validation, progress)
     if len(measured) < 2:
         raise ValueError(f"the validation text is too short: {len(measured)} tokens")

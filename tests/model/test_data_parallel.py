@@ -1,4 +1,4 @@
-"""Training under torch's DDP, FSDP1 and FSDP2 on gloo: transformers' losses, and no logits computed or held."""
+"""Training under DDP, FSDP and tensor parallelism on gloo: transformers' losses, and no logits computed or held."""
 
 import itertools
 from collections import Counter
@@ -15,6 +15,7 @@ from fastgpt_kernels.operations.linear_cross_entropy import reference
 from models import pair, tiny_config, token_ids
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -58,6 +60,27 @@ def checkpointed_by_accelerate(model: nn.Module) -> nn.Module:
     return fsdp2(model)
 
 
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    """The MLPs alone: the first product's columns and the second one's rows are on different processes."""
+    shards = {"c_fc.weight": Shard(1), "c_fc.bias": Shard(0), "c_proj.weight": Shard(0), "c_proj.bias": Replicate()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            sharded = distribute_tensor(parameter.detach(), mesh, [shards[f"{name}.{part}"]])
+            module.register_parameter(part, nn.Parameter(sharded))
+
+    def replicate(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        return tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs)
+
+    def collect(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+        return output.full_tensor()
+
+    for block in model.get_submodule("transformer.h").children():
+        distribute_module(block.get_submodule("mlp"), mesh, partition, replicate, collect)
+    return model
+
+
 def norms_computed_again(wrap: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
     model.config.recompute_norms = True  # type: ignore[union-attr]
     return wrap(model)
@@ -76,6 +99,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2, offloaded": partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "FSDP2, checkpointed by transformers": checkpointed_by_transformers,
     "FSDP2, checkpointed by accelerate": checkpointed_by_accelerate,
+    "tensor parallel": tensor_parallel,
     "FSDP1, norms computed again": partial(norms_computed_again, fsdp1),
     "FSDP2, norms computed again": partial(norms_computed_again, fsdp2),
 }
@@ -84,12 +108,12 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 READS = ("nothing", "in the loss", "after the step")
 
 
-def losses_of(model: nn.Module, rank: int, reads: str) -> list[float]:
+def losses_of(model: nn.Module, batch: int, reads: str) -> list[float]:
     """Of three steps; `reads` says where the logits are read, if they are."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(3):
-        ids = token_ids(2, 9, 131, seed=10 * step + rank)
+        ids = token_ids(2, 9, 131, seed=10 * step + batch)
         output = model(ids, labels=ids)
         loss = output.loss
         if reads == "in the loss":
@@ -114,9 +138,12 @@ def train(rank: int, n_processes: int, folder: Path) -> None:
     recompute._Recipe.follow = counted(recompute._Recipe.follow, calls)  # type: ignore[method-assign]
     results = {}
     for name, reads in itertools.product(WRAPPERS, READS):
-        if "norms" in name and reads != "nothing":  # which changes nothing in blocks
+        if ("norms" in name or "tensor" in name) and reads != "nothing":  # which changes nothing in blocks
             continue
-        theirs, ours = (losses_of(WRAPPERS[name](model.train()), rank, reads) for model in pair(tiny_config(n_layer=1)))
+        batch = 0 if name == "tensor parallel" else rank  # all of its processes read the same
+        theirs, ours = (
+            losses_of(WRAPPERS[name](model.train()), batch, reads) for model in pair(tiny_config(n_layer=1))
+        )
         results[name, reads] = theirs, ours, Counter(calls)
         calls.clear()
     torch.save(results, folder / f"{rank}.pt")
@@ -140,7 +167,8 @@ def test_losses_equal_transformers_under_the_same_wrapper(n_processes: int, tmp_
             tolerance = 2e-2 if "half" in name else 1e-5
             assert ours == pytest.approx(theirs, rel=tolerance), (name, reads)
             assert calls["compute"] == (0 if reads == "nothing" else 3), (name, reads)
-            assert calls["gelu_mlp"] == (6 if "checkpointed" in name else 3), (name, reads)
+            n_mlps = 0 if name == "tensor parallel" else 6 if "checkpointed" in name else 3
+            assert calls["gelu_mlp"] == n_mlps, (name, reads)
             assert calls["follow"] == (6 if "norms" in name else 0), (name, reads)
 
 

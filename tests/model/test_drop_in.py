@@ -274,6 +274,28 @@ def test_autocast_equals_transformers() -> None:
         assert (ours_value - theirs_value).abs().max() <= 0.05 * theirs_value.abs().max()
 
 
+def test_float16_with_a_grad_scaler() -> None:
+    """Two steps under a scale that float16 holds, and one that overflows and is skipped."""
+    ids = token_ids(2, 9, 131)
+    results = []
+    for model in pair(tiny_config()):
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**12), []
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = model(ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            losses.append(loss.item())
+            scaler.update(2.0**60 if len(losses) == 2 else None)
+        assert scaler.get_scale() == 2.0**59
+        results.append([*losses, model(ids, labels=ids).loss.item()])
+    theirs, ours = results
+    assert theirs[3] < theirs[0] - 0.01
+    assert ours == pytest.approx(theirs, rel=2e-3)
+
+
 # --- compile and export ---------------------------------------------------------------------------------------------
 
 
