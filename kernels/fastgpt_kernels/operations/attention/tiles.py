@@ -28,7 +28,7 @@ ATTENTION = {
     ("dkdv", 4, 64): AttentionTile(32, 32, 8, 2),
     ("dkdv", 4, 128): AttentionTile(16, 16, 4, 2),
 }
-# Without wgmma operands occupy registers, which leaves room for fewer scores: compiled, not timed.
+# Other GPUs have no wgmma: operands occupy registers, which leaves room for fewer scores. Compiled, not timed.
 _ATTENTION_OFF_HOPPER = {
     ("fwd", 2, 128): AttentionTile(64, 32, 4, 2),
     ("dq", 2, 64): AttentionTile(64, 32, 4, 3),

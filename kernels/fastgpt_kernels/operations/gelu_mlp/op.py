@@ -1,6 +1,7 @@
 """gelu_mlp on fused products: the public function, launchers, autograd and registration with torch.
 
-Forward saves `pre` (N, F), the input of the activation; backward recomputes the hidden values, as large again, from it.
+Forward saves `pre` (N, F), the input of the activation. From it backward recomputes the hidden values, which would take
+as much memory again.
 Products with nothing to fuse after them are left to torch.
 """
 

@@ -113,7 +113,7 @@ def _launch_forward(
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """y in `dtype`."""
+    """layer_norm(x) in `dtype`."""
     y = _dense_like(x, dtype)
     _launch_forward(x, None, weight, bias, eps, y, None)
     return y
@@ -122,7 +122,7 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """y in `dtype`, and x + residual."""
+    """layer_norm(x + residual) in `dtype`, and x + residual."""
     y, summed = _dense_like(x, dtype), _dense_like(x, torch.promote_types(x.dtype, residual.dtype))
     _launch_forward(x, residual, weight, bias, eps, y, summed)
     return y, summed
