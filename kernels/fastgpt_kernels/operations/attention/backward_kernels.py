@@ -51,9 +51,9 @@ def _causal_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, max_ptr, norm_ptr, delta_ptr, key_mask_ptr, seed_ptr, dk_ptr, dv_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
-    grad_token_stride, n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
+    n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, N_PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program computes dk and dv of one block of keys of one head. Blocks that the most queries see start first.
 
@@ -117,10 +117,11 @@ def _causal_attention_bwd_dkdv_kernel(
             dscore = p * (dp - delta[None, :])
             dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
 
-    start = batch * n_keys * grad_token_stride + head * HEAD_DIM
+    n_row_heads = n_heads * N_PACKED  # in a row of the tensor that holds the gradient, and maybe two more
+    start = (batch * n_keys * n_row_heads + head) * HEAD_DIM
     in_keys = k_pos < n_keys
-    _store_rows(dk_ptr + start, dk * scale, k_pos, in_keys, grad_token_stride, HEAD_DIM, PADDED_DIM)
-    _store_rows(dv_ptr + start, dv * keep_scale, k_pos, in_keys, grad_token_stride, HEAD_DIM, PADDED_DIM)
+    _store_rows(dk_ptr + start, dk * scale, k_pos, in_keys, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
+    _store_rows(dv_ptr + start, dv * keep_scale, k_pos, in_keys, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
 
 
 # --- dq -------------------------------------------------------------------------------------------------------------
@@ -159,9 +160,9 @@ def _causal_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, max_ptr, norm_ptr, delta_ptr, key_mask_ptr, seed_ptr, dq_ptr,
     q_batch_stride, q_head_stride, q_token_stride, k_batch_stride, k_head_stride, k_token_stride,
     v_batch_stride, v_head_stride, v_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
-    grad_token_stride, n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
+    n_batch_heads, n_heads, n_queries, n_keys, scale, score_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, N_PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program computes dq of one block of queries of one head; in float32 also delta."""
     batch_head, batch, head, block = _locate(n_batch_heads, n_heads)
@@ -208,5 +209,6 @@ def _causal_attention_bwd_dq_kernel(
         if PASS == 0:
             tl.store(delta_ptr + row, delta, mask=q_in)
 
-    dq_ptr += batch * n_queries * grad_token_stride + head * HEAD_DIM
-    _store_rows(dq_ptr, dq * scale, q_pos, q_in, grad_token_stride, HEAD_DIM, PADDED_DIM)
+    n_row_heads = n_heads * N_PACKED
+    dq_ptr += (batch * n_queries * n_row_heads + head) * HEAD_DIM
+    _store_rows(dq_ptr, dq * scale, q_pos, q_in, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)

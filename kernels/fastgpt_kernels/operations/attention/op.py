@@ -226,7 +226,7 @@ def _launch_backward(
     key_padding_mask: Tensor | None, seed: Tensor | None, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     scale: float, dropout_p: float, precision: str,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Fill dq, dk and dv, whose heads lie side by side. delta: (B, H, Tq), the sum of out * dout over a head."""
+    """Fill dq, dk and dv, as `_new_heads` or all `packed`. delta: (B, H, Tq), the sum of out * dout over a head."""
     q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
     sizes, mask = _sizes(q, k), _mask_bytes(key_padding_mask)
     tile, k_tile = (_tile(kernel, q, mask, seed, precision) for kernel in ("dq", "dkdv"))
@@ -240,9 +240,9 @@ def _launch_backward(
         )  # fmt: skip
     pointers = q, k, v, dout, stats[0], stats[1], delta, mask, seed
     arguments = {**_strides(q=q, k=k, v=v, dout=dout), **sizes, "scale": scale, **_scores(q, scale, dropout_p)}
-    q_arguments, k_arguments = ({**arguments, "grad_token_stride": x.stride(2)} for x in (dq, dk))
-    yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **q_arguments, **tile)
-    yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **k_arguments, **k_tile)
+    arguments["N_PACKED"] = dq.stride(2) // (sizes["n_heads"] * dq.shape[3])
+    yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **arguments, **tile)
+    yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **arguments, **k_tile)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
