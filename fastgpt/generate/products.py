@@ -273,7 +273,10 @@ def fastest(known: dict[str, Cost], n_steps: int) -> str:
     """The way that costs least over n_steps steps, or the first, which is torch's own, where the gain is small."""
     torchs = next(iter(known))
     best = min(known, key=lambda name: known[name].of(n_steps))
-    return best if known[torchs].of(n_steps) > _MIN_GAIN * known[best].of(n_steps) else torchs
+    # Converting int8 to floats comes before torch's own product too, and says nothing about the gain.
+    shared = known[torchs].prepare
+    gains = known[torchs].of(n_steps) - shared > _MIN_GAIN * (known[best].of(n_steps) - shared)
+    return best if gains else torchs
 
 
 class Products:

@@ -107,7 +107,8 @@ def quantize(model: Model) -> Model:
 
     Decoding then reads half the bytes of bfloat16, or a quarter of float32's. Everything else works as before, on
     weights that are rounded once: forward, adapters on top, `save_pretrained`, `from_pretrained`. The token table keeps
-    its dtype, and so does the head.
+    its dtype, and so does the head, which usually is that table: on weights like trained ones the largest error of the
+    logits was 14.0 of 171 without it, and 17.6 with it (bfloat16 alone: 6.9).
 
     model: a GPT-2 of fastgpt or transformers, in any dtype; it is best rounded from the dtype of its checkpoint.
     Returns the model. Raises TypeError on another model, and ValueError, having changed nothing, when a product was

@@ -37,13 +37,13 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     """
     block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
     is_wide = block_cols > 1024
-    num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if kernel == "head" else 16)
+    is_whole = kernel == "head" or element_size == 1  # rows of the head and columns of int8 are read whole
+    num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if is_whole else 16)
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
     if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
         num_warps = max(num_warps, 8)
-    # 32 bytes, one memory sector, of every row of the weights. The head's rows are read whole, and int8's columns.
-    is_whole = kernel == "head" or element_size == 1
+    # 32 bytes, one memory sector, of every row of the weights.
     block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
     return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)
 
