@@ -5,7 +5,8 @@ the arguments are the same. Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -60,6 +61,10 @@ class _DropIn(LoadingMixin):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
 
 
+# The configuration of a model whose blocks share layers is switched during a forward, which other threads wait for.
+_one_thread = RLock()
+
+
 @replaces(hf.GPT2Model)
 class GPT2Model(_DropIn, hf.GPT2Model):
     """transformers' GPT2Model with every block on fastgpt."""
@@ -82,14 +87,17 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     def _masks_of_shared_layers(self) -> Iterator[None]:
         """Use transformers' masks when blocks share a layer of the cache: they see more keys than our mask has."""
         places = [getattr(getattr(block, "attn", block), "layer_idx", block) for block in self.h]
-        if self.config._attn_implementation != ATTENTION or len(set(places)) == len(places):
+        if len(set(places)) == len(places):
             yield
             return
-        self.config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = ATTENTION
+        with nullcontext() if torch.compiler.is_compiling() else _one_thread:
+            attention = self.config._attn_implementation
+            if attention == ATTENTION:
+                self.config._attn_implementation = "sdpa"
+            try:
+                yield
+            finally:
+                self.config._attn_implementation = attention
 
     def _hides_nothing(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the call shows that every row is one whole sequence from position 0, run by our blocks."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -170,3 +171,35 @@ def test_bug_the_first_torch_compile_of_a_process_stopped_the_engine() -> None:
     torch.compile(torch.nn.ReLU(), backend="eager")(torch.ones(2))
     assert torch.nn.Module.__setstate__.__module__ == "torch._dynamo.mutation_guard"
     assert not list(plain.changes_of_class(type(fastgpt.GPT2LMHeadModel(tiny_config()))))
+
+
+def test_bug_two_threads_in_a_model_whose_blocks_share_a_layer() -> None:
+    """The second begins while the first runs, and ends after it: neither changes the attention of the other."""
+    found, inside, first_ended = {}, Event(), Event()
+    with ExitStack() as stack, torch.no_grad():
+        theirs, ours = stock(), fastgpt.patch(stock())
+        for model in (theirs, ours):
+            CHANGES["a block used twice"](model, stack)
+        ids = token_ids(2, 7, 131)
+        expected = theirs(ids).logits
+
+        def run(name: str) -> None:
+            with torch.no_grad():
+                found[name] = ours(ids).logits
+
+        def meet(*_: Any) -> None:
+            if current_thread() is second:
+                inside.set()
+                first_ended.wait(1)
+            elif not second.is_alive() and not inside.is_set():
+                second.start()
+                inside.wait(0.2)
+
+        second = Thread(target=run, args=["second"])
+        ours.transformer.wpe.register_forward_hook(meet)
+        run("first")
+        first_ended.set()
+        second.join()
+    for logits in found.values():
+        assert_same_within_rounding(logits, expected, n_ulps=512)
+    assert len(found) == 2
