@@ -22,14 +22,12 @@ def attend(
 ) -> Tensor:
     """Attention under any mask from `attention_mask` or a user.
 
-    query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: None or (B, Tk) bool over the keys, combined with the
-    causal mask when is_causal; or a complete mask with four axes, bool (True = attend) or additive.
+    query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: (B, Tk) bool over the keys, combined with the causal mask; a
+    complete mask with four axes, bool (True = attend) or additive; or None, where is_causal says whether it is causal.
     Returns (B, H, Tq, D).
     """
-    if is_causal and (mask is None or mask.ndim == 2):
+    if is_causal if mask is None else mask.ndim == 2:
         return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None, :]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
@@ -49,6 +47,8 @@ def attention_forward(
     if n_queries_per_key > 1:
         key, value = (heads.repeat_interleave(n_queries_per_key, dim=1) for heads in (key, value))
     is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if getattr(module, "is_cross_attention", True) is False:
+        is_causal = is_causal or key.shape[2] != query.shape[2]  # then transformers always has a causal mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = attend(query, key, value, attention_mask, is_causal=is_causal, scale=scale, dropout_p=dropout)
     return attended.transpose(1, 2).contiguous(), None
@@ -64,7 +64,7 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """The smallest sufficient mask: None, (B, Tk) bool over the keys, or (B, 1, Tq, Tk) bool.
+    """The smallest sufficient mask: None, (B, Tk) bool over the keys of causal attention, or (B, 1, 1 or Tq, Tk) bool.
 
     transformers calls it with the pattern (`mask_function`) and the padding (`attention_mask`, 2-D bool).
     """
@@ -79,7 +79,9 @@ def attention_mask(
     padding = attention_mask[:, kv_offset : kv_offset + kv_length]
     padding = F.pad(padding, (0, kv_length - padding.shape[1]), value=False)
     can_look = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    return None if can_look and bool(padding.all()) else padding
+    if can_look and bool(padding.all()):
+        return None
+    return padding if is_causal else padding[:, None, None, :]
 
 
 def nothing_hidden(x: Tensor) -> Tensor:

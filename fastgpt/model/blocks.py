@@ -96,7 +96,7 @@ class GPT2Attention(hf.GPT2Attention):
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
         # As in transformers: masks are always causal, and module.is_causal counts only where there is no mask.
-        is_causal = self.is_causal or attention_mask is not None or key.shape[2] != T
+        is_causal = self.is_causal or key.shape[2] != T
         attended = attend(
             query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
         )

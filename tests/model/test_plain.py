@@ -124,6 +124,7 @@ def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str)
 )
 @example(before=[], after=["_update_model_kwargs_for_generation"] * 3)  # a position of -1
 @example(before=[], after=["a layer removed", "ln_2.eps"])
+@example(before=[], after=["GPT2Attention.forward", "attn.is_causal = False"])
 @cases(25)  # each runs two models in eight ways
 def test_random_chains_of_changes(before: list[str], after: list[str]) -> None:
     compare(before, after, used_first=False)
