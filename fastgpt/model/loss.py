@@ -24,9 +24,10 @@ class CausalLMLoss:
     """transformers' loss with more terms; a fastgpt model in training computes it without the logits.
 
     `model.loss_function = CausalLMLoss(label_smoothing=0.1)` sets it, on a model of fastgpt or of transformers.
-    label_smoothing, z_loss: as in `fastgpt_kernels.linear_cross_entropy`. reduction: "mean" over the labels that count,
-    or "none", which gives losses (B, T), each at the position that predicts: zero at the last one and where the label
-    is ignored. Raises ValueError on values that cannot be.
+    label_smoothing: Trainer's label_smoothing_factor. z_loss: Liger's lse_square_scale. Both as in
+    `fastgpt_kernels.linear_cross_entropy`. reduction: "mean" over the labels that count, or "none", which gives losses
+    (B, T), each at the position that predicts: zero at the last one and where the label is ignored.
+    Raises ValueError on values that cannot be.
     """
 
     label_smoothing: float = 0.0

@@ -384,3 +384,15 @@ def test_profile_traces_every_workload(directory: str, tmp_path: Path) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [e.operation in text for e in expenses[:3]] == [True] * 3
     assert text.count(" ms ") == 3
+
+
+@pytest.mark.parametrize("name", ["hf-sdpa", workloads.OURS])
+def test_a_training_step_clips_its_gradients_and_steps_once_for_all(name: str) -> None:
+    model = workloads.contender(name, GPT2LMHeadModel(tiny_config(n_layer=1)), torch.device("cpu"), torch.float32)
+    ids = torch.arange(18).view(2, 9)
+    work = workloads.train(name, model, ids, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        work.run()
+    assert {event.key: event.count for event in trace.key_averages()}["aten::_fused_adamw_"] == 1
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    assert torch.stack(norms).norm().item() == pytest.approx(1.0, rel=1e-3)
