@@ -164,7 +164,7 @@ def test_configurations(changes: dict[str, Any], n_rows: int) -> None:
 # --- int8 weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_rows", [1, 4, 5])
 def test_int8_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int) -> None:
     """Beside float64 on the rounded weights, exactly.
@@ -172,7 +172,7 @@ def test_int8_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int) -> Non
     Kernels multiply each sum by a scale: one rounding more than eager, whose weights are exact in float32.
     """
     # On trained-like weights, float32's errors differ by factors from draw to draw, whatever computes them.
-    trained = n_rows == 4 and dtype in HALVES
+    trained = n_rows == 4 and dtype == torch.bfloat16
     assert_case(make_case(dtype, [0, 3, 0, 1, 4][:n_rows], int8=True, trained=trained), n_ulps=2)
 
 
