@@ -106,7 +106,7 @@ def changed(model: Any, names: list[str], stack: ExitStack) -> list[str]:
     for name in names:
         try:
             CHANGES[name](model, stack)
-        except AttributeError:
+        except (AttributeError, IndexError):
             impossible.append(name)
     return impossible
 
