@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import measured, onednn, ops
+from . import measured, ops
 from .checkpoint.headers import one_line
 from .generate import products, routing
 from .model.patching import patch
@@ -127,10 +127,7 @@ def _measurements(device: torch.device) -> str:
 
 
 def _cpu_products(device: torch.device, n_steps: int = 128) -> str:
-    """How `generate()` multiplies rows by gpt2's matrices in float32 here, and how much faster than torch's product.
-
-    Then what multiplies in the MLP of forwards without gradients.
-    """
+    """How `generate()` multiplies rows by gpt2's matrices in float32 here, and how much faster than torch's product."""
     if device.type != "cpu":
         return f"not timed: {device} is no CPU"
     c, vocabulary = 768, 50257
@@ -146,9 +143,6 @@ def _cpu_products(device: torch.device, n_steps: int = 128) -> str:
             gain = costs["as stored"].of(n_steps) / costs[way].of(n_steps)
             ways.append(f"{name} {way}" + (f" ({gain:.1f}x)" if way != "as stored" else ""))
         lines.append(f"{n_rows} row{'s' * (n_rows > 1)}: {', '.join(ways)}")
-    x, (fc_weight, _) = torch.rand(64, c), matrices["fc"]
-    mlp = "oneDNN" if onednn.gains_in_mlp(x, fc_weight, "gelu_new") else "as stored"
-    lines.append(f"MLP of forwards without gradients, 64 rows or more: {mlp}")
     return "; ".join(lines)
 
 

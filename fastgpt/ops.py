@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastgpt.measured as measured
-import fastgpt.onednn as onednn
 
 from .checkpoint.headers import shown
 
@@ -133,21 +132,6 @@ def _is_supported(operation: str, x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
 
 
-def _asks_for_values_alone(*tensors: Tensor) -> bool:
-    """Whether these are float32 on a CPU, and nobody wants a gradient, a trace or to see each of torch's operations."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or is_transformed()
-    ) and all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-        for tensor in tensors
-    )
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """See `fastgpt_kernels.reference.layer_norm`."""
     return implementation("layer_norm", x)(x, weight, bias, eps)
@@ -186,16 +170,8 @@ def gelu_mlp(
     **options,
 ) -> Tensor:
     """See `fastgpt_kernels.reference.gelu_mlp`."""
-    run = implementation("gelu_mlp", x)
-    tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
-    if (
-        run is reference.gelu_mlp
-        and not options.get("dropout_p")
-        and _asks_for_values_alone(*tensors)
-        and onednn.gains_in_mlp(x, fc_weight, activation)
-    ):
-        return onednn.gelu_mlp(*tensors, activation, residual=options.get("residual"))
-    return run(*tensors, activation, **options)
+    weights = fc_weight, fc_bias, proj_weight, proj_bias
+    return implementation("gelu_mlp", x)(x, *weights, activation, **options)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:

@@ -23,8 +23,6 @@ from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
-import fastgpt.onednn as onednn
-
 # --- ways -----------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +90,7 @@ class OneDNN(AsStored):
     """oneDNN's product, which uses all cores for few rows too."""
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return onednn.multiply(x, self.matrix, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix.t(), bias, "none", [], "")
 
 
 class Packed:

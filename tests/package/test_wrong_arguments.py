@@ -73,11 +73,12 @@ def test_what_is_no_prompt(model: Any) -> None:
 
 
 def test_what_describes_no_model() -> None:
-    for other, words in (None, "NoneType"), (transformers.GPT2Config, "the class GPT2Config"), ([], "list"):
+    cases: list[tuple[Any, str]] = [(None, "NoneType"), (transformers.GPT2Config, "the class GPT2Config"), ([], "list")]
+    for other, words in cases:
         with pytest.raises(TypeError, match=rf"expected a preset's name.*, not {words}"):
             fastgpt.count_parameters(other)
     with pytest.raises(TypeError, match="should be an instance of class"):
-        fastgpt.GPT2LMHeadModel("gpt2")
+        fastgpt.GPT2LMHeadModel("gpt2")  # type: ignore[arg-type]
     for other in (None, nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=f"expected a directory or a model id, not {type(other).__name__}"):
             fastgpt.GPT2LMHeadModel.from_pretrained(other)

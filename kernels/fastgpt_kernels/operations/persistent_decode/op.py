@@ -170,6 +170,7 @@ def _pack(layers: tuple[DecodeLayer, ...], stream: Tensor, biases: Tensor, group
             (layer.fc_weight, layer.fc_bias),
             (layer.mlp_proj_weight, layer.mlp_proj_bias),
         ):
+            assert isinstance(weight, Tensor)  # `generate()` gives int8 weights to the kernels of single steps
             n_in, n_out = weight.shape
             n_slice, n_parts = -(-n_out // n_programs), n_in // n_channels
             stop = start + n_slice * n_parts
