@@ -80,10 +80,10 @@ def _speed_table(group: Sequence[tuple[Result, Mapping[str, Any]]]) -> str:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """A heading and a short table of one sequence at a time on one machine, which is a GPU if results of one exist."""
+    """A heading and a short table of one sequence at a time: of a GPU if there are results of one, of the newest."""
     device = "gpu" if any(result.device == "gpu" and benchmarks(result.content) for result in results) else "cpu"
     chosen: dict[tuple[int, int], tuple[str, list[str]]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.file.name, reverse=True):  # names begin with the date
         for content in benchmarks(result.content).values() if result.device == device else ():
             options = content["options"]
             for row in content["results"] if options["batch"] == 1 else ():
