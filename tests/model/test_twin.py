@@ -244,6 +244,15 @@ def test_a_module_may_give_way_to_its_equal(in_inference: None) -> None:
     assert routing.why_not_model(model) is None
 
 
+def test_a_table_of_equal_parameters_of_one_element_is_looked_at(in_inference: None) -> None:
+    """In a model of one channel they compare as equal to those that were there, and may have another dtype."""
+    model: Any = fastgpt.GPT2LMHeadModel(tiny_config(n_embd=1, n_head=1)).eval()
+    assert twin.difference(model) is None
+    norm = model.transformer.ln_f
+    norm._parameters = {name: nn.Parameter(tensor.double()) for name, tensor in norm._parameters.items()}
+    assert twin.difference(model) == "the parameters differ in device or dtype"
+
+
 def test_a_model_is_compared_with_its_twin_once(in_inference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     assert routing.why_not_model(model) is None
