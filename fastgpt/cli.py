@@ -222,6 +222,9 @@ def train(
     ] = None,
     keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the order of sequences and of dropout.")] = 0,
+    recompute: Annotated[
+        str, typer.Option(help="What backward computes again to save memory: nothing, norms or blocks.")
+    ] = "nothing",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
@@ -244,6 +247,7 @@ def train(
             every=every,
             keep=keep,
             seed=seed,
+            recompute=recompute,
         )
         place, _ = settle_place(device)
         ops.selected_backend()

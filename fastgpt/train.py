@@ -8,7 +8,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,10 @@ from .progress import Progress
 from .trainer import Interrupt, LogFile, Report, RunTrainer, last_checkpoint
 
 LOG, CURVE, OPTIONS = "log.jsonl", "loss.png", "options.json"
+RECOMPUTE = "nothing", "norms", "blocks"
+# Trainer's argument for the last one, and its name before transformers 5.24.
+_NEW, _OLD = "activation_checkpointing", "gradient_checkpointing"
+_CHECKPOINTING = _NEW if _NEW in TrainingArguments.__dataclass_fields__ else _OLD
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Settings:
     context: tokens of a sequence; None takes the model's. epochs: passes over the text; steps counts instead where it
     is given. batch: sequences at a time. accumulate: batches that make one step. learning_rate: its peak, reached after
     5% of the steps; a cosine leads from there to 0. every: steps between two evaluations, with a checkpoint at each;
-    None takes a tenth of all. keep: checkpoints that stay. seed: of the order of sequences and of dropout.
+    None takes a tenth of all. keep: checkpoints that stay. seed: of the order of sequences and of dropout. recompute:
+    one of RECOMPUTE, what backward computes again and the forward pass does not keep; it changes memory and time, and
+    no bit of the result.
     """
 
     context: int | None = None
@@ -46,6 +53,7 @@ class Settings:
     every: int | None = None
     keep: int = 2
     seed: int = 0
+    recompute: str = "nothing"
 
     def __post_init__(self) -> None:
         for name, least in {"context": 2, "steps": 1, "batch": 1, "accumulate": 1, "every": 1, "keep": 1}.items():
@@ -59,6 +67,12 @@ class Settings:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), not {self.seed}")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {self.recompute!r}")
+
+    def of_the_result(self) -> dict[str, Any]:
+        """The settings on which the result depends."""
+        return {name: value for name, value in asdict(self).items() if name != "recompute"}
 
     def n_steps(self, n_sequences: int) -> int:
         per_epoch = math.ceil(math.ceil(n_sequences / self.batch) / self.accumulate)
@@ -69,13 +83,16 @@ class Settings:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Make the folder of a run. Raises ValueError when it cannot be written, or is not empty and not to be resumed."""
+    """Raise ValueError when the folder of a run cannot be written, or is not empty and not to be resumed.
+
+    The folder is not made yet, so that a text which cannot be trained on leaves none.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
-    if not resume and any(out.iterdir()):
+    if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty: give another folder, or --resume to go on with the run in it")
 
 
@@ -91,6 +108,17 @@ def _check_options(out: Path, options: dict[str, Any]) -> None:
 
 
 # --- training -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _norms_computed_again(model: GPT2LMHeadModel, is_asked: bool) -> Iterator[None]:
+    """Inside the block only, because the configuration is saved with the result."""
+    if is_asked:
+        model.config.recompute_norms = True
+    try:
+        yield
+    finally:
+        vars(model.config).pop("recompute_norms", None)
 
 
 class Outcome(NamedTuple):
@@ -116,8 +144,8 @@ def fine_tune(
 ) -> Outcome:
     """Train a float32 model, in bfloat16 where a GPU has it, and save it with its tokenizer in `out`.
 
-    out: as `check_folder` leaves it. name: the model's, as the run was asked for. resume: go on from the last
-    checkpoint, if there is one. say: takes a line for each evaluation.
+    out: a folder that `check_folder` has passed. name: the model's, as the run was asked for. resume: go on from the
+    last checkpoint, if there is one. say: takes a line for each evaluation.
     After Ctrl-C the result has step < n_steps, and what is saved is a checkpoint.
     Raises TrainingError when the loss is not finite or the disk is full, ValueError when the options of a resumed run
     differ.
@@ -128,8 +156,10 @@ def fine_tune(
         raise ValueError(f"training takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES")
     n_steps = settings.n_steps(len(corpus.training))
     every = settings.every or math.ceil(n_steps / 10)
-    _check_options(out, asdict(settings) | {"model": name, "text": corpus.digest()})
+    out.mkdir(parents=True, exist_ok=True)
+    _check_options(out, settings.of_the_result() | {"model": name, "text": corpus.digest()})
     checkpoint = last_checkpoint(out) if resume else None
+    blocks_again: dict[str, Any] = {_CHECKPOINTING: settings.recompute == "blocks"}
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=n_steps,
@@ -149,6 +179,7 @@ def fine_tune(
         save_total_limit=settings.keep,
         logging_steps=math.ceil(every / 10),
         logging_nan_inf_filter=False,
+        **blocks_again,
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",
@@ -164,7 +195,7 @@ def fine_tune(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         model.load_state_dict(GPT2LMHeadModel.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
     else:
-        with interrupt.listening():
+        with interrupt.listening(), _norms_computed_again(model, settings.recompute == "norms"):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     history = trainer.state.log_history
     if trainer.state.global_step == n_steps:

@@ -59,7 +59,8 @@ def log_of(out: Path) -> list[dict[str, float]]:
 
 
 def assert_same_model(out: Path, whole: Path) -> None:
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for file in ("model.safetensors", "config.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
     losses = [[entry.get("loss") or entry["eval_loss"] for entry in log_of(folder)] for folder in (out, whole)]
     assert losses[0] == losses[1]
 
@@ -171,12 +172,25 @@ def test_killed_while_it_saves_and_resumed_equals_the_whole_run(inputs, whole: P
     assert_same_model(out, whole)
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_ctrl_c_saves_and_says_how_to_go_on(step: int, inputs, whole: Path, run, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("step", "recompute"), [(2, "norms"), (5, "blocks")])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    step: int, recompute: str, inputs, whole: Path, run, tmp_path: Path, monkeypatch
+) -> None:
+    """And whatever backward computes again, the result keeps every bit."""
     out, handler = tmp_path / "with space", signal.getsignal(signal.SIGINT)  # of a background job it is none
+    train, asked = trainer.RunTrainer.train, []
+
+    def and_note(self: Any, **named: Any) -> Any:
+        norms = getattr(self.model.config, "recompute_norms", False)
+        output = train(self, **named)
+        asked.append({"norms": norms, "blocks": self.model.transformer.gradient_checkpointing})
+        return output
+
     with monkeypatch.context() as patch:
+        patch.setattr(trainer.RunTrainer, "train", and_note)
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
-        result = run("train", *inputs, "--out", str(out))
+        result = run("train", *inputs, "--out", str(out), "--recompute", recompute)
+    assert asked == [{name: name == recompute for name in ("norms", "blocks")}]
     assert result.code == 130
     assert signal.getsignal(signal.SIGINT) is handler
     message = result.err.splitlines()[-1]
@@ -300,6 +314,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
         (b"words " * 200, ["--weight-decay", "nan"], ["weight_decay must be 0 or more"]),
         (b"words " * 200, ["--held-out", "1"], ["held_out must be above 0 and below 1"]),
         (b"words " * 200, ["--seed", "-1"], ["seed must be in"]),
+        (b"words " * 200, ["--recompute", "all"], ["recompute must be one of nothing, norms, blocks, not 'all'"]),
         (b"words " * 200, ["--device", "tpu9"], ["tpu9"]),
     ],
 )
@@ -310,7 +325,7 @@ def test_wrong_usage_is_one_line(content, arguments, words, inputs, run, tmp_pat
         file.write_bytes(content)
     result = run("train", str(file), *inputs[1:], "--out", str(out), *arguments)
     assert_one_line_error(result, 2, *words)
-    assert not (out.exists() and list(out.iterdir()))
+    assert not out.exists()
 
 
 def test_folders_that_cannot_be_used(inputs, whole: Path, run, tmp_path: Path) -> None:
