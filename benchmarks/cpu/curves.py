@@ -88,7 +88,7 @@ def main(
     model: Annotated[str, typer.Option(help="demo, a preset's name, a directory, or a Hub id")] = "gpt2",
     batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "1,2,4",
     prompt_tokens: Annotated[int, typer.Option(help="tokens of each of those sequences")] = 512,
-    contexts: Annotated[str, typer.Option(help="time of a token after this many")] = "64,256,512,768,992",
+    contexts: Annotated[str, typer.Option(help="time of a token after this many; none when empty")] = "64,256,512,768,992",
     runs: Annotated[int, typer.Option(min=5, help="timed runs of each contender")] = 5,
 ) -> None:
     """Measure both in float32 on a CPU, compared with transformers' sdpa."""
@@ -97,13 +97,14 @@ def main(
     base, _ = workloads.load_base(model)
     name = Path(model).name
     memory, latency = {}, {}
+    after = [int(number) for number in contexts.split(",") if number]
     works = [(workload, int(number)) for workload in ("prefill", "train") for number in batches.split(",")]
     with benchmark.progress_bar(Console(stderr=True)) as progress:
         for number, (workload, n_batch) in enumerate(works):
             part = f"{workload}, batch {n_batch}"
             progress(f"memory of {part}", number, len(works))
             memory[part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
-        for number, context in enumerate(map(int, contexts.split(","))):
-            progress(f"time of a token after {context}", number, len(contexts.split(",")))
+        for number, context in enumerate(after):
+            progress(f"time of a token after {context}", number, len(after))
             latency[f"context {context}"] = latency_at_context(base, context, 16, runs, device, dtype)
-    publish(out, {f"memory {name}": memory, f"latency {name}": latency})
+    publish(out, {f"memory {name}": memory} | ({f"latency {name}": latency} if after else {}))
