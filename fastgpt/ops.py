@@ -132,16 +132,16 @@ def _is_supported(operation: str, x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
     """See `fastgpt_kernels.reference.layer_norm`."""
-    return implementation("layer_norm", x)(x, weight, bias, eps)
+    return implementation("layer_norm", x)(x, weight, bias, eps, dtype)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `fastgpt_kernels.reference.add_layer_norm`."""
-    return implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
+    return implementation("add_layer_norm", x)(x, residual, weight, bias, eps, dtype)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

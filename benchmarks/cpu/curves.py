@@ -88,7 +88,7 @@ def main(
     model: Annotated[str, typer.Option(help="demo, a preset's name, a directory, or a Hub id")] = "gpt2",
     batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "1,2,4",
     prompt_tokens: Annotated[int, typer.Option(help="tokens of each of those sequences")] = 512,
-    contexts: Annotated[str, typer.Option(help="time of a token after this many; none when empty")] = "64,256,512,768,992",
+    contexts: Annotated[str, typer.Option(help="time of a token after this many; or none")] = "64,256,512,768,992",
     runs: Annotated[int, typer.Option(min=5, help="timed runs of each contender")] = 5,
 ) -> None:
     """Measure both in float32 on a CPU, compared with transformers' sdpa."""

@@ -20,7 +20,7 @@ from .checks import check_positions, check_token_ids
 from .compat import CACHE, take_cache
 from .patching import ATTENTION, replaces
 from .plain import declare, fused_activation, is_as_imported, is_plain
-from .recompute import as_read, computed_again, save_recipe
+from .recompute import computed_again, save_recipe
 
 # --- embeddings and norms -------------------------------------------------------------------------------------------
 
@@ -104,6 +104,10 @@ class GPT2Attention(hf.GPT2Attention):
         return self.resid_dropout(self.c_proj(attended)), None
 
 
+_ATTENTION = GPT2Attention(GPT2Config(n_embd=1, n_head=1))
+declare(_ATTENTION, sizes=[*vars(_ATTENTION)])  # whatever its settings are
+
+
 # --- MLP and block --------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +133,19 @@ class GPT2MLP(hf.GPT2MLP):
 declare(GPT2MLP(1, GPT2Config(n_embd=1)))
 
 
+def _dtype_read_by(module: nn.Module, kind: type[nn.Module], product: str, x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts the norm of x, if nothing but one product of this module reads it.
+
+    The norm then writes it at once: a pass over memory less, and another one in backward. None where the norm's own
+    dtype is read.
+    """
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return None
+    is_only_reader = is_plain(module, kind) and is_plain(getattr(module, product), Conv1D)
+    return torch.get_autocast_dtype(device_type) if is_only_reader else None
+
+
 @replaces(hf.GPT2Block)
 class GPT2Block(hf.GPT2Block):
     """One layer; one operation computes the residual sum and the second LayerNorm."""
@@ -151,7 +168,7 @@ class GPT2Block(hf.GPT2Block):
         recomputes = torch.is_grad_enabled() and self._recomputes_norms()
         recomputes_1, recomputes_2 = (recomputes and _is_plain_norm(norm) for norm in (self.ln_1, self.ln_2))
         residual = hidden_states  # (B, T, C)
-        normalised = computed_again(self._norm_1, residual) if recomputes_1 else self.ln_1(residual)
+        normalised = computed_again(self._norm_1, residual) if recomputes_1 else self._norm_1(residual)
         attended, _ = self.attn(
             normalised,
             attention_mask=attention_mask,
@@ -169,8 +186,7 @@ class GPT2Block(hf.GPT2Block):
         if recomputes_2:
             normalised, residual = computed_again(self._add_and_norm_2, attended, residual)
         elif _is_plain_norm(self.ln_2):
-            ln = self.ln_2
-            normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
+            normalised, residual = self._add_and_norm_2(attended, residual)
         else:
             residual = residual + attended
             normalised = self.ln_2(residual)
@@ -184,12 +200,14 @@ class GPT2Block(hf.GPT2Block):
         return is_asked and not ops.is_transformed()
 
     def _norm_1(self, x: Tensor) -> Tensor:
-        return as_read(self.ln_1(x), self.attn, "c_attn")
+        ln, dtype = self.ln_1, _dtype_read_by(self.attn, GPT2Attention, "c_attn", x)
+        if dtype is None or not _is_plain_norm(ln):
+            return ln(x)
+        return ops.layer_norm(x, ln.weight, ln.bias, ln.eps, dtype)
 
     def _add_and_norm_2(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        ln = self.ln_2
-        normalised, residual = ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps)
-        return as_read(normalised, self.mlp, "c_fc"), residual
+        ln, dtype = self.ln_2, _dtype_read_by(self.mlp, GPT2MLP, "c_fc", residual)
+        return ops.add_layer_norm(attended, residual, ln.weight, ln.bias, ln.eps, dtype)
 
     def _cross_attend(
         self,

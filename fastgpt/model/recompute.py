@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 import fastgpt.ops as ops
-
-from .plain import is_plain
 
 
 def computed_again(function: Callable, *inputs: Tensor) -> Any:
@@ -24,19 +21,10 @@ def computed_again(function: Callable, *inputs: Tensor) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False) if torch.compiler.is_compiling() else function(*inputs)
 
 
-def as_read(normalised: Tensor, reader: nn.Module, product: str) -> Tensor:
-    """The result of a norm in the dtype that its reader's product saves: under autocast it would save a cast copy."""
-    device_type = normalised.device.type
-    is_cast = torch.is_autocast_enabled(device_type) and normalised.dtype == torch.float32
-    if not is_cast or not is_plain(getattr(reader, product, reader), Conv1D):
-        return normalised
-    return normalised.to(torch.get_autocast_dtype(device_type))
-
-
 def save_recipe(normalised: Tensor, x: Tensor, norm: nn.LayerNorm, output: Tensor) -> None:
     """Let the backward of the operations from `normalised` to `output` compute `normalised` again, not keep it.
 
-    normalised: what `as_read` made of norm(x). What a saved-tensor hook has already taken, as gradient checkpointing's
+    normalised: norm(x), in whatever dtype. What a saved-tensor hook has already taken, as gradient checkpointing's
     does, is left to that hook.
     """
     if torch.compiler.is_compiling():
@@ -65,7 +53,7 @@ class _Recipe:
     def follow(self, layout: tuple[Any, ...]) -> Tensor:
         """The tensor of this layout in the memory that the norm had written."""
         with torch.enable_grad(), self.autocast():  # On a CPU the formula looks whether gradients are enabled.
-            return self.layer_norm(*self.arguments).to(self.dtype).as_strided(*layout)
+            return self.layer_norm(*self.arguments, self.dtype).as_strided(*layout)
 
 
 def _saved_between(output: Tensor, inputs: tuple[Tensor, ...]) -> Iterator[Any]:

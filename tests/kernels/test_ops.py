@@ -28,8 +28,8 @@ def zeros(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 ARGUMENTS: dict[str, tuple[list[torch.Tensor], dict]] = {
-    "layer_norm": (zeros((2, 4), (4,), (4,)), {"eps": 1e-3}),
-    "add_layer_norm": (zeros((2, 4), (2, 4), (4,), (4,)), {"eps": 1e-3}),
+    "layer_norm": (zeros((2, 4), (4,), (4,)), {"eps": 1e-3, "dtype": torch.float64}),
+    "add_layer_norm": (zeros((2, 4), (2, 4), (4,), (4,)), {"eps": 1e-3, "dtype": torch.float64}),
     "causal_attention": (zeros((1, 1, 3, 4), (1, 1, 3, 4), (1, 1, 3, 4)), {"scale": 0.5, "dropout_p": 0.1, "seed": 1}),
     "gelu_mlp": (zeros((2, 4), (4, 8), (8,), (8, 4), (4,)), {"activation": "relu"}),
     "linear_cross_entropy": ([*zeros((3, 4), (5, 4)), LABELS], {"reduction": "sum"}),

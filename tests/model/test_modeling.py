@@ -251,3 +251,24 @@ def test_gradients_of_packed_queries_keys_and_values(backend: str, n_copies: int
         with LargeCopies(3 * hidden_states.numel()) as copies:
             attended.sum().backward()
     assert sum(copies.counts.values()) == n_copies
+
+
+def test_autocast_casts_no_norm_in_a_pass_of_its_own() -> None:
+    """A norm is written in the dtype of the product that reads it, unless somebody else may look at it."""
+    seen: list[torch.dtype] = []
+    counts = []
+    for is_hooked in (False, True):
+        with fastgpt.backend("triton"), torch.device(DEVICE):
+            block: Any = fastgpt.GPT2Model(tiny_config(n_layer=1, n_embd=16, n_head=2)).train().h[0]
+            if is_hooked:
+                for reader in (block.attn, block.mlp):
+                    reader.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+            hidden_states = torch.randn(2, 40, 16, requires_grad=True)
+            with LargeCopies(hidden_states.numel()) as copies:
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    output = block(hidden_states)
+                output.backward(torch.ones_like(output))
+        counts.append(copies.counts["_to_copy"])
+    assert seen == [torch.float32] * 2
+    # The gradient of the sum, for attention; otherwise also two norms, forward and backward, and the MLP's gradient.
+    assert counts == [1, 6]

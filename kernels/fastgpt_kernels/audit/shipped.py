@@ -83,11 +83,16 @@ _DTYPES = torch.bfloat16, torch.float32, torch.float64
 
 def _layer_norm(_: str) -> Iterator[Call]:
     widths = 256, 512, 768, 1600, 4096
-    for dtype, width in (*product((torch.bfloat16, torch.float32), widths), (torch.float64, 2048)):
+    kinds = *product((torch.bfloat16, torch.float32), widths, [None]), (torch.float64, 2048, None)
+    # Under autocast, the product that reads a norm takes half precision.
+    for dtype, width, result in (*kinds, *product([torch.float32], (768, 4096), [torch.bfloat16])):
         x, residual, weight, bias = (_random(*n, width, dtype=dtype) for n in ((32,), (32,), (), ()))
-        label = f"{_NAMES[dtype]} C={width}"
-        yield Call("layer_norm", label, _with_backward(layer_norm.layer_norm, x, weight, bias))
-        yield Call("add_layer_norm", label, _with_backward(layer_norm.add_layer_norm, x, residual, weight, bias))
+        label = f"{_NAMES[dtype]} C={width}" + ("" if result is None else f" to {_NAMES[result]}")
+        for operation, inputs in (
+            (layer_norm.layer_norm, (x, weight, bias)),
+            (layer_norm.add_layer_norm, (x, residual, weight, bias)),
+        ):
+            yield Call(operation.__name__, label, _with_backward(operation, *inputs, dtype=result))
 
 
 def _attention(_: str) -> Iterator[Call]:

@@ -109,6 +109,23 @@ def test_not_a_number_stays_in_its_row(operations: Any) -> None:
     assert torch.equal(y[[0, 3]], expected[[0, 3]])
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_result_in_another_dtype_is_the_rounded_one(operations: Any, dtype: torch.dtype, has_residual: bool) -> None:
+    """And the gradients have the bits of those that pass through a cast."""
+    inputs = [tensor.requires_grad_() for tensor in (make_sum_inputs(5, 40) if has_residual else make_inputs(5, 40))]
+    upstream = make_tensor(5, 40, dtype=dtype), make_tensor(5, 40, seed=5)
+
+    def results(**options: Any) -> list[Tensor]:
+        normalised, *summed = forward(partial(of(operations, inputs), **options), inputs)
+        outputs = [normalised.to(dtype), *summed]
+        assert options == {} or normalised.dtype == dtype
+        return [*outputs, *torch.autograd.grad(outputs, inputs, upstream[: len(outputs)])]
+
+    for ours, cast in zip(results(dtype=dtype), results(), strict=True):
+        assert torch.equal(ours, cast)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_is_not_used(operations: Any, used: int) -> None:
     inputs = [tensor.requires_grad_() for tensor in make_sum_inputs(3, 8)]

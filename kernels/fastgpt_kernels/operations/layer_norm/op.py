@@ -18,34 +18,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHANNELS, MAX_CHANNELS_FLOAT64 = 4096, 2048
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
 
     x: (..., C) in float32, bfloat16, float16 or float64, with any strides; C at most 4096 (2048 in float64).
-    weight, bias: (C,), of any of these dtypes. eps: added to the variance.
-    Returns (..., C), dense, in x's dtype; under CUDA's autocast in float32, as torch does.
+    weight, bias: (C,), of any of these dtypes. eps: added to the variance. dtype: of the result; None takes x's, and
+    under CUDA's autocast float32, as torch does.
+    Returns (..., C), dense.
     Raises ValueError when the shapes do not fit, and for wider rows or other dtypes.
     Source: Layer Normalization, arXiv 1607.06450.
     """
     _check_arguments("layer_norm", x, weight, bias)
     implementation = eager_or_registered(layer_norm_fwd, _LayerNorm, _layer_norm_op)
-    return implementation(x, weight, bias, eps, _normalised_dtype(x.dtype, x.device.type))
+    return implementation(x, weight, bias, eps, dtype or _normalised_dtype(x.dtype, x.device.type))
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add x to the residual stream and normalise the sum.
 
-    x, residual: (..., C). The rest as in `layer_norm`; where x and residual differ in dtype, their sum is promoted as
-    torch promotes it.
+    x, residual: (..., C). dtype: of the normalised sum. The rest as in `layer_norm`; where x and residual differ in
+    dtype, their sum is promoted as torch promotes it.
     Returns (layer_norm(x + residual), x + residual), both (..., C) and dense.
     Raises ValueError as `layer_norm` does, and when x and residual differ in shape.
     """
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
     _check_arguments("add_layer_norm", x, weight, bias, residual)
-    dtype = _normalised_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+    dtype = dtype or _normalised_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
     implementation = eager_or_registered(add_layer_norm_fwd, _AddLayerNorm, _add_layer_norm_op)
     return implementation(x, residual, weight, bias, eps, dtype)
 

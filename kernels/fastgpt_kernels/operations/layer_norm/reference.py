@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
 
-    x: (..., C). weight, bias: (C,). eps: added to the variance.
-    Returns (..., C) in x's dtype. Raises ValueError when weight or bias is not (C,).
+    x: (..., C). weight, bias: (C,). eps: added to the variance. dtype: of the result; None takes x's, and under CUDA's
+    autocast float32.
+    Returns (..., C). Raises ValueError when weight or bias is not (C,).
     Source: Layer Normalization, arXiv 1607.06450.
     """
     n_channels = x.shape[-1]
@@ -20,20 +21,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         )
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and torch.is_grad_enabled():
         # On CPUs torch sums dweight and dbias in x's dtype, and bfloat16 would lose most of 8192 rows.
-        return F.layer_norm(x.float(), (n_channels,), weight.float(), bias.float(), eps).to(x.dtype)
-    return F.layer_norm(x, (n_channels,), weight, bias, eps)
+        return F.layer_norm(x.float(), (n_channels,), weight.float(), bias.float(), eps).to(dtype or x.dtype)
+    normalised = F.layer_norm(x, (n_channels,), weight, bias, eps)
+    return normalised if dtype is None else normalised.to(dtype)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add x to the residual stream and normalise the sum.
 
-    x, residual: (..., C). weight, bias: (C,). eps: added to the variance.
+    x, residual: (..., C). weight, bias: (C,). eps: added to the variance. dtype: of the normalised sum, as in
+    `layer_norm`.
     Returns (layer_norm(x + residual), x + residual), both (..., C).
     Raises ValueError when the shapes differ. Source: `layer_norm`.
     """
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
     summed = x + residual
-    return layer_norm(summed, weight, bias, eps), summed
+    return layer_norm(summed, weight, bias, eps, dtype), summed
