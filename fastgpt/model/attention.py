@@ -5,15 +5,18 @@ full attention. Shapes: B batch, T tokens, H heads, D head size; q for queries, 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 import fastgpt.ops as ops
 
+from .compat import update_options
 from .patching import ATTENTION
 
 
@@ -29,6 +32,33 @@ def attend(
     if is_causal if mask is None else mask.ndim == 2:
         return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+
+
+def append_to_cache(
+    past: Cache, key: Tensor, value: Tensor, layer_idx: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Append key and value (B, H, T, D) to a layer of a cache. Returns all keys and values of the layer.
+
+    options: the keyword arguments of the attention, which a user's cache may read.
+
+    In training the first keys stay as they are. transformers joins them to an empty tensor, a copy that attention would
+    then save for backward, although a training step without use_cache=False has a cache only because that is the
+    default.
+    """
+    layer = past.layers[layer_idx] if type(past) is DynamicCache and layer_idx < len(past.layers) else None
+    is_first = type(layer) is DynamicLayer and not layer.is_initialized and torch.is_grad_enabled()
+    if not is_first or past.offloading or (_code(past.update), _code(layer.update)) != _UPDATES:
+        return past.update(key, value, layer_idx, **update_options(options))
+    layer.lazy_initialization(key, value)
+    layer.keys, layer.values = key, value
+    return key, value
+
+
+def _code(method: Callable) -> Callable | None:
+    return getattr(method, "__func__", None)
+
+
+_UPDATES = DynamicCache.update, DynamicLayer.update  # at import
 
 
 def attention_forward(

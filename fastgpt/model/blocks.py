@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastgpt.ops as ops
 
-from .attention import attend, is_nothing_hidden
+from .attention import append_to_cache, attend, is_nothing_hidden
 from .checks import check_positions, check_token_ids
 from .compat import CACHE, take_cache
 from .patching import ATTENTION, replaces
@@ -92,7 +92,7 @@ class GPT2Attention(hf.GPT2Attention):
             past = past.self_attention_cache
         if past is not None:
             assert self.layer_idx is not None
-            key, value = past.update(key, value, self.layer_idx)  # (B, H, past + T, D)
+            key, value = append_to_cache(past, key, value, self.layer_idx, kwargs)  # (B, H, past + T, D)
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
         # As in transformers: masks are always causal, and module.is_causal counts only where there is no mask.

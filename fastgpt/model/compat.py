@@ -15,3 +15,8 @@ def take_cache(given: Any, options: dict[str, Any]) -> Any:
     """
     given = options.pop("past_key_values", given)
     return options.pop(CACHE, given)
+
+
+def update_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' attention passes to `Cache.update` besides keys, values and layer: its own from 5.24 on."""
+    return {"kwargs": options} if CACHE == "cache" else {}

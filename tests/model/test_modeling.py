@@ -21,9 +21,10 @@ from models import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config
+from transformers import DynamicCache, GPT2Config
 
 import fastgpt
+from fastgpt.model.compat import CACHE
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -239,6 +240,41 @@ class LargeCopies(TorchDispatchMode):
         if name in ("clone", "cat", "stack", "_to_copy") and result.numel() >= self.n_elements:
             self.counts[name] += 1
         return result
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_a_training_step_copies_no_keys_into_its_cache(is_patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds what transformers' holds, unless its update is somebody else's."""
+    theirs, ours = pair(tiny_config(n_layer=1))
+    ids, update = token_ids(2, 5, 131), DynamicCache.update
+    if is_patched:
+        doubled = lambda *arguments, **options: [2 * x for x in update(*arguments, **options)]  # noqa: E731
+        monkeypatch.setattr(DynamicCache, "update", doubled)
+    results = []
+    for model in (theirs.train(), ours.train()):
+        with LargeCopies(2 * 5 * 64) as copies:
+            output = model(ids, labels=ids)
+        (output.loss + output[CACHE].layers[0].values.square().sum()).backward()
+        grown = model(ids, **{CACHE: output[CACHE]}).logits
+        weight = model.transformer.h[0].attn.c_attn.weight
+        results.append((output.loss, output[CACHE].layers[0].keys, grown, weight.grad))
+    assert copies.counts["cat"] == 2 * is_patched
+    for value, expected in zip(results[1], results[0], strict=True):
+        assert_same_within_rounding(value, expected)
+
+
+def test_a_cache_gets_the_arguments_that_transformers_passes() -> None:
+    class Noting(DynamicCache):
+        def update(self, *arguments: Any, **options: Any) -> Any:
+            seen.append((len(arguments), *({name: str(x) for name, x in given.items()} for given in options.values())))
+            return super().update(*arguments, **options)
+
+    calls = []
+    for model in pair(tiny_config(n_layer=1)):
+        seen: list[Any] = []
+        model(token_ids(2, 5, 131), **{CACHE: Noting(config=model.config)}, custom=3)
+        calls.append(seen)
+    assert calls[1] == calls[0]
 
 
 @pytest.mark.parametrize(("backend", "n_copies"), [("torch", 1), ("triton", 0)])

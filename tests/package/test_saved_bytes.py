@@ -84,7 +84,7 @@ def test_saved_bytes_are_what_autograd_keeps_on_kernels(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(model.config.vocab_size, (BATCH, TOKENS), device=DEVICE)
     with on_kernels(precision):
-        saved = saved_storages(model, lambda: model(ids, labels=ids, use_cache=False).loss)
+        saved = saved_storages(model, lambda: model(ids, labels=ids).loss)
     stated = accounting.saved_bytes(
         shape_of(model), BATCH, TOKENS, precision, dropout=dropout, checkpointing=checkpointing, device_type=DEVICE
     )
@@ -134,10 +134,10 @@ def test_activation_bytes_are_what_autograd_keeps(checkpointing, full_logits, n_
     ids = torch.randint(config.vocab_size, (BATCH, TOKENS))
 
     def chunked_step() -> Tensor:
-        return model(ids, labels=ids, use_cache=False).loss
+        return model(ids, labels=ids).loss
 
     def full_step() -> Tensor:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids).logits
         F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten().clone())
         return logits
 
@@ -158,7 +158,7 @@ def test_activation_bytes_in_bf16_are_what_autograd_keeps_but_for_fp32_copies() 
     model = fastgpt.GPT2LMHeadModel(config).train().bfloat16()
     ids = torch.randint(config.vocab_size, (BATCH, TOKENS))
     with fastgpt.backend("torch"):
-        kept = sum(saved_storages(model, lambda: model(ids, labels=ids, use_cache=False).loss))
+        kept = sum(saved_storages(model, lambda: model(ids, labels=ids).loss))
     n_norms, C = 2 * config.n_layer + 1, config.n_embd
     stated = accounting.activation_bytes(shape_of(config), BATCH, TOKENS)
     assert kept == sum(stated.values()) + n_norms * (BATCH * TOKENS * C * (4 - 2) + 2 * C * 4)
