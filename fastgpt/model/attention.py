@@ -45,7 +45,7 @@ def append_to_cache(
     then save for backward, although a training step without use_cache=False has a cache only because that is the
     default.
     """
-    layer = past.layers[layer_idx] if type(past) is DynamicCache and layer_idx < len(past.layers) else None
+    layer: Any = past.layers[layer_idx] if type(past) is DynamicCache and layer_idx < len(past.layers) else None
     is_first = type(layer) is DynamicLayer and not layer.is_initialized and torch.is_grad_enabled()
     if not is_first or past.offloading or (_code(past.update), _code(layer.update)) != _UPDATES:
         return past.update(key, value, layer_idx, **update_options(options))
@@ -54,7 +54,7 @@ def append_to_cache(
     return key, value
 
 
-def _code(method: Callable) -> Callable | None:
+def _code(method: Callable) -> Any:
     return getattr(method, "__func__", None)
 
 
