@@ -1,20 +1,26 @@
 """Runs what ships from its PTX, warps one by one in random order, and prints what was noticed as JSON.
 
     PYTHONPATH=tests:kernels python -m ptx [--arch sm_90] [--only "layer_norm bf16*"] [--seed 0]
+    PYTHONPATH=tests:kernels python -m ptx --counts [--json FILE] ...
 
-Without TRITON_INTERPRET. Exit code 0 when nothing was noticed, 1 when something was.
+With --counts, what every launch executes beside what is due, in lock-step and without checks. Without TRITON_INTERPRET.
+Exit code 0 when nothing was noticed, 1 when something was.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from fastgpt_kernels.audit import shipped
 
-from .launch import executing
+from . import counts
+from .launch import COUNTING, Session, executing
 
 # No tile depends on it, and no more divides it than divides GPT-2's, with which the head alone would take minutes.
 _VOCABULARY = 1041
@@ -25,26 +31,48 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--only", default="*", help='calls by operation and label, such as "layer_norm bf16*"')
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run")
+    parser.add_argument("--counts", action="store_true", help="count instructions, bytes, passes, products and waits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
     options = parser.parse_args()
     shipped._VOCABULARY = _VOCABULARY
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if options.counts:
+        return _count(options.arch, options.only, options.json)
+    return _check(options.arch, options.only, options.seed)
 
-    kernels, problems, n_launches, started = set(), [], 0, time.perf_counter()
-    for call in shipped.calls(options.arch):
-        if not fnmatchcase(f"{call.operation} {call.label}", options.only):
-            continue
-        with executing(options.arch, n_multiprocessors=3, warps=True, seed=options.seed) as session:
-            call.run()
+
+def _check(architecture: str, only: str, seed: int) -> int:
+    kernels, problems, n_launches = set(), [], 0
+    for call, session in _executed(architecture, only, warps=True, seed=seed):
         n_launches += len(session.launches)
         kernels |= {launch.kernel for launch in session.launches}
         for (kernel, kind, instruction), (times, example) in session.problems().items():
-            problems.append(
-                f"{call.operation} {call.label}: {kernel}: {kind} ({times} times; {example}): {instruction}"
-            )
-        print(f"{time.perf_counter() - started:.0f} s: {call.operation} {call.label}", file=sys.stderr, flush=True)
+            problems.append(f"{call}: {kernel}: {kind} ({times} times; {example}): {instruction}")
     print(json.dumps({"launches": n_launches, "kernels": sorted(kernels), "problems": problems}))
     return 1 if problems or not n_launches else 0
+
+
+def _count(architecture: str, only: str, file: Path | None) -> int:
+    rows = []
+    for call, session in _executed(architecture, only, **COUNTING):
+        found = [counts.row(launch) for launch in session.launches]
+        print(f"{call}\n{counts.lines(found)}", flush=True)
+        rows += [{"call": call} | row for row in found]
+    if file is not None:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if rows else 1
+
+
+def _executed(architecture: str, only: str, **options: Any) -> Iterator[tuple[str, Session]]:
+    started = time.perf_counter()
+    for call in shipped.calls(architecture):
+        name = f"{call.operation} {call.label}"
+        if fnmatchcase(name, only):
+            with executing(architecture, n_multiprocessors=3, **options) as session:
+                call.run()
+            print(f"{time.perf_counter() - started:.0f} s: {name}", file=sys.stderr, flush=True)
+            yield name, session
 
 
 if __name__ == "__main__":

@@ -150,5 +150,5 @@ class Ampere(Accesses):
         self.converged(mask, site)
         m, n, k = matrix.sizes(shape)
         n_warps = self.n_warps if mask is None else int(mask.reshape(-1, 32).any(1).sum())
-        self.pool.report.counts["mma FLOPs"] += 2 * m * n * k * n_warps
+        self.pool.report.counts[f"{dtype} FLOPs"] += 2 * m * n * k * n_warps
         return matrix.multiply((m, n, k), dtype, result_dtype, a, b, c)

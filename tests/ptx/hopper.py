@@ -124,6 +124,8 @@ class Hopper:
 
     def fence_proxy(self, mask):
         unfenced = self.pool.unfenced
+        if unfenced is None:
+            return
         if mask is None:
             unfenced[:] = False
         else:
@@ -291,7 +293,7 @@ class Hopper:
             product[group] = (scale_a * scale_b) * (a_group @ b_group.T)
             for places in touched:
                 self.loose_products.append((places, self.pool.shared.view(2, 1)[places >> 1].copy(), site))
-        self.pool.report.counts["mma FLOPs"] += 2 * m * n * k * len(groups)
+        self.pool.report.counts[f"{dtype} FLOPs"] += 2 * m * n * k * len(groups)
         # (groups, warps, halves of 8 rows, lanes / 4, column tiles, lanes % 4, 2)
         parts = product.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5).reshape(n // 2, self.width)
         return [(parts[i] + np.where(keep, c, np.float32(0))).astype(np.float32) for i, c in enumerate(accumulators)]

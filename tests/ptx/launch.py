@@ -32,6 +32,9 @@ from .team import PARAMETER_BASE
 _FORMATS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1", "u16": "u2",
             "u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}  # fmt: skip
 
+# Options of `executing` to count with: in lock-step and without checks.
+COUNTING = {"traffic": True, "races": False, "uninitialised": False, "global_races": False}
+
 
 @dataclass
 class Launch:
@@ -44,7 +47,7 @@ class Launch:
     constants: dict
     n_warps: int
     shared: int
-    bytes_of_tensors: int = 0
+    element_size: int  # of the largest tensor passed
 
 
 @dataclass
@@ -164,7 +167,7 @@ def _run(
     constants = {k: v for k, v in zip(compiled.src.fn.arg_names, arguments, strict=False)
                  if isinstance(v, (int, float, str, bool))}  # fmt: skip
     launch = Launch(metadata.name, (grid_x, grid_y, grid_z), 0.0, report, constants, metadata.num_warps,
-                    metadata.shared, sum(e - s for _, s, e in tensors))  # fmt: skip
+                    metadata.shared, _element_size(arguments))  # fmt: skip
     session.launches.append(launch)
     started = time.perf_counter()
     try:
@@ -172,6 +175,12 @@ def _run(
                              session.options, metadata.launch_cooperative_grid, descriptors)  # fmt: skip
     finally:
         launch.seconds = time.perf_counter() - started
+
+
+def _element_size(arguments: tuple) -> int:
+    tensors = [getattr(argument, "base", argument) for argument in arguments]  # a descriptor has a tensor as its base
+    largest = max((t for t in tensors if isinstance(t, torch.Tensor)), key=lambda t: t.nbytes, default=None)
+    return 0 if largest is None else largest.element_size()
 
 
 def _span(name: str, tensor: torch.Tensor) -> tuple:

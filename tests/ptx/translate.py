@@ -60,10 +60,10 @@ def translate(entry: Entry) -> Program:
     space.update(np=np, K=writer.scalars)
     exec(compile(source, f"<{entry.name}>", "exec"), space)
     functions = [space[f"block_{block.number}"] for block in entry.blocks]
-    histograms = [Counter(_counted(i.opcode) for i in block.instructions) for block in entry.blocks]
+    histograms = [Counter(i.opcode for i in block.instructions) for block in entry.blocks]
     for histogram, block in zip(histograms, entry.blocks, strict=True):
         if block.last is not None:
-            histogram[_counted(block.last.opcode)] += 1
+            histogram[block.last.opcode] += 1
     kinds = [writer.kinds[name] for name in writer.index]
     return Program(
         entry,
@@ -78,16 +78,3 @@ def translate(entry: Entry) -> Program:
         immediate_postdominators(entry.blocks),
         accumulators_used_early(entry.blocks),
     )
-
-
-def _counted(opcode: str) -> str:
-    """As instructions are counted: the first word, with the space for memory."""
-    parts = opcode.replace("::", ":").split(".")
-    for space in ("global", "shared", "param"):
-        if parts[0] in ("ld", "st", "atom", "red") and any(p.startswith(space) for p in parts):
-            return f"{parts[0]}.{space}"
-    if parts[0] == "cp":
-        return ".".join(parts[:3])
-    if parts[0] in ("wgmma", "mbarrier"):
-        return ".".join(parts[:2])
-    return parts[0]
