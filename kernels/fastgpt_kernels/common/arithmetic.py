@@ -1,6 +1,6 @@
 """Arithmetic inside kernels: sums whose rounding must not be left to the compiler, and the activations.
 
-With tanh(u) = 2 sigmoid(2u) - 1 the tanh form of GELU is x * sigmoid(2u), which needs no libdevice.
+With tanh(u) = 2 sigmoid(2u) - 1 the tanh form of GELU is x * sigmoid(z), z = 2u, which needs no libdevice.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -12,8 +12,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-_TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
-_CUBIC = tl.constexpr(0.044715)
+# z = _LINEAR x + _CUBIC x^3: 2 sqrt(2 / pi), and 0.044715 times that.
+_LINEAR = tl.constexpr(1.5957691216057308)
+_CUBIC = tl.constexpr(0.044715 * 1.5957691216057308)
 # An infinite exponential times a sigmoid that has underflowed to zero would be NaN.
 _LARGEST_EXPONENTIAL = tl.constexpr(2.0**120)
 
@@ -30,9 +31,9 @@ def rounded_product(a, b):
 
 
 @triton.jit
-def _sigmoid(x):
-    """sigmoid(x) and 1 - sigmoid(x), each with a small relative error, and finite unless x is NaN."""
-    exponential = tl.exp2(x * -LOG2_E)
+def _sigmoid(exponent):
+    """sigmoid(x) and 1 - sigmoid(x), where exponent = -x log2(e), with small relative errors; finite unless x is NaN."""
+    exponential = tl.exp2(exponent)
     # The square of an inverse square root takes fewer instructions than a division.
     root = tl.rsqrt(exponential + 1.0)
     gate = root * root
@@ -53,11 +54,12 @@ def activation_and_derivative(x, ACTIVATION: tl.constexpr):
         density = tl.exp2(x * x * (-0.5 * LOG2_E)) * _INVERSE_SQRT_2_PI
         return x * gate, gate + x * density
     elif ACTIVATION == "silu":
-        gate, complement = _sigmoid(x)
+        gate, complement = _sigmoid(x * -LOG2_E)
         return x * gate, gate + x * (gate * complement)
     else:
         tl.static_assert(ACTIVATION == "gelu_new" or ACTIVATION == "gelu_fast")
-        gate, complement = _sigmoid(x * (x * x * _CUBIC + 1.0) * _TWO_SQRT_2_OVER_PI)
-        slope = (x * x * (3.0 * _CUBIC) + 1.0) * _TWO_SQRT_2_OVER_PI
+        # Products of constants cost nothing: triton multiplies them.
+        gate, complement = _sigmoid(x * (x * x * (-LOG2_E * _CUBIC) + -LOG2_E * _LINEAR))
+        slope = x * x * (3.0 * _CUBIC) + _LINEAR
         # Multiply from the left: where slope or x is large, gate * complement is already zero.
         return x * gate, gate + gate * complement * x * slope

@@ -116,6 +116,20 @@ def _product_quarters(
 
 
 @triton.jit
+def _laid_out_as(tile, other):
+    """The tile, in the registers that hold the same elements of `other`, float32 or float64.
+
+    Otherwise triton computes what both a store and an operation with `other` need twice, in two layouts. Neither
+    selects anything else: no arithmetic shift by all bits gives more than 0, which LLVM knows and triton does not.
+    """
+    if other.dtype == tl.float64:
+        sign = other.to(tl.int64, bitcast=True) >> 63
+    else:
+        sign = other.to(tl.int32, bitcast=True) >> 31
+    return tl.where(sign > 0, 0.0, tile)
+
+
+@triton.jit
 def _load_bias(bias_ptr, col, n_cols, BLOCK_COLS: tl.constexpr, ACCUMULATOR: tl.constexpr):
     cols = tl.arange(0, BLOCK_COLS)
     return tl.load(bias_ptr + col + cols, mask=cols < n_cols - col, other=0.0).to(ACCUMULATOR)[None, :]
@@ -211,7 +225,8 @@ def _gelu_mlp_bwd_pre_kernel(
         for i in tl.static_range(4):
             quarter_col = col + i * QUARTER
             pre = _load_tile(pre_ref, row, quarter_col, n_rows, n_cols, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
-            hidden, derivative = activation_and_derivative(pre.to(ACCUMULATOR), ACTIVATION)
+            pre = _laid_out_as(pre.to(ACCUMULATOR), quarters[i])
+            hidden, derivative = activation_and_derivative(pre, ACTIVATION)
             # Rows past the end add nothing to the sum below, because their product is zero.
             dpre = rounded_product(quarters[i], derivative)
             _store_tile(dpre_ref, dpre, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
