@@ -114,8 +114,8 @@ TUNABLES = (
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dkdv")) for operation in _ATTENTIONS),
     Tunable("gelu_mlp", _BOTH, "product_tile", _PRODUCT),
     Tunable("gelu_mlp", _BOTH, "GELU_MLP_BWD_PRODUCT", {**_ROWS, "block_rows": (16, 32, 64), "block_cols": (64, 128)}),
-    Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_LANES", {"": (256, 512, 1024)}),
-    Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_WARPS", {"": (4, 8, 16)}),
+    Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_LANES", {"": (256, 512, 1024, 2048)}),
+    Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_WARPS", {"": (4, 8, 16, 32)}),
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_BYTES", {"": (2**27, 2**28, 2**29, 2**30)}),
 )
 

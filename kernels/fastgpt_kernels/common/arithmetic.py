@@ -32,7 +32,7 @@ def rounded_product(a, b):
 
 @triton.jit
 def _sigmoid(exponent):
-    """sigmoid(x) and 1 - sigmoid(x), where exponent = -x log2(e), with small relative errors; finite unless x is NaN."""
+    """sigmoid(x) and 1 - sigmoid(x) of x = -exponent / log2(e), with small relative errors, finite unless x is NaN."""
     exponential = tl.exp2(exponent)
     # The square of an inverse square root takes fewer instructions than a division.
     root = tl.rsqrt(exponential + 1.0)

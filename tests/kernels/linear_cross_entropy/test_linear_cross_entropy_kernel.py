@@ -85,7 +85,9 @@ def test_not_a_number_upstream_stays_in_its_row() -> None:
 
 
 @triton.jit
-def _load_logits_with_zeros_in_the_padding(row_ptr, cols, n_cols, n_padded_cols, ACCUMULATOR: tl.constexpr):
+def _load_logits_with_zeros_in_the_padding(
+    row_ptr, cols, n_cols, n_padded_cols, IS_TAIL: tl.constexpr, ACCUMULATOR: tl.constexpr
+):
     logits = tl.load(row_ptr + cols, mask=cols < n_padded_cols, other=0.0).to(ACCUMULATOR)
     return tl.where(cols < n_cols, logits, 0.0)
 

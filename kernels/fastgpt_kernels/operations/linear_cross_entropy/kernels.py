@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from ...common.arithmetic import LOG2_E
+
 
 @triton.jit
 def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
@@ -14,20 +16,34 @@ def _tile_cols(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _load_logits(row_ptr, cols, n_cols, n_padded_cols, ACCUMULATOR: tl.constexpr):
-    """The logits of a row at cols, -inf past its end.
+def _load_logits(row_ptr, cols, n_cols, n_padded_cols, IS_TAIL: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """The logits of a row at cols; in its last tile, -inf past its end.
 
     The load's mask ends at n_padded_cols, a multiple of 16 bytes. With a mask that ends at the odd vocabulary size, the
     compiler would load elements one by one.
     """
-    logits = tl.load(row_ptr + cols, mask=cols < n_padded_cols, other=0.0).to(ACCUMULATOR)
-    return tl.where(cols < n_cols, logits, float("-inf"))
+    if IS_TAIL:
+        logits = tl.load(row_ptr + cols, mask=cols < n_padded_cols, other=0.0).to(ACCUMULATOR)
+        return tl.where(cols < n_cols, logits, float("-inf"))
+    else:
+        return tl.load(row_ptr + cols).to(ACCUMULATOR)
+
+
+@triton.jit
+def _exp_of_difference(logits, largest, IS_WIDE: tl.constexpr):
+    """exp(logits - largest). If not IS_WIDE, of logits in half precision, by one multiply-add and one exp2.
+
+    That rounds largest * log2(e), and multiplies the row by a factor of 1 +- 2^-24 |largest|, far below the logits' own
+    rounding. In 32 bits and more it would show.
+    """
+    return tl.exp2((logits - largest) * LOG2_E) if IS_WIDE else tl.exp2(logits * LOG2_E - largest * LOG2_E)
 
 
 @triton.jit
 def _softmax_statistics(
     row_ptr, n_cols, n_padded_cols,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, HAS_SMOOTHING: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, HAS_SMOOTHING: tl.constexpr, IS_WIDE: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a row, the sum of exp(logit - largest), and for label smoothing the sum of all logits.
 
@@ -36,19 +52,29 @@ def _softmax_statistics(
     lane_largest = tl.full((LANES,), float("-inf"), dtype=ACCUMULATOR)
     lane_total = tl.zeros((LANES,), dtype=ACCUMULATOR)
     lane_sum = tl.zeros((LANES,), dtype=ACCUMULATOR)
-    for start in range(0, n_padded_cols, LANES * VECTOR):
-        cols = start + _tile_cols(LANES, VECTOR)
-        logits = _load_logits(row_ptr, cols, n_cols, n_padded_cols, ACCUMULATOR)
-        if HAS_SMOOTHING:
-            lane_sum += tl.sum(tl.where(cols < n_cols, logits, 0.0), axis=1)
-        previous = lane_largest
-        lane_largest = tl.maximum(previous, tl.max(logits, axis=1))
-        # A lane that has seen only -inf, past the end of the row, must not compute -inf - -inf.
-        shift = tl.where(lane_largest == float("-inf"), 0.0, lane_largest)
-        lane_total = lane_total * tl.exp(previous - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+    tail = _tail(n_cols, LANES * VECTOR)
+    for IS_TAIL in tl.static_range(2):
+        for start in range(tail if IS_TAIL else 0, n_padded_cols if IS_TAIL else tail, LANES * VECTOR):
+            cols = start + _tile_cols(LANES, VECTOR)
+            logits = _load_logits(row_ptr, cols, n_cols, n_padded_cols, IS_TAIL, ACCUMULATOR)
+            if HAS_SMOOTHING:
+                lane_sum += tl.sum(tl.where(cols < n_cols, logits, 0.0) if IS_TAIL else logits, axis=1)
+            previous = lane_largest
+            lane_largest = tl.maximum(previous, tl.max(logits, axis=1))
+            # A lane that has seen only -inf, such as past the end of the row, must not compute -inf - -inf.
+            shift = tl.where(lane_largest == float("-inf"), 0.0, lane_largest)
+            exponentials = tl.sum(_exp_of_difference(logits, shift[:, None], IS_WIDE), axis=1)
+            lane_total = lane_total * _exp_of_difference(previous, shift, IS_WIDE) + exponentials
 
     largest = tl.max(lane_largest, axis=0)
-    return largest, tl.sum(lane_total * tl.exp(lane_largest - largest), axis=0), tl.sum(lane_sum, axis=0)
+    total = tl.sum(lane_total * _exp_of_difference(lane_largest, largest, IS_WIDE), axis=0)
+    return largest, total, tl.sum(lane_sum, axis=0)
+
+
+@triton.jit
+def _tail(n_cols, TILE: tl.constexpr):
+    """Where the last tile of a row starts, which alone needs masks."""
+    return n_cols // TILE * TILE
 
 
 @triton.jit
@@ -65,6 +91,7 @@ def _linear_cross_entropy_kernel(
     A row of logits has n_cols columns and is padded to logits_row_stride. The padding may hold anything; it is set to
     zero, because bfloat16 products on CPUs with AMX read past a row and multiply what they read by zero.
     """
+    IS_WIDE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth >= 32
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_row_stride
     label = tl.load(label_ptr + row)
@@ -72,7 +99,7 @@ def _linear_cross_entropy_kernel(
     if (label >= 0) & (label < n_cols) & (label != ignore_index):
         target = tl.load(row_ptr + label).to(ACCUMULATOR)
         largest, total, sum_of_logits = _softmax_statistics(
-            row_ptr, n_cols, logits_row_stride, LANES, VECTOR, LABEL_SMOOTHING > 0, ACCUMULATOR
+            row_ptr, n_cols, logits_row_stride, LANES, VECTOR, LABEL_SMOOTHING > 0, IS_WIDE, ACCUMULATOR
         )
         # Subtract first, because largest + log(total) would round to the ulp of the largest logit.
         loss = (largest - target) + tl.log(total)
@@ -83,22 +110,35 @@ def _linear_cross_entropy_kernel(
             loss += Z_LOSS * log_sum_exp * log_sum_exp
         tl.store(loss_ptr + row, loss)
         if HAS_GRADIENT:
-            target_col = label.to(tl.int32)
+            scale = tl.load(row_scale_ptr + row) if HAS_ROW_SCALE else 1.0
+            uniform = LABEL_SMOOTHING / tl.cast(n_cols, ACCUMULATOR)
             inverse_total = 1.0 / total  # pyright: ignore[reportOperatorIssue]
-            for start in range(0, logits_row_stride, LANES * VECTOR):
-                cols = start + _tile_cols(LANES, VECTOR)
-                logits = _load_logits(row_ptr, cols, n_cols, logits_row_stride, ACCUMULATOR)
-                one_hot = tl.where(cols == target_col, 1.0, 0.0)
-                probabilities = tl.exp(logits - largest) * inverse_total
-                dlogits = probabilities - one_hot
-                if Z_LOSS > 0:  # Not before the subtraction, whose result may be much smaller than its terms.
-                    dlogits += probabilities * (2.0 * Z_LOSS * log_sum_exp)
-                if LABEL_SMOOTHING > 0:
-                    uniform = tl.where(cols < n_cols, 1.0 / tl.cast(n_cols, ACCUMULATOR), 0.0)
-                    dlogits += LABEL_SMOOTHING * (one_hot - uniform)
-                if HAS_ROW_SCALE:
-                    dlogits *= tl.load(row_scale_ptr + row)
-                tl.store(row_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < logits_row_stride)
+            tail = _tail(n_cols, LANES * VECTOR)
+            for IS_TAIL in tl.static_range(2):
+                for start in range(tail if IS_TAIL else 0, logits_row_stride if IS_TAIL else tail, LANES * VECTOR):
+                    cols = start + _tile_cols(LANES, VECTOR)
+                    logits = _load_logits(row_ptr, cols, n_cols, logits_row_stride, IS_TAIL, ACCUMULATOR)
+                    dlogits = _exp_of_difference(logits, largest, IS_WIDE) * inverse_total
+                    if Z_LOSS > 0:
+                        dlogits += dlogits * (2.0 * Z_LOSS * log_sum_exp)
+                    if LABEL_SMOOTHING > 0:
+                        dlogits -= tl.where(cols < n_cols, uniform, 0.0) if IS_TAIL else uniform
+                    if HAS_ROW_SCALE:
+                        dlogits *= scale
+                    dlogits = dlogits.to(logits_ptr.dtype.element_ty)
+                    if IS_TAIL:
+                        tl.store(row_ptr + cols, dlogits, mask=cols < logits_row_stride)
+                    else:
+                        tl.store(row_ptr + cols, dlogits)
+            # The label's element alone has more terms: written once more, after what other threads have written.
+            tl.debug_barrier()
+            probability = _exp_of_difference(target, largest, IS_WIDE) * inverse_total
+            dtarget = probability - 1.0
+            if Z_LOSS > 0:  # Not before the subtraction, whose result may be much smaller than its terms.
+                dtarget += probability * (2.0 * Z_LOSS * log_sum_exp)
+            if LABEL_SMOOTHING > 0:
+                dtarget += LABEL_SMOOTHING - uniform
+            tl.store(row_ptr + label, (dtarget * scale).to(logits_ptr.dtype.element_ty))
     else:
         # No logits are read: an ignored row has a loss and gradient of zero, a label out of range gives NaN.
         constant = tl.where(label == ignore_index, 0.0, float("nan"))
