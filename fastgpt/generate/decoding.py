@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..model.attention import nothing_hidden
 from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
 from ..model.compat import CACHE
@@ -85,9 +86,7 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
     ValueError on an id outside the vocabulary.
     """
     check_token_ids(ids, model.transformer.wte.num_embeddings, may_wait=True)
-    past = Cache(layers=[_PromptLayer(memory) for memory in cache.memory])
-    inputs = {"attention_mask": mask, "position_ids": positions, CACHE: past}
-    outputs = model(ids, **inputs, use_cache=True, logits_to_keep=1)
+    logits = forward_prompt(model, cache, ids, mask, positions)
     cache.n_tokens = ids.shape[1]
     if mask is not None:
         padding = F.pad(mask == 0, (0, cache.memory.shape[-2] - ids.shape[1]))  # (B, T)
@@ -95,7 +94,21 @@ def prefill(model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | 
         cache.attention_bias = bias[:, None, None, :]
         # Padding may have left NaN here, and an attention weight of zero times NaN is NaN.
         cache.memory.masked_fill_(padding[:, None, :, None], 0.0)
-    return outputs.logits[:, -1]
+    return logits
+
+
+def forward_prompt(
+    model: GPT2LMHeadModel, cache: KVCache, ids: Tensor, mask: Tensor | None, positions: Tensor, last: int | Tensor = 1
+) -> Tensor:
+    """The model's forward of a prompt, whose keys and values go into the first slots of the cache.
+
+    Without a mask, nothing in it waits for a GPU, so that a CUDA graph can capture it. last: 1, or (1,) int64, the
+    index of the last token where padding follows it. Returns its logits (B, V). The rest as for `prefill`.
+    """
+    past = Cache(layers=[_PromptLayer(memory) for memory in cache.memory])
+    mask = nothing_hidden(model.transformer.wte.weight) if mask is None else mask
+    inputs = {"attention_mask": mask, "position_ids": positions, CACHE: past}
+    return model(ids, **inputs, use_cache=True, logits_to_keep=last).logits[:, -1]
 
 
 def decode_one_token(

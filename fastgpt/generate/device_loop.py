@@ -57,12 +57,12 @@ class DeviceGeneration:
 
     def _generate(self, work: Workspace, weights: DecodeWeights) -> Iterator[Tensor]:
         request, n_prompt = self.request, self.request.ids.shape[1]
-        logits = self._prefill(work)
+        self._prefill(work)
         self._start(work)
         choices, mailbox = work.choices, Mailbox(work.tokens)
         seen = seen_tokens(request.processors, request.ids, work.logits.shape[1])
         choices.begin(request.ids, self.options, request.eos_ids, self._end_tokens, request.pad_id, seen)
-        choices.append(logits)
+        choices.append_after_step(work.logits)
         newest, n_chosen = mailbox.send(), n_prompt + 1
         unfinished = set(range(len(request.ids)))
         while newest is not None:
@@ -86,10 +86,18 @@ class DeviceGeneration:
         if self.n_tokens < request.max_length:
             raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
 
-    def _prefill(self, work: Workspace) -> Tensor:
-        """Logits (B, V) of the first new token."""
-        ids, mask, positions = self.request.ids, self.request.mask, self.request.positions
-        return with_room(lambda: prefill(self.model, work.cache, ids, mask, positions))
+    def _prefill(self, work: Workspace) -> None:
+        """Fill the cache with the prompt, and the first B logits with those of the first new token."""
+        model, request = self.model, self.request
+        mask = None if request.mask is None or request.mask.all() else request.mask
+        graphs = work.prompts if mask is None else None
+
+        def fill() -> None:
+            if graphs is None or not graphs.fill(model, request.ids, request.positions):
+                logits = prefill(model, work.cache, request.ids, mask, request.positions)
+                work.logits[: len(logits)].copy_(logits)
+
+        with_room(fill)
 
     def _start(self, work: Workspace) -> None:
         """Set the input of the first step, but for its tokens."""

@@ -112,9 +112,9 @@ class DeviceLookupGeneration(DeviceGeneration):
         return torch.tensor([self.index.tokens], device=self.request.ids.device)
 
     def _generate(self, work: Workspace, weights: DecodeWeights) -> Iterator[Tensor]:
-        logits = self._prefill(work)
+        self._prefill(work)
         self._start(work)
-        yield self._append(self._choose(work, logits)[0])
+        yield self._append(self._choose(work, work.logits[:1])[0])
         while self._goes_on():
             proposed = self.index.propose(min(self.n_new, self.n_most - self.n_tokens) - 1)
             n_new = self.n_new if proposed else 1

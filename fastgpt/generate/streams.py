@@ -22,12 +22,18 @@ class OwnStream:
     calls that used it, and its next owner comes after them. Graphs are captured on this stream for two reasons. The
     stream that torch would choose lies on the GPU that captured first. And when torch frees a graph, it frees the
     workspaces of cuBLAS on the graph's stream, even if other graphs of that stream still use them (pytorch issue
-    193402).
+    193402). That is harmless where those workspaces were allocated during a capture: they then lie in the memory of
+    the graphs, which only later captures use. So nothing but captures may call cuBLAS on this stream.
+
+    All graphs allocate in one pool. Of what one of them computes there, nothing is left when the next one replays.
+    n_bytes: the size of the pool.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._stream: Any = None
+        self._pool: Any = None
+        self.n_bytes = 0
         if device.type == "cuda":
             taken = {(stream.device, stream.cuda_stream) for stream in _owned}
             candidates = (torch.cuda.Stream(device) for _ in range(_STREAMS_OF_TORCH))
@@ -37,6 +43,7 @@ class OwnStream:
                     f"{_STREAMS_OF_TORCH} models keep memory on {device}: free some by fastgpt.release(model)"
                 )
             _owned.add(self._stream)
+            self._pool = torch.cuda.graph_pool_handle()
 
     def inside(self) -> AbstractContextManager[Any]:
         """Work inside the block goes to this stream, on its GPU."""
@@ -61,13 +68,17 @@ class OwnStream:
         """Record work in a graph, and return what replays it. Raises as `capture` does."""
         graph = torch.cuda.CUDAGraph()
         with self.capture(graph):
+            n_bytes = torch.cuda.memory_reserved(self.device)
             work()
+            self.n_bytes += torch.cuda.memory_reserved(self.device) - n_bytes
         return graph.replay
 
     @contextmanager
     def capture(self, graph: Any) -> Iterator[None]:
         """Record the work inside the block in a graph. Raises torch's error for work that cannot be captured."""
         # Before it changes to the stream, torch waits for the current GPU and empties its caches.
-        on_stream = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        with _capturing, torch.cuda.device(self.device), on_stream:
-            yield
+        on_stream = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with _capturing, torch.cuda.device(self.device):
+            torch.cuda.current_blas_handle()  # Makes it, which no capture allows, where this thread has none yet.
+            with on_stream:
+                yield

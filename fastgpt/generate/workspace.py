@@ -20,7 +20,10 @@ from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+import fastgpt.ops as ops
+
 from .decoding import KVCache, view_weights
+from .prompt_graphs import PromptGraphs
 from .streams import OwnStream
 
 TIERS = ("auto", "eager", "graph", "persistent")
@@ -98,6 +101,7 @@ class Workspace:
             self.logits = new_zeros(n_rows * n_new, model.lm_head.out_features, dtype=torch.float32)
             records = self.own_stream.can_record and self.tier != "eager"
             self.choices = Choices(self.own_stream, self.state[:, :n_rows], n_slots, records)
+        self.prompts = PromptGraphs(self.own_stream, self.cache, self.logits[:n_rows]) if records else None
         self.tokens, self.positions, self.slots, self.starts = self.state
         self._records = records
         # By the number of new tokens per row: 1 or n_new.
@@ -110,8 +114,9 @@ class Workspace:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the cache and of copies of weights."""
-        return self.cache.memory.nbytes + sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
+        """Bytes of the cache, of copies of weights and of what graphs allocate."""
+        copies = sum(getattr(step, "n_bytes", 0) for step in self._steps.values())
+        return self.cache.memory.nbytes + copies + self.own_stream.n_bytes
 
     def refresh(self, weights: DecodeWeights) -> None:
         """Bring copies of the weights up to date, at the start of a call.
@@ -127,38 +132,48 @@ class Workspace:
         replay = self._replays.get(n_new)
         if replay is None and n_new in self._steps and self._records:
             replay = self._replays[n_new] = self.own_stream.record(lambda: self._launch(weights, n_new))
-        if replay is not None:
-            replay()
-        elif n_new in self._steps:
+        if replay is None:  # The first step is not captured: it compiles the kernels and allocates scratch memory.
             self._launch(weights, n_new)
-        else:  # The first step is not captured: it compiles the kernels and allocates scratch memory, cuBLAS's too.
-            self.own_stream.come_after()
-            with self.own_stream.inside():
-                self._launch(weights, n_new)
-            self.own_stream.come_first()
+        else:
+            replay()
 
     def _launch(self, weights: DecodeWeights, n_new: int) -> None:
         rows = slice(self.n_rows * n_new)
         tokens, positions, slots, starts = self.state[:, rows]
         where = self.cache.memory, tokens, positions, slots, starts, self.logits[rows]
-        step, (decode_step, persistent_decoder) = self._steps.get(n_new), _decoders()
-        if self.tier == "persistent" and n_new == 1:
-            step = step or persistent_decoder(weights)
-            step.decode(*where)
+        if n_new not in self._steps:
+            self._steps[n_new] = self._new_step(weights, n_new)
+        if self._is_persistent(n_new):
+            self._steps[n_new].decode(*where)
         else:
-            step = step or decode_step(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
-            step.decode(weights, *where)
-        self._steps[n_new] = step
+            self._steps[n_new].decode(weights, *where)
+
+    def _new_step(self, weights: DecodeWeights, n_new: int) -> Any:
+        """A step with its scratch memory, which belongs to the workspace's stream."""
+        decode_step, persistent_decoder = _decoders()
+        self.own_stream.come_after()
+        with self.own_stream.inside():
+            if self._is_persistent(n_new):
+                step = persistent_decoder(weights)
+            else:
+                step = decode_step(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
+        self.own_stream.come_first()
+        return step
+
+    def _is_persistent(self, n_new: int) -> bool:
+        return self.tier == "persistent" and n_new == 1
 
 
 def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
-    """What a graph of a step fixes about a model: the places, dtypes and shapes of its weights, and its constants.
+    """What graphs fix about a model: the places, dtypes and shapes of its weights, and its constants.
 
-    Not the values of the weights, which the kernels read in place at every step.
+    Not the values of the weights, which the kernels read in place every time. Also how operations and products are
+    computed, for the whole process.
     """
     held = chain(weights._replace(layers=()), *weights.layers)
     tensors = chain.from_iterable(x if isinstance(x, Int8Matrix) else (x,) for x in held)
-    return [(x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in tensors]
+    settings = ops.selected_backend(), torch.backends.cuda.matmul.fp32_precision
+    return [*settings, *((x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in tensors)]
 
 
 # --- the choice that follows a step ---------------------------------------------------------------------------------

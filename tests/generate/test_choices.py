@@ -110,8 +110,8 @@ def test_a_mixed_sequence_of_calls_records_each_choice_once(model: Any, monkeypa
     order = [*range(len(CALLS)), *reversed(range(len(CALLS))), 0, 5, 1]
     for number in order:
         assert generate(model, CALLS[number]) == expected[number], CALLS[number]
-    # One of the step; of the choices, those with another seed share theirs.
-    assert recorder.n_records == 1 + len(CALLS) - 2
+    # One of the prompt and one of the step; of the choices, those with another seed share theirs.
+    assert recorder.n_records == 2 + len(CALLS) - 2
 
 
 def test_the_choices_asked_for_last_are_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_the_choices_asked_for_last_are_kept(model: Any, monkeypatch: pytest.Mon
     for number in (0, 3, 4, 4, 3, 0):
         generate(model, CALLS[number])
     assert len(kept.workspaces(model)[-1].choices._replays) == 2
-    assert recorder.n_records == 1 + 4
+    assert recorder.n_records == 2 + 4
 
 
 def test_what_a_call_returns_is_not_overwritten_by_the_next(model: Any) -> None:

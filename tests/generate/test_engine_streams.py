@@ -40,8 +40,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(streams, "_owned", type(streams._owned)())
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: asked.current)
-    for name in ("stream", "device", "graph"):
+    for name in ("stream", "device", "graph", "current_blas_handle"):
         monkeypatch.setattr(torch.cuda, name, note(name))
+    pools = iter(range(99))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     return asked
 
 
@@ -68,12 +70,24 @@ def test_capture_is_on_the_stream_and_its_device_and_alone(cuda) -> None:
     own, graph = OwnStream(torch.device("cuda:1")), object()
     with own.capture(graph):
         assert streams._capturing.locked()
-        assert cuda.calls == [("graph", graph, own._stream, "thread_local"), ("device", own.device)]
+        graph_call = "graph", graph, own._pool, own._stream, "thread_local"
+        assert cuda.calls == [graph_call, ("device", own.device), ("current_blas_handle",)]
     assert not streams._capturing.locked()
 
 
-def test_a_workspace_warms_up_on_its_stream_and_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allocated and warmed up inside; the caller's stream waits at a call's start, and is waited for at its end."""
+def test_graphs_of_a_stream_share_one_pool_whose_size_is_known(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = OwnStream(torch.device("cuda:1")), OwnStream(torch.device("cuda:1"))
+    reserved, graph = [100], SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    for n_bytes in (30, 0, 12):
+        own.record(lambda n_bytes=n_bytes: reserved.append(reserved.pop() + n_bytes))
+    assert own.n_bytes == 42
+    assert {call[2] for call in cuda.calls if call[0] == "graph"} == {own._pool} != {other._pool}
+
+
+def test_a_workspace_allocates_on_its_stream_and_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocated inside; the caller's stream waits at a call's start, and is waited for at its end."""
     log: list[str] = []
 
     class Noted(OwnStream):
@@ -87,16 +101,23 @@ def test_a_workspace_warms_up_on_its_stream_and_calls_take_turns(monkeypatch: py
         def come_after(self) -> None:
             log.append("after")
 
+    class Step:
+        def __init__(self, *arguments: Any, **options: Any):
+            log.append("new step")
+
+        def decode(self, *arguments: Any) -> None:
+            log.append("step")
+
     monkeypatch.setattr(workspace, "OwnStream", Noted)
-    monkeypatch.setattr(
-        workspace.Workspace, "_launch", lambda self, weights, n_new: self._steps.update({n_new: object()})
-    )
+    monkeypatch.setattr(workspace, "_decoders", lambda: (Step, Step))
     _, ours = pair(tiny_config())
     weights = view_weights(ours)
     with kept.workspace(ours, weights, 1, 8) as work:
         for _ in range(2):
             work.decode(weights)
-    assert log == ["inside", "first", "after", "inside", "first", "after"]
+        work.own_stream.n_bytes = 7
+        assert work.n_bytes == work.cache.memory.nbytes + 7
+    assert log == ["inside", "first", "after", "inside", "new step", "first", "step", "step", "after"]
     log.clear()
     with pytest.raises(KeyboardInterrupt), kept.workspace(ours, weights, 1, 8):
         raise KeyboardInterrupt
