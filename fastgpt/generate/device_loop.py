@@ -59,10 +59,11 @@ class DeviceGeneration:
         request, n_prompt = self.request, self.request.ids.shape[1]
         self._prefill(work)
         self._start(work)
-        choices, mailbox = work.choices, Mailbox(work.tokens)
+        choices, mailbox = work.choices, Mailbox(work.choices.rows.tokens)
+        logits = work.logits[: len(request.ids)]
         seen = seen_tokens(request.processors, request.ids, work.logits.shape[1])
         choices.begin(request.ids, self.options, request.eos_ids, self._end_tokens, request.pad_id, seen)
-        choices.append_after_step(work.logits)
+        choices.append_after_step(logits)
         newest, n_chosen = mailbox.send(), n_prompt + 1
         unfinished = set(range(len(request.ids)))
         while newest is not None:
@@ -70,7 +71,7 @@ class DeviceGeneration:
             if n_chosen < self.n_most:
                 # Launch the next step before reading these tokens. It costs one wasted step at the end.
                 work.decode(weights)
-                choices.append_after_step(work.logits)
+                choices.append_after_step(logits)
                 following, n_chosen = mailbox.send(), n_chosen + 1
             tokens = mailbox.read(newest)
             values = tokens.tolist()

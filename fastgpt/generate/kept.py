@@ -70,11 +70,15 @@ def _take(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: 
 
 
 def _allocate(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace:
-    """A new workspace, with room for the whole context where half the limit allows it, so that it serves longer."""
+    """A new workspace. Where half the limit allows it, it has room for more, so that it serves longer calls too.
+
+    That is the whole context or, if it is too long, a power of two of slots.
+    """
     n_context = max(n_slots, model.config.n_positions)
     n_bytes_of_slot = 2 * n_rows * model.config.n_layer * model.config.n_embd * model.dtype.itemsize
-    if n_context * n_bytes_of_slot <= limit_bytes(model.device) // 2:
-        n_slots = n_context
+    rounded = min(1 << (n_slots - 1).bit_length(), n_context)
+    allowed = limit_bytes(model.device) // 2 // n_bytes_of_slot
+    n_slots = next((n for n in (n_context, rounded) if n <= allowed), n_slots)
     return with_room(lambda: Workspace(model, weights, n_rows, n_slots, n_new))
 
 

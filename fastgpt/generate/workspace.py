@@ -104,13 +104,14 @@ class Workspace:
         self.prompts = PromptGraphs(self.own_stream, self.cache, self.logits[:n_rows]) if records else None
         self.tokens, self.positions, self.slots, self.starts = self.state
         self._records = records
-        # By the number of new tokens per row: 1 or n_new.
+        # By the number of new tokens per row.
         self._steps: dict[int, Any] = {}
         self._replays: dict[int, Callable[[], None]] = {}
 
     def serves(self, n_rows: int, n_slots: int, n_new: int) -> bool:
         """Whether a call of this size on the selected tier can use it."""
-        return (self.n_rows, self.n_new, self.tier) == (n_rows, n_new, _selected_tier) and self.n_slots >= n_slots
+        has_room = self.n_slots >= n_slots and self.n_new >= n_new
+        return has_room and (self.n_rows, self.tier) == (n_rows, _selected_tier)
 
     @property
     def n_bytes(self) -> int:

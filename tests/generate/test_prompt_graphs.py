@@ -1,22 +1,19 @@
 """Prompts in CUDA graphs: a tape of torch's operations stands in for a graph, and repeats them on the same memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
-import fastgpt_kernels
 import pytest
 import torch
-from fastgpt_kernels.operations.decode_step import reference as decode_step
-from fastgpt_kernels.operations.sampling import reference as sampling
 from models import pair, tiny_config, token_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastgpt
-from fastgpt.generate import kept, lookup, prompt_graphs, workspace
+from fastgpt.generate import kept, prompt_graphs, workspace
 from fastgpt.generate.decoding import KVCache, prefill, without_autograd
 from fastgpt.generate.prompt_graphs import PromptGraphs, hides_its_launches, padded_length
 from fastgpt.generate.streams import OwnStream
@@ -154,32 +151,6 @@ def test_a_gpu_that_computes_longer_than_the_host_launches_needs_no_graph(
 
 
 # --- in generate() --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """(transformers' model, ours), generating as on a GPU, but with references for kernels; a replay works again."""
-
-    def launch(self: workspace.Workspace, weights: Any, n_new: int) -> None:
-        self._steps[n_new] = object()
-        memory, (tokens, positions, slots, starts) = self.cache.memory, self.state[:, : self.n_rows * n_new, None]
-        hidden = torch.arange(self.n_slots) < starts[: self.n_rows]
-        bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None]
-        ids = tokens.view(-1, n_new), positions.view(-1, n_new)
-        logits = decode_step.decode_tokens(weights, memory, int(slots[0]), *ids, bias)
-        self.logits[: len(tokens)] = logits.flatten(0, 1)
-
-    for owner, name, stub in (
-        (OwnStream, "can_record", property(lambda own: True)),
-        (OwnStream, "record", lambda own, work: work),
-        (workspace.Workspace, "_launch", launch),
-        (workspace, "sample", sampling.sample),
-        (lookup, "sample", sampling.sample),
-        (fastgpt_kernels, "kernel", lambda name: getattr(fastgpt_kernels.reference, name)),
-    ):
-        monkeypatch.setattr(owner, name, stub)
-    with fastgpt.backend("triton"):
-        yield pair(tiny_config())
 
 
 def recorded_lengths(model: Any) -> list[int]:
