@@ -6,7 +6,7 @@ B batch, N new tokens per row, T slots of the cache, L layers, H heads, D head s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from ..model.attention import nothing_hidden
 from ..model.blocks import GPT2Block
@@ -173,21 +172,13 @@ def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
 
 
 def _view_layer(block: GPT2Block) -> DecodeLayer:
-    attn, mlp = block.attn, block.mlp
-    products: list[Conv1D | Int8Linear] = [attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj]
-    qkv, proj, fc, mlp_proj = (part.matrix if isinstance(part, Int8Linear) else part.weight for part in products)
-    return DecodeLayer(
-        ln_1_weight=block.ln_1.weight,
-        ln_1_bias=block.ln_1.bias,
-        qkv_weight=qkv,
-        qkv_bias=attn.c_attn.bias,
-        scale=attn.scaling,
-        proj_weight=proj,
-        proj_bias=attn.c_proj.bias,
-        ln_2_weight=block.ln_2.weight,
-        ln_2_bias=block.ln_2.bias,
-        fc_weight=fc,
-        fc_bias=mlp.c_fc.bias,
-        mlp_proj_weight=mlp_proj,
-        mlp_proj_bias=mlp.c_proj.bias,
+    # From the modules' own tables, because finding attributes of modules takes the host longer than a decode step does.
+    parts = block._modules
+    attn, mlp = parts["attn"], parts["mlp"]
+    modules: Any = parts["ln_1"], attn._modules["c_attn"], attn._modules["c_proj"]
+    modules = *modules, parts["ln_2"], mlp._modules["c_fc"], mlp._modules["c_proj"]
+    ln_1, qkv, proj, ln_2, fc, mlp_proj = (
+        (part.matrix if isinstance(part, Int8Linear) else part._parameters["weight"], part._parameters["bias"])
+        for part in modules
     )
+    return DecodeLayer(*ln_1, *qkv, attn.scaling, *proj, *ln_2, *fc, *mlp_proj)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
     """
     decode_step, persistent_decoder = _decoders()
     weights = view_weights(model)
-    if any(not parameter.is_contiguous() for parameter in model.parameters()):
+    if not all(map(Tensor.is_contiguous, _tensors(weights))):
         return "a parameter is not contiguous"
     if _selected_tier == "persistent":
         wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
@@ -171,10 +172,19 @@ def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
     Not the values of the weights, which the kernels read in place every time. Also how operations and products are
     computed, for the whole process.
     """
-    held = chain(weights._replace(layers=()), *weights.layers)
-    tensors = chain.from_iterable(x if isinstance(x, Int8Matrix) else (x,) for x in held)
+    constants = [x for x in chain(weights, *weights.layers) if isinstance(x, float | int | str)]
     settings = ops.selected_backend(), torch.backends.cuda.matmul.fp32_precision
-    return [*settings, *((x.data_ptr(), x.device, x.dtype, x.shape) if isinstance(x, Tensor) else x for x in tensors)]
+    tensors = _tensors(weights)
+    return [constants, settings, *(list(map(read, tensors)) for read in _FIXED)]
+
+
+_FIXED = Tensor.data_ptr, attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
+
+
+def _tensors(weights: DecodeWeights) -> list[Tensor]:
+    held = chain(weights, *weights.layers)
+    parts = chain.from_iterable(x if isinstance(x, Int8Matrix) else (x,) for x in held)
+    return [x for x in parts if isinstance(x, Tensor)]
 
 
 # --- the choice that follows a step ---------------------------------------------------------------------------------
