@@ -212,19 +212,23 @@ class Accesses:
 
         self._wrote(places, lanes, n_bytes, site, unchanged)
         if self.pool.options.races:
-            stored = view[rows] if count > 1 else view[rows][:, None]
-            for i, word in enumerate(given):
-                unequal = stored[:, i] != word
-                if unequal.any():
-                    one = int(np.flatnonzero(unequal)[0])
-                    others = np.flatnonzero(rows == rows[one])
-                    self.pool.report.note(
-                        "unequal values stored to one place at once",
-                        self.sites[site],
-                        f"byte {int(places[one]) % self.pool.shared.n_bytes}, bits "
-                        f"{sorted({hex(int(v)) for v in word[others]})[:4]}",
-                        int(unequal.sum()),
-                    )
+            self._check_equal(view, rows, given, places, site)
+
+    def _check_equal(self, view, rows, given, places, site):
+        """Check that lanes storing to one place at once store one value. given: an array for each word of a row."""
+        stored = view[rows] if len(given) > 1 else view[rows][:, None]
+        for i, word in enumerate(given):
+            unequal = stored[:, i] != word
+            if unequal.any():
+                one = int(np.flatnonzero(unequal)[0])
+                others = np.flatnonzero(rows == rows[one])
+                self.pool.report.note(
+                    "unequal values stored to one place at once",
+                    self.sites[site],
+                    f"byte {int(places[one]) % self.pool.shared.n_bytes}, bits "
+                    f"{sorted({hex(int(v)) for v in word[others]})[:4]}",
+                    int(unequal.sum()),
+                )
 
     def _read(self, places, lanes, n_bytes, site):
         options = self.pool.options

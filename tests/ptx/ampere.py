@@ -142,8 +142,12 @@ class Ampere(Accesses):
         if mask is not None:
             giving = giving & mask
         places, lanes = self._places(address, giving, 16, site)
-        self.pool.shared.view(8, 2)[places >> 4] = np.ascontiguousarray(rows[lanes]).view(u8)
-        self._wrote(places, lanes, 16, site)
+        view, given = self.pool.shared.view(8, 2), np.ascontiguousarray(rows[lanes]).view(u8)
+        unchanged = (view[places >> 4] == given).all(1) if self.pool.options.races else None
+        view[places >> 4] = given
+        self._wrote(places, lanes, 16, site, unchanged)
+        if self.pool.options.races:
+            self._check_equal(view, places >> 4, given.T, places, site)
 
     def multiply(self, shape, dtype, result_dtype, a, b, c, mask, site):
         """mma.sync: one product of small matrices for each warp."""
