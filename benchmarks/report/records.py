@@ -32,8 +32,12 @@ class Result:
 
 
 def load(folder: Path) -> list[Result]:
-    """Every result in a folder, by device and name. Raises ValueError if a file holds a dry run or no result."""
-    results = [Result(file, json.loads(file.read_text())) for file in sorted(folder.glob("*/*.json"))]
+    """Every result in a folder, by device and name; predictions are none.
+
+    Raises ValueError if a file holds a dry run or no result.
+    """
+    files = [file for file in sorted(folder.glob("*/*.json")) if file.parent.name != "predicted"]
+    results = [Result(file, json.loads(file.read_text())) for file in files]
     for result in results:
         if result.content.get("dry_run"):
             raise ValueError(f"{result.file} is a dry run: its times say nothing")

@@ -9,7 +9,7 @@ set TRITON_CACHE_DIR to a separate folder: what is cached there has none.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -48,6 +48,7 @@ class Launch:
     n_warps: int
     shared: int
     element_size: int  # of the largest tensor passed
+    text: str = ""  # the PTX
 
 
 @dataclass
@@ -60,8 +61,6 @@ class Session:
     options: machine.Options
     edit: Callable[[str, str], str] | None = None
     launches: list[Launch] = field(default_factory=list)
-    programs: dict = field(default_factory=dict)
-    texts: dict = field(default_factory=dict)
     extra: list = field(default_factory=list)  # tensors that kernels reach by addresses in memory
 
     def problems(self) -> dict:
@@ -145,36 +144,37 @@ def _run(
     exit_: Any,
     *arguments: Any,
 ) -> None:
-    metadata = compiled.metadata
+    metadata, grid = compiled.metadata, (grid_x, grid_y, grid_z)
     text = compiled.asm["ptx"]
     if session.edit is not None:
         text = session.edit(metadata.name, text)
     if text not in _translated:
         _translated[text] = translate.translate(parse.parse(text))
-    program = _translated[text]
-    session.texts[metadata.name] = text
-    report = Report()
-    spans: list = []
-    scratch: list = []
-    parameters, descriptors = _parameters(
-        program, compiled, arguments, metadata, (grid_x, grid_y, grid_z), spans, scratch
-    )
-    tensors = [s[:3] for s in spans] + [_span(f"extra{i}", t)[:3] for i, t in enumerate(session.extra)]
-    storages = [(s[0], s[3], s[4]) for s in spans] + [
-        (n, s, e) for i, t in enumerate(session.extra) for n, _, _, s, e in [_span(f"extra{i}", t)]
-    ]
-    memory = GlobalMemory(tensors, storages, report)
     constants = {k: v for k, v in zip(compiled.src.fn.arg_names, arguments, strict=False)
                  if isinstance(v, (int, float, str, bool))}  # fmt: skip
-    launch = Launch(metadata.name, (grid_x, grid_y, grid_z), 0.0, report, constants, metadata.num_warps,
-                    metadata.shared, _element_size(arguments))  # fmt: skip
+    launch = Launch(metadata.name, grid, 0.0, Report(), constants, metadata.num_warps,
+                    metadata.shared, _element_size(arguments), text)  # fmt: skip
     session.launches.append(launch)
     started = time.perf_counter()
     try:
-        machine.run_grid(program, (grid_x, grid_y, grid_z), parameters, metadata.shared, memory, report,
-                             session.options, metadata.launch_cooperative_grid, descriptors)  # fmt: skip
+        execute(_translated[text], compiled, grid, arguments, launch.report, session.options, session.extra)
     finally:
         launch.seconds = time.perf_counter() - started
+
+
+def execute(
+    program: translate.Program, compiled: Any, grid: tuple, arguments: tuple, report: Report,
+    options: machine.Options, extra: Sequence[torch.Tensor] = (),
+) -> None:  # fmt: skip
+    """Run a program with the arguments of a launch. compiled: what triton made, for the kinds of the arguments."""
+    spans: list = []
+    scratch: list = []
+    metadata = compiled.metadata
+    parameters, descriptors = _parameters(program, compiled, arguments, metadata, grid, spans, scratch)
+    spans += [_span(f"extra{i}", tensor) for i, tensor in enumerate(extra)]
+    memory = GlobalMemory([s[:3] for s in spans], [(s[0], s[3], s[4]) for s in spans], report)
+    machine.run_grid(program, grid, parameters, metadata.shared, memory, report, options,
+                     metadata.launch_cooperative_grid, descriptors)  # fmt: skip
 
 
 def _element_size(arguments: tuple) -> int:

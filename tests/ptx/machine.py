@@ -123,6 +123,7 @@ class Pool:
                 )
         for number, times in enumerate(self.executed):
             if times:
+                self.report.blocks[number] += int(times)
                 for opcode, count in self.program.histograms[number].items():
                     self.report.opcodes[opcode] += int(times) * count
 

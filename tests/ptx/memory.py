@@ -23,6 +23,7 @@ class Report:
 
     problems: dict = field(default_factory=dict)
     opcodes: Counter = field(default_factory=Counter)  # executed, one for each warp
+    blocks: Counter = field(default_factory=Counter)  # likewise
     counts: Counter = field(default_factory=Counter)
 
     def note(self, kind: str, instruction: object, example: str, times: int = 1) -> None:

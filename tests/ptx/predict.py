@@ -1,0 +1,87 @@
+"""Predicted times of the four workloads, as data and as a table: `python -m ptx.predict FILE`.
+
+Predicted, not measured: see `model.py` and `workloads.py`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from . import model, parse, translate, workloads
+from .counts import counted
+from .due import due
+from .launch import COUNTING, Launch, Session, executing
+from .machine_code import registers_and_instructions
+
+GPUS = model.H100, model.H200
+
+
+def _executed(part: workloads.Part, sizes: dict[str, int]) -> Session:
+    with executing("sm_90", n_multiprocessors=part.multiprocessors, **COUNTING) as session:
+        part.run(**sizes)
+    return session
+
+
+def _numbered(session: Session, part: workloads.Part) -> dict[str, Launch]:
+    """Launches by the kernel's name, with a number from the second on."""
+    found: dict[str, Launch] = {}
+    for launch in session.launches:
+        n_before = sum(known.kernel == launch.kernel for known in found.values())
+        if part.kernels in launch.kernel:
+            found[launch.kernel + (f" #{n_before + 1}" if n_before else "")] = launch
+    return found
+
+
+def kernels(part: workloads.Part) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a part: counts at the wanted size, what is due, limits in seconds on each GPU."""
+    sessions = [_executed(part, sizes) for sizes in part.tried]
+    launches = [_numbered(session, part) for session in sessions]
+    terms, wanted = [part.terms(**sizes) for sizes in part.tried], part.terms(**part.wanted)
+    for name, launch in launches[0].items():
+        counts = workloads.scaled([counted(each[name]) for each in launches], terms, wanted)
+        arguments = launch.constants | {k: v for part_of_name, more in part.due.items() if part_of_name in name
+                                        for k, v in more.items()}  # fmt: skip
+        counts["programs"] = arguments.pop("n_programs", round(counts["programs"]))
+        needed = due(launch.kernel, arguments, counts["programs"], launch.element_size)
+        text = launch.text
+        registers, n_machine = registers_and_instructions(text, "sm_90")
+        n_ptx = sum(sum(h.values()) for h in translate.translate(parse.parse(text)).histograms)
+        program = model.Program(launch.n_warps, registers, launch.shared, n_machine / n_ptx)
+        found = {gpu.name: model.limits(counts, program, needed.n_bytes, gpu) for gpu in GPUS}
+        yield {
+            "workload": part.workload, "kernel": name, "times": part.times, "registers": registers,
+            "resident": program.n_resident, "machine_instructions_for_one_of_ptx": round(program.shrinkage, 3),
+            "due": needed._asdict(), "counts": {key: round(n) for key, n in counts.items()}, "limits_s": found,
+            "predicted_s": {gpu.name: model.seconds(found[gpu.name], gpu) for gpu in GPUS},
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ptx.predict", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rows = []
+    for part in workloads.parts():
+        started = time.perf_counter()
+        rows += kernels(part)
+        print(
+            f"{time.perf_counter() - started:.0f} s: {part.workload}, {rows[-1]['kernel']}", file=sys.stderr, flush=True
+        )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    content = {"predicted": True, "date": options.date, "commit": commit, "triton": triton.__version__, "kernels": rows}
+    options.file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

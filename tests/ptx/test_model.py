@@ -1,0 +1,80 @@
+"""The model of time on cases that can be worked out by hand, and its page."""
+
+from collections import Counter
+
+import pytest
+from paths import ROOT
+
+from benchmarks.report import records
+
+from . import model, predicted
+from .workloads import scaled
+
+SMALL = model.Program(n_warps=4, registers=32, shared_bytes=0, shrinkage=1.0)
+
+
+def test_a_copy_is_limited_by_memory() -> None:
+    n = 1 << 26  # float32, 4 of a thread: each warp loads, stores and computes two addresses
+    warps = n / 4 / 32
+    counts = {
+        "programs": warps / 4, "memory instructions": 2 * warps, "integer instructions": 2 * warps,
+        "load sectors": n // 8, "store sectors": n // 8,
+    }  # fmt: skip
+    found = model.limits(counts, SMALL, due_bytes=8 * n, gpu=model.H200)
+    assert next(iter(found)) == "memory"
+    assert model.seconds(found, model.H200) == pytest.approx(8 * n / (0.9 * 4.8e12) + 3e-6)
+
+
+def test_units_by_hand() -> None:
+    counts = {
+        "programs": 264, "float instructions": 8e6, "special instructions": 1e6, "barriers": 264 * 10,
+        "bf16 FLOPs": 264e6, "shared passes": 5e6, "load sectors": 1000, "store sectors": 0,
+    }  # fmt: skip
+    found = model.limits(counts, SMALL, due_bytes=0, gpu=model.H100)
+    cycle_s = 1 / 1.83e9
+    assert found["issue"] == pytest.approx(9e6 / 132 / 4 * cycle_s)
+    assert found["special"] == pytest.approx(1e6 / 132 * 2 * cycle_s)
+    assert found["shared memory"] == pytest.approx(5e6 / 132 * cycle_s)
+    assert found["tensor cores"] == pytest.approx(2e6 / 4096 * cycle_s)
+    # One wave, because 16 programs are resident: a warp's 9e6 / 264 / 4 instructions, ten barriers, two loads.
+    assert found["latency"] == pytest.approx((9e6 / 264 / 4 * 2 + 10 * 30 + 2 * 479) * cycle_s)
+
+
+@pytest.mark.parametrize(
+    ("program", "resident"),
+    [
+        (model.Program(4, 32, 0, 1.0), 16),  # 64 warps
+        (model.Program(1, 32, 0, 1.0), 32),  # programs
+        (model.Program(4, 128, 0, 1.0), 4),  # 65536 registers
+        (model.Program(8, 128, 112 * 1024, 1.0), 2),
+        (model.Program(4, 32, 227 * 1024, 1.0), 1),  # shared memory
+    ],
+)
+def test_resident_programs(program: model.Program, resident: int) -> None:
+    assert program.n_resident == resident
+
+
+def test_one_program_more_than_multiprocessors_takes_twice_as_long() -> None:
+    some, more = ({"programs": n, "float instructions": 1e6 * n} for n in (132, 133))
+    once, twice = (model.limits(counts, SMALL, 0, model.H100)["issue"] for counts in (some, more))
+    assert twice == pytest.approx(2 * once)
+
+
+def test_counts_are_scaled_by_their_terms() -> None:
+    def counts(tokens: int) -> Counter:
+        return Counter({"a": 3 * tokens + 2 * tokens**2, "b": 7 * tokens})
+
+    found = scaled([counts(256), counts(512)], [(t, t**2) for t in (256, 512)], (1024, 1024**2))
+    assert found == pytest.approx(counts(1024))
+
+
+def test_the_page_is_what_the_file_says() -> None:
+    text = predicted.PAGE.read_text()
+    assert predicted.page(text, predicted.newest()) == text
+
+
+def test_predictions_are_no_results() -> None:
+    content = predicted.newest()
+    assert content["predicted"] is True
+    assert {row["workload"] for row in content["kernels"]} == {*predicted._ROWS, "decode, batch 1"}
+    assert all(result.device != "predicted" for result in records.load(ROOT / "benchmarks/results"))
