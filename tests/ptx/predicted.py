@@ -5,7 +5,6 @@ Predicted, not measured. The products that are left to torch are added by their 
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from paths import ROOT
@@ -57,7 +56,7 @@ def table(content: dict[str, Any]) -> str:
         lines += [
             f"**{workload}**: {1e3 * totals[names[0]]:.2f} ms on an H100, {1e3 * totals[names[1]]:.2f} ms on an H200",
             "",
-            "| kernel | launches | H100, us | H200, us | limit on an H200 | next | memory alone, us | passes over the fewest |",
+            "| kernel | launches | H100, us | H200, us | limit on an H200 | next, us | memory, us | passes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in rows:
@@ -90,7 +89,7 @@ def newest() -> dict[str, Any]:
 
 
 def main() -> None:
-    PAGE.write_text(page(Path(PAGE).read_text(), newest()))
+    PAGE.write_text(page(PAGE.read_text(), newest()))
 
 
 if __name__ == "__main__":
