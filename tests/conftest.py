@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, what in ON_REQUEST.items():
         parser.addoption(f"--{name}", action="store_true", help=what)
     parser.addoption("--accuracy-table", action="store_true", help="end with the worst error of each operation")
+    parser.addoption("--approximate", action="store_true", help="let special functions err as a GPU's may")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
     if config.getoption("--accuracy-table"):
         config.pluginmanager.register(accuracy_table)
+    if config.getoption("--approximate"):
+        pytest.importorskip("interpreter.approximations").apply()
     for name, what in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{name}: {what}; asked for by --{name}")
 
