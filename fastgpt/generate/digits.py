@@ -1,0 +1,70 @@
+"""Products of float rows and int8 weights on a CPU in its int8 instructions, as accurate as those of the float rows.
+
+A row is written in base 256, as rows of bytes: x = step * sum of 256^i * digit_i. Their products with int8 values are
+sums of whole numbers, which the processor adds without rounding, 64 at a time with AVX512 where it adds 16 floats. Four
+rows of bytes take hardly longer than one, because reading the weights takes most of the time. The weights are a quarter
+of float32's bytes.
+
+r rows, K inputs, N outputs.
+"""
+
+import functools
+
+import torch
+from fastgpt_kernels.common.int8 import Int8Matrix
+from torch import Tensor
+
+# By the dtype of the rows: what the digits round off the largest input is at most 2^-7 of what the dtype does.
+N_DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
+# What a byte holds for the digit 0: digits are from -128 to 127.
+_ZERO = 128
+
+
+class Digits:
+    """oneDNN's product of unsigned and signed bytes, over a copy of the values in its own layout.
+
+    precision: the dtype whose accuracy is asked for, a key of N_DIGITS.
+    """
+
+    def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype):
+        values, self.scale = matrix
+        self.n_digits = N_DIGITS[precision]
+        self.n_bytes = values.nbytes
+        self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [self.n_digits * n_rows, values.shape[1]])
+        self.zero_points = torch.zeros(len(values), dtype=torch.int32)
+        places = 256.0 ** torch.arange(self.n_digits)
+        self.places = places[None]
+        # From 2^52 to 2^53 the last bit of a float64 counts ones: a number added to this is rounded to a whole one, and
+        # its digits, each plus _ZERO, are the low bytes of the sum.
+        self.start = 2.0**52 + _ZERO * places.double().sum()
+        # x / step may be larger by the rounding of a float32 step.
+        self.steps_of_largest = 127 * places.sum().item() * (1 - 2**-20)
+        self.smallest_step = torch.tensor(torch.finfo(torch.float32).tiny)  # that of a row of zeros
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
+        n_rows, n_inputs = x.shape
+        largest = x.float().abs().amax(1, keepdim=True)
+        step = torch.add(self.smallest_step, largest, alpha=1 / self.steps_of_largest)  # (r, 1)
+        whole = torch.addcdiv(self.start, x.double(), step).view(torch.uint8)  # (r, 8 K)
+        digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
+        products = torch.ops.onednn.qlinear_pointwise.default(
+            digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        ).view(n_rows, self.n_digits, -1)  # fmt: skip
+        places = (step * self.places)[:, None]  # (r, 1, digits)
+        product = torch.bmm(places, products) if bias is None else torch.baddbmm(bias.float(), places, products)
+        return product.squeeze(1).to(x.dtype)
+
+
+@functools.cache
+def has_exact_bytes() -> bool:
+    """Whether this torch has that product, and does not overflow on this processor.
+
+    Without instructions such as VNNI oneDNN adds pairs of products in 16 bits, where the largest have no room.
+    """
+    largest = Int8Matrix(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
+    try:
+        product = Digits(largest, 1, torch.float32)(torch.ones(1, 64), None)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool(product.sub(64 * 127).abs().max() < 1)
