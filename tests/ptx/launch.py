@@ -33,7 +33,7 @@ _FORMATS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1":
             "u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}  # fmt: skip
 
 # Options of `executing` to count with: in lock-step and without checks.
-COUNTING = {"traffic": True, "races": False, "uninitialised": False, "global_races": False}
+COUNTING: dict[str, Any] = {"traffic": True, "races": False, "uninitialised": False, "global_races": False}
 
 
 @dataclass

@@ -47,19 +47,21 @@ def table(content: dict[str, Any]) -> str:
     names = [gpu.name for gpu in (model.H100, model.H200)]
     lines = []
     for workload in dict.fromkeys(row["workload"] for row in content["kernels"]):
-        rows = [row for row in content["kernels"] if row["workload"] == workload]
+        found = [row for row in content["kernels"] if row["workload"] == workload]
         torchs = {
-            gpu.name: sum(times * product_seconds(*sizes, gpu) for *sizes, times in products(workload))
+            gpu.name: sum(
+                n * product_seconds(rows, inner, columns, gpu) for rows, inner, columns, n in products(workload)
+            )
             for gpu in (model.H100, model.H200)
         }
-        totals = {name: torchs[name] + sum(r["times"] * r["predicted_s"][name] for r in rows) for name in names}
+        totals = {name: torchs[name] + sum(r["times"] * r["predicted_s"][name] for r in found) for name in names}
         lines += [
             f"**{workload}**: {1e3 * totals[names[0]]:.2f} ms on an H100, {1e3 * totals[names[1]]:.2f} ms on an H200",
             "",
             "| kernel | launches | H100, us | H200, us | limit on an H200 | next, us | memory, us | passes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for row in rows:
+        for row in found:
             on_h200 = row["limits_s"][names[1]]
             (limit, _), (following, next_s), *_ = on_h200.items()
             counts = row["counts"]
