@@ -173,12 +173,14 @@ def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
 
 def _view_layer(block: GPT2Block) -> DecodeLayer:
     # From the modules' own tables, because finding attributes of modules takes the host longer than a decode step does.
-    parts = block._modules
+    parts: Any = block._modules
     attn, mlp = parts["attn"], parts["mlp"]
-    modules: Any = parts["ln_1"], attn._modules["c_attn"], attn._modules["c_proj"]
+    modules = parts["ln_1"], attn._modules["c_attn"], attn._modules["c_proj"]
     modules = *modules, parts["ln_2"], mlp._modules["c_fc"], mlp._modules["c_proj"]
-    ln_1, qkv, proj, ln_2, fc, mlp_proj = (
-        (part.matrix if isinstance(part, Int8Linear) else part._parameters["weight"], part._parameters["bias"])
-        for part in modules
-    )
+    ln_1, qkv, proj, ln_2, fc, mlp_proj = map(_weight_and_bias, modules)
     return DecodeLayer(*ln_1, *qkv, attn.scaling, *proj, *ln_2, *fc, *mlp_proj)
+
+
+def _weight_and_bias(module: Any) -> tuple[Any, Any]:
+    table = module._parameters
+    return module.matrix if isinstance(module, Int8Linear) else table["weight"], table["bias"]
