@@ -38,12 +38,16 @@ def weight_bytes(shape: Shape) -> dict[str, int]:
     int8: what `fastgpt.quantize` makes of the model in bf16: the matrices of attention, cross-attention and MLP in int8
     with one fp32 scale per output column.
     """
-    C, F = shape.n_embd, shape.hidden_width
-    n_attentions = 2 if shape.cross_attention else 1
-    n_matrix = shape.n_layer * (n_attentions * 4 * C**2 + 2 * C * F)
-    n_columns = shape.n_layer * (n_attentions * 4 * C + F + C)
+    n_matrix, n_columns = _products_of_blocks(shape, n_attentions=2 if shape.cross_attention else 1)
     total = count_parameters(shape).total
     return {"fp32": 4 * total, "bf16": 2 * total, "int8": n_matrix + 4 * n_columns + 2 * (total - n_matrix)}
+
+
+def _products_of_blocks(shape: Shape, n_attentions: int = 1) -> tuple[int, int]:
+    """Elements and output columns of the matrices of attention and MLP, in all blocks."""
+    C, F = shape.n_embd, shape.hidden_width
+    n_elements, n_columns = n_attentions * 4 * C**2 + 2 * C * F, n_attentions * 4 * C + F + C
+    return shape.n_layer * n_elements, shape.n_layer * n_columns
 
 
 def kv_cache_bytes(shape: Shape, tokens: int = 1, *, batch: int = 1, element_bytes: int = 2) -> int:
@@ -90,22 +94,28 @@ def adamw_bytes(n_parameters: int) -> int:
     return 28 * n_parameters
 
 
-def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int = 2) -> int:
+def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False) -> int:
     """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
 
-    Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C.
+    Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C. int8: after
+    `fastgpt.quantize` a layer's 4*C^2 + 2*C*F are bytes, with an fp32 scale for each of its 5*C + F columns.
     """
     C, F = shape.n_embd, shape.hidden_width
-    n_weights = shape.n_layer * (4 * C**2 + 2 * C * F + 9 * C + F) + 2 * C + shape.vocab_size * C
-    return n_weights * element_bytes + kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
+    n_matrix, n_columns = _products_of_blocks(shape)
+    n_other = shape.n_layer * (9 * C + F) + 2 * C + shape.vocab_size * C
+    products = n_matrix + 4 * n_columns if int8 else n_matrix * element_bytes
+    cache = kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
+    return products + n_other * element_bytes + cache
 
 
 # --- ceilings -------------------------------------------------------------------------------------------------------
 
 
-def decode_ceiling(shape: Shape, bandwidth: float, batch: int, context: int, *, element_bytes: int = 2) -> float:
+def decode_ceiling(
+    shape: Shape, bandwidth: float, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False
+) -> float:
     """Tokens/s of the whole batch when memory bandwidth is the only limit. bandwidth: bytes/s."""
-    return batch * bandwidth / decode_bytes(shape, batch, context, element_bytes=element_bytes)
+    return batch * bandwidth / decode_bytes(shape, batch, context, element_bytes=element_bytes, int8=int8)
 
 
 def prefill_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:

@@ -80,6 +80,8 @@ def report(
             "matrix_rate": matrix_rate,
             "decode_bytes_per_step": decode_bytes(model, batch, context),
             "decode_tokens_per_s": decode_ceiling(model, bandwidth, batch, context),
+            "int8_decode_bytes_per_step": decode_bytes(model, batch, context, int8=True),
+            "int8_decode_tokens_per_s": decode_ceiling(model, bandwidth, batch, context, int8=True),
             "prefill_tokens_per_s": prefill_ceiling(model, matrix_rate, context),
             "training_tokens_per_s": training_ceiling(model, matrix_rate, context),
         },

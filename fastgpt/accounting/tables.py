@@ -105,7 +105,8 @@ def _speed_table(report: dict[str, Any]) -> Table:
         return f"{_short(ceilings[f'{kind}_tokens_per_s'])} tokens/s"
 
     decode = f"decode, batch {report['batch']}, context {context}"
-    table.add_row(decode, f"{_short(ceilings['decode_bytes_per_step'])}B a step", tokens_per_s("decode"))
+    for kind, weights in {"decode": "", "int8_decode": ", int8 weights"}.items():
+        table.add_row(decode + weights, f"{_short(ceilings[f'{kind}_bytes_per_step'])}B a step", tokens_per_s(kind))
     forward, training = _short(flops["forward_per_token"]), _short(flops["training_per_token"])
     table.add_row(f"prefill, {context} tokens, all logits", f"{forward}FLOP a token", tokens_per_s("prefill"))
     table.add_row(f"training step, {context} tokens", f"{training}FLOP a token", tokens_per_s("training"))

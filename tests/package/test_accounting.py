@@ -2,11 +2,13 @@
 
 import io
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from counted_models import OTHERS, n_stored, on_meta, tiny_config
+from fastgpt_kernels.common.int8 import Int8Matrix
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
@@ -15,6 +17,7 @@ import fastgpt
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, count_parameters, report, shape_of, tables
 from fastgpt.accounting.tables import render
+from fastgpt.generate import view_weights
 from fastgpt.model.compat import CACHE
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -104,6 +107,20 @@ def test_decode_reads_each_weight_that_a_token_meets(tied):
     assert accounting.decode_bytes(shape_of(config), 1, 0, element_bytes=4) == 4 * n_read
     cache = accounting.kv_cache_bytes(shape_of(config), 10, batch=3, element_bytes=4)
     assert accounting.decode_bytes(shape_of(config), 3, 10, element_bytes=4) == 4 * n_read + cache
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decode_reads_int8_weights_and_their_scales(tied):
+    """Every tensor that a decode step of the quantised model views, but for the tables, of which it reads rows."""
+    config = tiny_config(tie_word_embeddings=tied)
+    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config)).to(torch.bfloat16)
+    weights = view_weights(model)
+    parts = [*chain.from_iterable(weights.layers), weights.ln_f_weight, weights.ln_f_bias, weights.head]
+    tensors = chain.from_iterable(part if isinstance(part, Int8Matrix) else (part,) for part in parts)
+    n_bytes = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert accounting.decode_bytes(shape_of(config), 1, 0, int8=True) == n_bytes
+    cache = accounting.kv_cache_bytes(shape_of(config), 10, batch=3)
+    assert accounting.decode_bytes(shape_of(config), 3, 10, int8=True) == n_bytes + cache
 
 
 # --- ceilings -------------------------------------------------------------------------------------------------------
