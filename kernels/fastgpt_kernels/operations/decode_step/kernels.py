@@ -29,15 +29,21 @@ def _await_previous_launch(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _rows_times(x, weight):
-    """x (rows, in) in float32 @ weight (in, out) -> (rows, out) in float32, without rounding x to weight's dtype."""
+def _rows_times(x, weight, IS_TRANSPOSED: tl.constexpr = False):
+    """x (rows, in) in float32 @ weight (in, out) -> (rows, out) in float32, without rounding x to weight's dtype.
+
+    IS_TRANSPOSED: weight is (out, in). With `tl.trans` in its place, triton reads a tile that was copied to shared
+    memory by single elements, 16 of which lie in one bank.
+    """
     n_rows: tl.constexpr = x.shape[0]
+    n_out: tl.constexpr = weight.shape[0] if IS_TRANSPOSED else weight.shape[1]
     row_index = tl.arange(0, n_rows)[:, None]
     values = weight.to(tl.float32)
-    y = tl.zeros((n_rows, weight.shape[1]), dtype=tl.float32)
+    y = tl.zeros((n_rows, n_out), dtype=tl.float32)
     for row in tl.static_range(n_rows):
         one_row = tl.sum(tl.where(row_index == row, x, 0.0), axis=0)
-        y = tl.where(row_index == row, tl.sum(values * one_row[:, None], axis=0)[None, :], y)
+        products = values * (one_row[None, :] if IS_TRANSPOSED else one_row[:, None])
+        y = tl.where(row_index == row, tl.sum(products, axis=1 if IS_TRANSPOSED else 0)[None, :], y)
     return y
 
 
@@ -194,7 +200,7 @@ def _decode_head_kernel(
         head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
         in_head = in_out[:, None] & (cols < n_cols)[None, :]
         head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
-        logits = _rows_times(normalised, tl.trans(head))
+        logits = _rows_times(normalised, head, IS_TRANSPOSED=True)
         in_logits = (rows < n_rows)[:, None] & in_out[None, :]
         tl.store(logits_ptr + rows[:, None] * n_out + outs[None, :], logits, mask=in_logits)
 

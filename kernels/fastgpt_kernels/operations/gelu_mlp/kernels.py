@@ -255,7 +255,8 @@ def _gelu_mlp_bwd_product_kernel(
     col = tl.program_id(0) % n_col_tiles * BLOCK_COLS
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
 
-    dbias = tl.zeros((BLOCK_COLS,), dtype=ACCUMULATOR)
+    # Added up element by element, so that threads exchange sums only once.
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)
     for tile in range(first_tile, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
         row = tile * BLOCK_ROWS
         dout = _load_tile(dout_ptr, row, col, n_rows, n_cols, dout_row_stride, BLOCK_ROWS, BLOCK_COLS, False)
@@ -263,9 +264,9 @@ def _gelu_mlp_bwd_product_kernel(
         if HAS_DROPOUT:
             keep = dropout_keep(tl.load(seed_ptr), 0, row, col, rows[:, None], cols[None, :], threshold)
             dproduct = tl.where(keep, dproduct * dropout_scale(threshold, ACCUMULATOR), 0.0)
-        dbias += tl.sum(dproduct, axis=0)
+        sums += dproduct
         if STORE_DPRODUCT:
             _store_tile(dproduct_ptr, dproduct, row, col, n_rows, n_cols, BLOCK_ROWS, BLOCK_COLS, False)
 
     partial_ptrs = dbias_partial_ptr + first_tile.to(tl.int64) * n_cols + col + cols
-    tl.store(partial_ptrs, dbias, mask=cols < n_cols - col)
+    tl.store(partial_ptrs, tl.sum(sums, axis=0), mask=cols < n_cols - col)
