@@ -113,7 +113,7 @@ def test_decode_reads_each_weight_that_a_token_meets(tied):
 def test_decode_reads_int8_weights_and_their_scales(tied):
     """Every tensor that a decode step of the quantised model views, but for the tables, of which it reads rows."""
     config = tiny_config(tie_word_embeddings=tied)
-    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config)).to(torch.bfloat16)
+    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config)).bfloat16()
     weights = view_weights(model)
     parts = [*chain.from_iterable(weights.layers), weights.ln_f_weight, weights.ln_f_bias, weights.head]
     tensors = chain.from_iterable(part if isinstance(part, Int8Matrix) else (part,) for part in parts)

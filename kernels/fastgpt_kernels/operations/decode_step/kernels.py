@@ -262,6 +262,11 @@ def _decode_attention_kernel(
     per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_KEYS), N_SPLITS) * BLOCK_KEYS
     first = start + split * per_split
     last = tl.minimum(first + per_split, end)
+    # A softmax for each place in a block, so that threads exchange nothing until the last block. Starting from the
+    # finite peak, no place ever subtracts -inf from -inf.
+    peaks = tl.zeros((BLOCK_KEYS,), dtype=tl.float32) + peak
+    totals = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
+    mixtures = tl.zeros((BLOCK_KEYS, BLOCK_DIM), dtype=tl.float32)
     for key_start in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
         key_slots = key_start + tl.arange(0, BLOCK_KEYS)
         in_split = key_slots < last
@@ -269,7 +274,17 @@ def _decode_attention_kernel(
         offsets = cache_base + key_slots[:, None] * head_dim + dims[None, :]
         keys = tl.load(keys_ptr + offsets, mask=in_tile, other=0.0)
         values = tl.load(values_ptr + offsets, mask=in_tile, other=0.0)
-        peak, total, mixed = _attend_block(query, keys, values, in_split, peak, total, mixed)
+        scores = tl.where(in_split, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+        new_peaks = tl.maximum(peaks, scores)
+        weights, rescale = tl.exp2(scores - new_peaks), tl.exp2(peaks - new_peaks)
+        mixtures = mixtures * rescale[:, None] + values.to(tl.float32) * weights[:, None]
+        peaks, totals = new_peaks, totals * rescale + weights
+
+    last_peak = tl.max(peaks, axis=0)
+    shares, rescale = tl.exp2(peaks - last_peak), tl.exp2(peak - last_peak)
+    total = total * rescale + tl.sum(rounded_product(totals, shares), axis=0)
+    mixed = mixed * rescale + tl.sum(rounded_product(mixtures, shares[:, None]), axis=0)
+    peak = last_peak
 
     out_offsets = row_head.to(tl.int64) * head_dim + dims
     if N_SPLITS == 1:
