@@ -29,10 +29,10 @@ def run(module: str, file: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def test_curves_of_memory_and_latency(tmp_path: Path) -> None:
-    arguments = "--batches", "1,2", "--contexts", "8,16", "--prompt-tokens", "8"
+    arguments = "--batches", "2", "--contexts", "8,16", "--prompt-tokens", "8"
     result, output = run("curves", tmp_path / "curves.json", *arguments)
     memory, latency = (records.curve(result, kind)["demo"] for kind in ("memory", "latency"))
-    assert {(row["workload"], row["batch"]) for row in memory} == {(w, n) for w in ("prefill", "train") for n in (1, 2)}
+    assert {(row["workload"], row["batch"]) for row in memory} == {("prefill", 2), ("train", 2)}
     assert {(row["contender"], row["context"]) for row in latency} == {
         (name, context) for name in ("fastgpt", "hf-sdpa") for context in (8, 16)
     }

@@ -70,7 +70,7 @@ def test_any_layout_in_small_tiles(operations: Any, layout: str) -> None:
     test_any_layout_of_inputs_and_gradients(operations, layout)
 
 
-@cases(70)
+@cases(50)
 @given(
     shape=st.lists(st.integers(1, 7), max_size=3),
     n_channels=st.integers(1, 40),

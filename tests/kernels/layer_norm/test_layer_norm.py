@@ -64,7 +64,7 @@ def test_x_and_residual_of_different_layouts(operations: Any) -> None:
     assert_layer_norm_parity(operations, (relayout(x, "strided"), residual, weight, bias))
 
 
-@cases(120)
+@cases(80)
 @given(
     shape=st.lists(st.integers(1, 4), max_size=2),
     n_channels=st.integers(8, 270),

@@ -64,7 +64,7 @@ def test_noise_is_that_of_the_reference() -> None:
 
 def test_a_seed_draws_the_same_tokens_on_both_paths() -> None:
     """Over many draws from a vocabulary with many tokens of nearly equal weight."""
-    n_draws = 200 if INTERPRETING else 20_000
+    n_draws = 120 if INTERPRETING else 20_000
     logits = make_logits(n_draws, 500, scale=0.5)
     rows = make_rows(n_draws, 500, n_slots=1000)
     for filters in ({}, {"top_k": 50}):
