@@ -92,7 +92,11 @@ class _Worker:
     """A process that takes steps. It is started when it is first needed."""
 
     def __init__(self, extent: Extent):
-        context = get_context("spawn")
+        # A process that has touched a GPU cannot be forked. Without one, copies of a server that has imported
+        # everything start at once.
+        context = get_context("forkserver" if extent.is_dry else "spawn")
+        if extent.is_dry:
+            context.set_forkserver_preload(["transformers", "triton", "fastgpt", __name__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, extent), daemon=True)
         self.process.start()
