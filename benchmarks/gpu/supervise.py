@@ -94,7 +94,7 @@ class _Worker:
     def __init__(self, extent: Extent):
         # A process that has touched a GPU cannot be forked. Without one, copies of a server that has imported
         # everything start at once.
-        context = get_context("forkserver" if extent.is_dry else "spawn")
+        context = get_context("forkserver") if extent.is_dry else get_context("spawn")
         if extent.is_dry:
             context.set_forkserver_preload(["transformers", "triton", "fastgpt", __name__])
         self.connection, theirs = context.Pipe()
