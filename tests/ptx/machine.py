@@ -15,6 +15,8 @@ from .memory import Fault, GlobalMemory, GridOrder, Report, SharedMemory
 from .team import Team
 from .translate import Program
 
+_SHARED_AT_ONCE = 1 << 24  # bytes, of all programs of a pool
+
 
 @dataclass
 class Options:
@@ -45,9 +47,11 @@ def run_grid(
     descriptors: dict | None = None,
 ) -> None:
     """All programs of a grid. parameters: name -> bytes. descriptors: name -> what a tensor copy takes."""
-    n_threads = program.entry.n_threads
     n_programs = grid[0] * grid[1] * grid[2]
-    at_once = n_programs if cooperative else max(1, min(n_programs, options.lanes // n_threads))
+    at_once = options.lanes // program.entry.n_threads
+    if options.warps and not program.asynchronous:  # The lanes that run at once are a warp of each.
+        at_once = min(options.lanes // 32, _SHARED_AT_ONCE // max(n_shared, 1))
+    at_once = n_programs if cooperative else max(1, min(n_programs, at_once))
     order = list(range(n_programs))
     if options.warps:
         random.Random(options.seed).shuffle(order)
@@ -72,10 +76,8 @@ class Pool:
                                    options.uninitialised)  # fmt: skip
         self.n_shared = n_shared
         # Units written by plain stores since the last fence that lets asynchronous copies and wgmma see them.
-        asynchronous = any(o.startswith(("wgmma", "cp.async.bulk")) for h in program.histograms for o in h)
-        self.unfenced = (
-            np.zeros_like(self.shared.written) if asynchronous and options.races and options.uninitialised else None
-        )
+        checked = program.asynchronous and options.races and options.uninitialised
+        self.unfenced = np.zeros_like(self.shared.written) if checked else None
         self.order = GridOrder(self.n_programs, report) if cooperative and options.global_races else None
         self.epoch = np.zeros(self.n_programs, np.int32)
         self.live = np.full(self.n_programs, self.n_threads)
@@ -84,15 +86,16 @@ class Pool:
         self.executed = np.zeros(len(program.functions), np.int64)
         self.random = random.Random(options.seed)
         self.steps = 0
-        n_lanes = self.n_programs * self.n_threads
-        if options.warps:
-            uses_groups = any("wgmma" in h for hist in program.histograms for h in hist)
-            width = 128 if uses_groups else 32
-            self.teams = [Team(self, first, width) for first in range(0, n_lanes, width)]
+        lanes = np.arange(self.n_programs * self.n_threads)
+        if options.warps and (program.asynchronous or cooperative):
+            self.teams = [Team(self, some) for some in lanes.reshape(-1, 128 if program.has_warp_groups else 32)]
+        elif options.warps:  # The same warp of every program.
+            by_warp = lanes.reshape(self.n_programs, -1, 32).swapaxes(0, 1)
+            self.teams = [Team(self, some.ravel()) for some in by_warp]
         elif cooperative:  # So that programs that wait for each other take turns.
-            self.teams = [Team(self, first, self.n_threads) for first in range(0, n_lanes, self.n_threads)]
+            self.teams = [Team(self, some) for some in lanes.reshape(self.n_programs, -1)]
         else:
-            self.teams = [Team(self, 0, n_lanes)]
+            self.teams = [Team(self, lanes)]
 
     def run(self) -> None:
         quantum = 40 if self.cooperative else 10_000

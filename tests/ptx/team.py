@@ -38,22 +38,22 @@ class Join:
 class Team(Shuffles, Ampere, Hopper):
     """Lanes that share registers as arrays. Methods without an underscore are what translated blocks call."""
 
-    def __init__(self, pool: Any, first: int, width: int):
-        self.pool, self.width = pool, width
-        lanes = np.arange(first, first + width)
+    def __init__(self, pool: Any, lanes: np.ndarray):
+        """lanes: of the pool; whole warps."""
+        self.pool, self.width = pool, lanes.size
         self.program = lanes // pool.n_threads  # within the pool
         self.programs = np.unique(self.program)
         self.thread = (lanes % pool.n_threads).astype(u4)
         self.warp = (lanes // 32).astype(np.int32)
-        self.n_warps = width // 32
+        self.n_warps = self.width // 32
         self.programs_of_warps = self.program[::32]
-        self.lane = np.arange(width) % 32
+        self.lane = np.arange(self.width) % 32
         self.base = self.program.astype(np.int64) * pool.shared.n_bytes
         self.global_program = pool.numbers[self.program].astype(np.int32)
         self.epochs = pool.epoch[self.program]
-        self.all = np.ones(width, bool)
-        self.true, self.false = self.all, np.zeros(width, bool)
-        zeros = {k: np.zeros(width, d) for k, d in KINDS.items()} | {"p": self.false}
+        self.all = np.ones(self.width, bool)
+        self.true, self.false = self.all, np.zeros(self.width, bool)
+        zeros = {k: np.zeros(self.width, d) for k, d in KINDS.items()} | {"p": self.false}
         self.registers = [zeros[k] for k in pool.program.kinds]
         self.fibers: list[Fiber] = [Fiber(0, None)]
         self.waiting: list = []

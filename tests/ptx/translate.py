@@ -14,6 +14,7 @@ are needed.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,6 +46,18 @@ class Program:
     grain: int  # bytes of the smallest access of shared memory
     joins: list  # of each block, where lanes that part at its end meet again: a block, or None at the very end
     too_early: list  # (instruction, register): accumulators of wgmma that are used before they were waited for
+
+    @cached_property
+    def asynchronous(self) -> bool:
+        """Whether it has tensor copies or products of four warps, whose groups belong to a program."""
+        return self._has("wgmma", "cp.async.bulk")
+
+    @cached_property
+    def has_warp_groups(self) -> bool:
+        return self._has("wgmma")
+
+    def _has(self, *words: str) -> bool:
+        return any(opcode.startswith(words) for histogram in self.histograms for opcode in histogram)
 
 
 def translate(entry: Entry) -> Program:
