@@ -38,6 +38,7 @@ class Hopper:
     product_groups: Any
     loose_stores: Any
     store_groups: Any
+    waits_in_vain: bool
     _places: Any
     _count_sectors: Any
 
@@ -120,6 +121,7 @@ class Hopper:
             barrier.copies, barrier.was_asked = [], False
             self._turn(barrier)
             result[same] = (barrier.phase != 0) != (parity[same] != 0)
+        self.waits_in_vain = not result[lanes].all()
         return result
 
     def fence_proxy(self, mask):

@@ -68,6 +68,7 @@ class Team(Shuffles, Ampere, Hopper):
         self.product_groups: list = []
         self.sites = pool.program.sites
         self.spun = 0
+        self.waits_in_vain = False  # for an mbarrier, so that others should run
 
     def where(self) -> list:
         return [f.pc for f in self.fibers]
@@ -176,7 +177,8 @@ class Team(Shuffles, Ampere, Hopper):
                         pool.left(self, leaving)
                     if staying.any():
                         self.add(pc + 1, staying, fiber.joins)
-            if pool.steps > pool.options.max_steps:
+            if pool.steps > pool.options.max_steps or self.waits_in_vain:
+                self.waits_in_vain = False
                 return
 
     def _go(self, fiber: Fiber, pc: int) -> None:
