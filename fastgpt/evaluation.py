@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import ops
 from .corpus import encode
+from .model.int8 import head_weight
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
 
@@ -96,6 +97,7 @@ def mean_loss(
         raise ValueError(f"{len(ids)} token in the text, and the first only predicts: give a longer text")
     spans = list(windows(len(ids), context, stride))
     total = torch.zeros((), dtype=torch.float64, device=model.device)
+    weight = head_weight(model.lm_head, model.dtype)  # (V, C)
     for first in range(0, len(spans), batch):
         rows = spans[first : first + batch]
         # Padding on the right changes nothing before it, because attention is causal.
@@ -107,9 +109,7 @@ def mean_loss(
         ).to(model.device)
         hidden = model.transformer(inputs.to(model.device), use_cache=False).last_hidden_state  # (B, T, C)
         is_counted = labels != IGNORED
-        losses = ops.linear_cross_entropy(
-            hidden[is_counted], model.lm_head.weight, labels[is_counted], reduction="none"
-        )
+        losses = ops.linear_cross_entropy(hidden[is_counted], weight, labels[is_counted], reduction="none")
         total += losses.sum(dtype=torch.float64)
         if progress is not None:
             progress("scoring", first + len(rows), len(spans))

@@ -179,7 +179,7 @@ def _tensor_problems(checkpoint: Checkpoint, config: PreTrainedConfig, architect
     yield from shape_problems(checkpoint, config, architecture)
     if checkpoint.problems:
         return  # tensors in a file that could not be read are not missing
-    yield from name_problems(checkpoint, config)
+    yield from name_problems(checkpoint, config, architecture)
 
 
 def _known_names(config: PreTrainedConfig | None, architecture: str, checkpoint: Checkpoint) -> set[str]:

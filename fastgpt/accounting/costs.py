@@ -33,14 +33,17 @@ def peak_rate(device_name: str) -> float | None:
 
 
 def weight_bytes(shape: Shape) -> dict[str, int]:
-    """Bytes of the weights in fp32, bf16 and int8.
+    """Bytes of the weights in fp32, bf16, int8 and int8 with the head.
 
     int8: what `fastgpt.quantize` makes of the model in bf16: the matrices of attention, cross-attention and MLP in int8
-    with one fp32 scale per output column.
+    with one fp32 scale per output column. int8_head: the head as well, beside the token table, which stays in bf16.
     """
     n_matrix, n_columns = _products_of_blocks(shape, n_attentions=2 if shape.cross_attention else 1)
     total = count_parameters(shape).total
-    return {"fp32": 4 * total, "bf16": 2 * total, "int8": n_matrix + 4 * n_columns + 2 * (total - n_matrix)}
+    int8 = n_matrix + 4 * n_columns + 2 * (total - n_matrix)
+    n_head = shape.vocab_size * shape.n_embd
+    int8_head = int8 + n_head + 4 * shape.vocab_size - (0 if shape.tied_head else 2 * n_head)
+    return {"fp32": 4 * total, "bf16": 2 * total, "int8": int8, "int8_head": int8_head}
 
 
 def _products_of_blocks(shape: Shape, n_attentions: int = 1) -> tuple[int, int]:
@@ -94,28 +97,41 @@ def adamw_bytes(n_parameters: int) -> int:
     return 28 * n_parameters
 
 
-def decode_bytes(shape: Shape, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False) -> int:
+def decode_bytes(
+    shape: Shape, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False, int8_head: bool = False
+) -> int:
     """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
 
     Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C. int8: after
     `fastgpt.quantize` a layer's 4*C^2 + 2*C*F are bytes, with an fp32 scale for each of its 5*C + F columns.
+    int8_head: so are the V*C of the head, with V scales.
     """
-    C, F = shape.n_embd, shape.hidden_width
-    n_matrix, n_columns = _products_of_blocks(shape)
-    n_other = shape.n_layer * (9 * C + F) + 2 * C + shape.vocab_size * C
-    products = n_matrix + 4 * n_columns if int8 else n_matrix * element_bytes
-    cache = kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
-    return products + n_other * element_bytes + cache
+    C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
+
+    def product_bytes(n_matrix: int, n_columns: int, int8: bool) -> int:
+        return n_matrix + 4 * n_columns if int8 else n_matrix * element_bytes
+
+    products = product_bytes(*_products_of_blocks(shape), int8) + product_bytes(V * C, V, int8_head)
+    vectors = (shape.n_layer * (9 * C + F) + 2 * C) * element_bytes
+    return products + vectors + kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
 
 
 # --- ceilings -------------------------------------------------------------------------------------------------------
 
 
 def decode_ceiling(
-    shape: Shape, bandwidth: float, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False
+    shape: Shape,
+    bandwidth: float,
+    batch: int,
+    context: int,
+    *,
+    element_bytes: int = 2,
+    int8: bool = False,
+    int8_head: bool = False,
 ) -> float:
     """Tokens/s of the whole batch when memory bandwidth is the only limit. bandwidth: bytes/s."""
-    return batch * bandwidth / decode_bytes(shape, batch, context, element_bytes=element_bytes, int8=int8)
+    weights = {"element_bytes": element_bytes, "int8": int8, "int8_head": int8_head}
+    return batch * bandwidth / decode_bytes(shape, batch, context, **weights)
 
 
 def prefill_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:

@@ -78,14 +78,21 @@ def report(
         "ceilings": {
             "bandwidth": bandwidth,
             "matrix_rate": matrix_rate,
-            "decode_bytes_per_step": decode_bytes(model, batch, context),
-            "decode_tokens_per_s": decode_ceiling(model, bandwidth, batch, context),
-            "int8_decode_bytes_per_step": decode_bytes(model, batch, context, int8=True),
-            "int8_decode_tokens_per_s": decode_ceiling(model, bandwidth, batch, context, int8=True),
+            **_decode_ceilings(model, bandwidth, batch, context),
             "prefill_tokens_per_s": prefill_ceiling(model, matrix_rate, context),
             "training_tokens_per_s": training_ceiling(model, matrix_rate, context),
         },
     }
+
+
+def _decode_ceilings(model: Shape, bandwidth: float, batch: int, context: int) -> dict[str, float]:
+    """Bytes and tokens/s of a decode step, with weights in bf16, in int8, and in int8 with the head."""
+    kinds = {"": {}, "int8_": {"int8": True}, "int8_head_": {"int8": True, "int8_head": True}}
+    found: dict[str, float] = {}
+    for kind, weights in kinds.items():
+        found[f"{kind}decode_bytes_per_step"] = decode_bytes(model, batch, context, **weights)
+        found[f"{kind}decode_tokens_per_s"] = decode_ceiling(model, bandwidth, batch, context, **weights)
+    return found
 
 
 def _activation_totals(shape: Shape, batch: int, tokens: int, *, element_bytes: int) -> dict[str, int]:

@@ -53,9 +53,12 @@ def _memory_table(report: dict[str, Any]) -> Table:
     def add(what: str, size: int) -> None:
         table.add_row(what, f"{size:,}", f"{_short(size)}B")
 
+    labels = {
+        "int8": "int8 (products of the blocks, with fp32 scales per column; the rest bf16)",
+        "int8_head": "int8, and so the head, beside the token table in bf16",
+    }
     for precision, size in report["weight_bytes"].items():
-        scales = " (products of the blocks, with fp32 scales per column; the rest bf16)" if precision == "int8" else ""
-        add(f"weights, {precision}{scales}", size)
+        add(f"weights, {labels.get(precision, precision)}", size)
     if "kv_cache_bytes" in report:
         add("keys and values of one token, bf16", report["kv_cache_bytes"]["token"])
         add(f"keys and values of {report['batch']} x {report['context']} tokens", report["kv_cache_bytes"]["batch"])
@@ -105,7 +108,8 @@ def _speed_table(report: dict[str, Any]) -> Table:
         return f"{_short(ceilings[f'{kind}_tokens_per_s'])} tokens/s"
 
     decode = f"decode, batch {report['batch']}, context {context}"
-    for kind, weights in {"decode": "", "int8_decode": ", int8 weights"}.items():
+    kinds = {"decode": "", "int8_decode": ", int8 weights", "int8_head_decode": ", int8 weights and head"}
+    for kind, weights in kinds.items():
         table.add_row(decode + weights, f"{_short(ceilings[f'{kind}_bytes_per_step'])}B a step", tokens_per_s(kind))
     forward, training = _short(flops["forward_per_token"]), _short(flops["training_per_token"])
     table.add_row(f"prefill, {context} tokens, all logits", f"{forward}FLOP a token", tokens_per_s("prefill"))

@@ -60,6 +60,8 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         if not (_is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1):
             yield f"{name} must be a probability, not {shown(getattr(config, name))}"
+    if has_int8_head(config) and config.tie_word_embeddings:
+        yield "tie_word_embeddings must be false, because the head has int8 weights of its own"
     if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
         yield f"unknown activation_function {shown(config.activation_function)}: GPT-2's own is 'gelu_new'"
 
@@ -80,8 +82,17 @@ INT8 = "fastgpt_int8"
 
 def has_int8_products(config: PreTrainedConfig) -> bool:
     """Whether a configuration is that of a model with int8 weights."""
-    given: Any = getattr(config, "quantization_config", None)
-    return (given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)) == INT8
+    return _quantization(config).get("quant_method") == INT8
+
+
+def has_int8_head(config: PreTrainedConfig) -> bool:
+    """Whether the head of tokens of such a model has int8 weights too."""
+    return has_int8_products(config) and bool(_quantization(config).get("head"))
+
+
+def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
+    given = getattr(config, "quantization_config", None)
+    return given if isinstance(given, dict) else getattr(given, "__dict__", {})
 
 
 # --- names and shapes -----------------------------------------------------------------------------------------------
@@ -129,10 +140,11 @@ def head_shapes(architecture: str, config: PreTrainedConfig) -> dict[str, tuple[
     C, V, n_labels = config.n_embd, config.vocab_size, config.num_labels or 0
     n_choices = 1 if config.summary_proj_to_labels else C
     summary = {"weight": (n_choices, C), "bias": (n_choices,)} if config.summary_use_proj else {}
+    lm_head = {"lm_head.weight": (V, C), **({"lm_head.scale": (V,)} if has_int8_head(config) else {})}
     heads: dict[str, dict[str, tuple[int, ...]]] = {
-        "GPT2LMHeadModel": {"lm_head.weight": (V, C)},
+        "GPT2LMHeadModel": lm_head,
         "GPT2DoubleHeadsModel": {
-            "lm_head.weight": (V, C),
+            **lm_head,
             **{f"multiple_choice_head.summary.{name}": shape for name, shape in summary.items()},
         },
         "GPT2ForSequenceClassification": {"score.weight": (n_labels, C)},
@@ -159,13 +171,22 @@ def missing_from_body(stored: Collection[str], config: PreTrainedConfig) -> Iter
             yield name
 
 
-def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig) -> Iterator[CheckpointError]:
-    """Tensors of the body that are missing or stored twice."""
+def missing(stored: Collection[str], config: PreTrainedConfig, architecture: str) -> Iterator[str]:
+    """The names that are not among `stored` of the body, and of an int8 head of tokens, of which no new one is made."""
+    yield from missing_from_body(stored, config)
+    if has_int8_head(config):
+        for name in head_shapes(architecture, config):
+            if name.startswith("lm_head.") and name not in stored:
+                yield name
+
+
+def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str) -> Iterator[CheckpointError]:
+    """Tensors that are missing from the body or an int8 head, or stored twice."""
     stored = by_model_name(checkpoint)
     for name in checkpoint.tensors:
         if name.startswith(PREFIX) and name.removeprefix(PREFIX) in checkpoint.tensors:
             yield CheckpointError(f"{checkpoint.source}: stores {shown(name)} a second time, without {PREFIX!r}")
-    for name in missing_from_body(stored, config):
+    for name in missing(stored, config, architecture):
         yield CheckpointError(f"{checkpoint.source}: has no tensor {name!r}, which the configuration asks for")
 
 

@@ -29,7 +29,8 @@ from .fit import (
     config_problems,
     field_problems,
     has_int8_products,
-    missing_from_body,
+    head_shapes,
+    missing,
     name_problems,
     not_finite,
     shape_problems,
@@ -175,9 +176,9 @@ def _loaded_problems(
         return tensor.file if tensor else path
 
     if not ignore_missing:
-        missing = {name.removeprefix(PREFIX) for name in info["missing_keys"]}
-        loaded = {name for name, _ in body_shapes(model.config)} - missing
-        for name in missing_from_body(loaded, model.config):
+        architecture, absent = type(model).__name__, {name.removeprefix(PREFIX) for name in info["missing_keys"]}
+        named = {name for name, _ in body_shapes(model.config)} | head_shapes(architecture, model.config).keys()
+        for name in missing(named - absent, model.config, architecture):
             yield CheckpointError(f"{path}: has no tensor {name!r}, which the configuration asks for")
     if not ignore_mismatched_sizes:
         for name, shape, expected in sorted(info["mismatched_keys"]):
@@ -246,7 +247,7 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
         architecture = model_class.__name__ if is_own else ""
         ignore_mismatched_sizes = kwargs.get("ignore_mismatched_sizes", False)
         problems = chain(
-            name_problems(checkpoint, config),
+            name_problems(checkpoint, config, architecture),
             shape_problems(checkpoint, config, architecture, ignore_mismatched_sizes=ignore_mismatched_sizes),
         )
         raise_first(list(problems), path)

@@ -147,7 +147,7 @@ def in_fast_dtype(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
     The results are then those of float32 from the same weights: closer to the truth than those of half precision.
     """
-    weight = model.lm_head.weight
+    weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or not is_slow(weight.dtype):
         return model
     n_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
@@ -164,7 +164,7 @@ def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
         layers=tuple(_view_layer(block) for block in blocks),
         ln_f_weight=body.ln_f.weight,
         ln_f_bias=body.ln_f.bias,
-        head=model.lm_head.weight,
+        head=model.lm_head.matrix if isinstance(model.lm_head, Int8Linear) else model.lm_head.weight,
         eps=body.ln_f.eps,
         n_heads=model.config.n_head,
         activation=str(fused_activation(blocks[0].mlp.act)),

@@ -21,7 +21,7 @@ import psutil
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
-from fastgpt_kernels.operations.decode_step.reference import multiply
+from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
 from .digits import N_DIGITS, Digits, has_exact_bytes
@@ -253,8 +253,9 @@ def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> 
 def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict[str, Cost]:
     # Two, because the processor's caches might hold one. Of the head, which is large and the only one, two quarters.
     first, samples = matrices[0], (matrices[0], matrices[-1])
-    if isinstance(first, Tensor) and not first.is_contiguous():
-        samples = first.chunk(4, dim=1)[:2]
+    if len(matrices) == 1 and (isinstance(first, Int8Matrix) or not first.is_contiguous()):
+        quarter = -(-first.shape[1] // 4)
+        samples = tuple(_columns(first, slice(start, start + quarter)) for start in (0, quarter))
     n_inputs, n_outputs = samples[0].shape
     if isinstance(first, Tensor):
         rows = Rows(first.dtype, first.dtype)
@@ -288,15 +289,15 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
 
 def _exactness(matrix: Matrix, x: Tensor) -> Callable[[Tensor], bool]:
     """What tells whether a product of x and a matrix is nearly as exact as torch's in x's dtype, by some columns."""
-    step = max(1, matrix.shape[1] // 256)
-    if isinstance(matrix, Int8Matrix):
-        part: Matrix = Int8Matrix(matrix.values[::step], matrix.scale[::step])
-        exact = multiply(x.double(), part, None)
-    else:
-        part = matrix[:, ::step]
-        exact = multiply(x.double(), part.double(), None)
+    some = slice(None, None, max(1, matrix.shape[1] // 256))
+    part = _columns(matrix, some)
+    exact = multiply(x.double(), part if isinstance(part, Int8Matrix) else part.double(), None)
     allowed = _MAX_ERROR * (multiply(x, part, None) - exact).square().mean() ** 0.5
-    return lambda product: bool((product[:, ::step] - exact).square().mean() ** 0.5 <= allowed)
+    return lambda product: bool((product[:, some] - exact).square().mean() ** 0.5 <= allowed)
+
+
+def _columns(matrix: Matrix, which: slice) -> Matrix:
+    return Int8Matrix(*(part[which] for part in matrix)) if isinstance(matrix, Int8Matrix) else matrix[:, which]
 
 
 def fastest(known: dict[str, Cost], n_steps: int) -> str:
@@ -321,9 +322,9 @@ class Products:
         self.chosen: dict[tuple[int, int], str] = {}
         self.n_bytes = 0
         self._prepared: dict[int, Prepared] = {}
-        if weights.head.device.type != "cpu":
+        if weights.wte.device.type != "cpu":
             return
-        dtype = weights.head.dtype
+        dtype = weights.wte.dtype
         for matrices in _by_shape(weights):
             name = _choose(matrices, n_rows, n_steps, Rows(dtype, precision or dtype))
             if name is None:
@@ -368,4 +369,4 @@ def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Matrix]]:
     yield [layer.proj_weight for layer in layers]
     yield [layer.fc_weight for layer in layers]
     yield [layer.mlp_proj_weight for layer in layers]
-    yield [weights.head.t()]
+    yield [head_matrix(weights)]

@@ -1,7 +1,8 @@
 """Products with int8 weights: the module that holds them, `quantize`, and how a checkpoint of them is marked."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.fit import INT8, has_int8_products
+from ..checkpoint.fit import INT8, has_int8_head, has_int8_products
 from .plain import is_plain, watch
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -24,23 +25,22 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class Int8Linear(nn.Linear):
     """x @ weight + bias, where the weight is an `Int8Matrix`. Gradients flow to x and to the bias.
 
-    weight: (out, in) int8. scale: (out,) float32, in every dtype of the model. bias: (out,), whose dtype is that of the
-    product.
+    weight: (out, in) int8. scale: (out,) float32, in every dtype of the model. bias: (out,), or None for a head.
     """
 
-    def __init__(self, matrix: Int8Matrix, bias: nn.Parameter):
+    def __init__(self, matrix: Int8Matrix, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = matrix.shape
         self.weight = nn.Parameter(matrix.values, requires_grad=False)
         self.scale = nn.Parameter(matrix.scale, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     @property
     def matrix(self) -> Int8Matrix:
         return Int8Matrix(self.weight, self.scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.matrix.to_float(self.bias.dtype).t(), self.bias)
+        return F.linear(input, self.matrix.to_float(input.dtype).t(), self.bias)
 
     def _apply(self, fn, recurse=True):
         """`to()`, `half()` and others call this: it moves the scale, which keeps its dtype."""
@@ -54,23 +54,39 @@ class Int8Linear(nn.Linear):
 watch(Int8Linear)
 
 
-def replace_products(model: nn.Module) -> None:
-    """Give every product of a GPT-2's blocks int8 weights, in place.
+def replace_products(model: nn.Module, *, head: bool) -> None:
+    """Give every product of a GPT-2's blocks int8 weights, and its head of tokens if that is asked for, in place.
 
-    Raises ValueError, and changes nothing, if one is not a plain Conv1D or holds NaN or Inf.
+    Those that have them are left as they are. Raises ValueError, and changes nothing, if another is not a plain Conv1D
+    (the head a plain Linear) or holds NaN or Inf.
     """
-    products = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    for name, module in products.items():
-        if not is_plain(module, Conv1D):
-            raise ValueError(f"{name} was changed: quantize a model before anything is added to its products")
     replacements = {}
-    for name, module in products.items():
+    for name, module in _float_products(model, head):
+        kind = nn.Linear if name == HEAD else Conv1D
+        if not is_plain(module, kind):
+            raise ValueError(f"{name} was changed: quantize a model before anything is added to its products")
+        matrix = module.weight.t() if kind is nn.Linear else module.weight  # (in, out)
         try:
-            replacements[name] = Int8Linear(Int8Matrix.nearest(module.weight), module.bias).train(module.training)
+            replacements[name] = Int8Linear(Int8Matrix.nearest(matrix), module.bias).train(module.training)
         except ValueError as error:
             raise ValueError(f"{name}.weight: {error}") from error
     for name, module in replacements.items():
         model.set_submodule(name, module, strict=True)
+
+
+HEAD = "lm_head"
+
+
+def _float_products(model: nn.Module, head: bool) -> Iterator[tuple[str, Any]]:
+    """By their names: those of the blocks, and the head of tokens where it is asked for."""
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D) or (head and name == HEAD and not isinstance(module, Int8Linear)):
+            yield name, module
+
+
+def head_weight(head: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (V, C) of a head of tokens; of an int8 one a copy in a floating-point dtype."""
+    return head.matrix.to_float(dtype).t() if isinstance(head, Int8Linear) else head.weight
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -84,8 +100,10 @@ class Int8Config(QuantizationConfigMixin):
     weights are stored transposed.
     """
 
-    def __init__(self, quant_method: str = INT8):
+    def __init__(self, quant_method: str = INT8, head: bool = False):
+        """head: whether the head of tokens has int8 weights too, if the model has one."""
         self.quant_method = quant_method  # type: ignore[assignment] - the names of transformers' own methods
+        self.head = head
 
 
 @register_quantizer(INT8)
@@ -96,38 +114,46 @@ class Int8Quantizer(HfQuantizer):
     is_trainable = True  # type: ignore[assignment] - adapters on top are
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        replace_products(model)
+        config: Any = self.quantization_config
+        replace_products(model, head=config.head and hasattr(model, HEAD))
 
     def is_serializable(self) -> bool:
         return True
 
 
-def quantize(model: Model) -> Model:
+def quantize(model: Model, *, head: bool = False) -> Model:
     """Round the weights of all products of a GPT-2's blocks to int8, in place; each output channel has a scale.
 
     Decoding then reads half the bytes of bfloat16, or a quarter of float32's. Everything else works as before, on
     weights that are rounded once: forward, adapters on top, `save_pretrained`, `from_pretrained`. The token table keeps
-    its dtype, and so does the head, which usually is that table: on weights like trained ones the largest error of the
-    logits was 14.0 of 171 without it, and 17.6 with it (bfloat16 alone: 6.9).
+    its dtype, because a step reads one row of it for each token.
 
     model: a GPT-2 of fastgpt or transformers, in any dtype; it is best rounded from the dtype of its checkpoint.
+    head: round the head of tokens too, with a scale for each token: a copy of its own, where it was the token table. On
+    weights like trained ones the largest error of the logits was 14.0 of 171 with and without it (bfloat16 alone: 6.9).
     Returns the model. Raises TypeError on another model, and ValueError, having changed nothing, when a product was
-    changed (adapters, hooks) or holds NaN or Inf.
+    changed (adapters, hooks) or holds NaN or Inf, and when there is no head of tokens to round.
     """
     if not isinstance(model, PreTrainedModel) or model.config.model_type != "gpt2":
         raise TypeError(f"fastgpt.quantize takes a GPT-2, not {type(model).__name__}")
+    if head and not hasattr(model, HEAD):
+        raise ValueError(f"{type(model).__name__} has no head of tokens: quantize it without head=True")
     if has_int8_products(model.config):
-        return model
-    if getattr(model, "hf_quantizer", None) is not None:
+        if not head or has_int8_head(model.config):
+            return model
+    elif getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"the model is quantised already, by {model.config.quantization_config.quant_method}")
-    replace_products(model)
+    replace_products(model, head=head)
     # The mark must not show in other models that were built from the same configuration.
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if vars(module).get("config") is shared:
             module.config = own  # type: ignore[assignment]
+    if head:
+        own.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     # As transformers leaves a model that was loaded with such weights.
-    model.hf_quantizer = Int8Quantizer(Int8Config())  # type: ignore[assignment]
+    model.hf_quantizer = Int8Quantizer(Int8Config(head=head))  # type: ignore[assignment]
     model.hf_quantizer.preprocess_model(model)  # type: ignore[operator]
     model.hf_quantizer.postprocess_model(model)  # type: ignore[operator]
     return model

@@ -1,6 +1,7 @@
 """Checkpoints with int8 weights: loaded bitwise, by transformers too if fastgpt is imported, else refused."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_saved_model_is_loaded_bitwise(head: str, tmp_path: Path) -> None:
-    ours = fastgpt.quantize(pair(tiny_config(), head)[1])
+@pytest.mark.parametrize(
+    ("head", "int8_head"),
+    [*product(HEADS, [False]), ("GPT2LMHeadModel", True), ("GPT2DoubleHeadsModel", True)],
+)
+def test_a_saved_model_is_loaded_bitwise(head: str, int8_head: bool, tmp_path: Path) -> None:
+    ours = fastgpt.quantize(pair(tiny_config(), head)[1], head=int8_head)
     ours.save_pretrained(tmp_path)
     for family in (fastgpt, transformers):
         again = getattr(family, head).from_pretrained(tmp_path)
@@ -57,19 +61,44 @@ def transposed(tensors: dict[str, Tensor]) -> None:
     tensors[name] = tensors[name].t().contiguous()
 
 
+def without_head_scale(tensors: dict[str, Tensor]) -> None:
+    del tensors["lm_head.scale"]
+
+
+def without_head(tensors: dict[str, Tensor]) -> None:
+    del tensors["lm_head.weight"], tensors["lm_head.scale"]
+
+
+def float_head(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (as_floats, "holds F32, not int8"),
         (without_scale, "has no tensor 'h.1.mlp.c_fc.scale'"),
         (transposed, "has shape (64, 256), but the configuration asks for (256, 64)"),
+        (without_head_scale, "has no tensor 'lm_head.scale'"),
+        (without_head, "has no tensor 'lm_head.weight'"),
+        (float_head, "holds F32, not int8"),
     ],
 )
 def test_a_damaged_checkpoint_is_told(change: Any, words: str, tmp_path: Path) -> None:
-    fastgpt.quantize(pair(tiny_config())[1]).save_pretrained(tmp_path)
+    fastgpt.quantize(pair(tiny_config())[1], head=True).save_pretrained(tmp_path)
     rewrite(tmp_path / "model.safetensors", change)
     assert any(words in problem for problem in verify_checkpoint(tmp_path).problems)
-    with pytest.raises(ValueError, match="c_fc"):
+    with pytest.raises(ValueError, match=r"c_fc|lm_head"):
+        fastgpt.GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_a_tied_int8_head_is_refused(tmp_path: Path) -> None:
+    """transformers would put the token table in its place."""
+    fastgpt.quantize(pair(tiny_config())[1], head=True).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    assert any("tie_word_embeddings must be false" in problem for problem in verify_checkpoint(tmp_path).problems)
+    with pytest.raises(ValueError, match="tie_word_embeddings must be false"):
         fastgpt.GPT2LMHeadModel.from_pretrained(tmp_path)
 
 

@@ -154,7 +154,7 @@ def test_a_model_in_bfloat16_has_its_rows_rounded_to_it_alone_by_int8(slow_halve
     """Where the processor has no instructions for bfloat16, its copy in float32 multiplies int8 by bfloat16 rows."""
     ours = fastgpt.quantize(pair(tiny_config())[1].to(torch.bfloat16))
     weights = engine.view_weights(decoding.in_fast_dtype(ours))
-    assert weights.head.dtype == torch.float32
+    assert weights.wte.dtype == torch.float32
     chosen = Products(weights, 1, n_steps=2, precision=torch.bfloat16)
     assert set(chosen.chosen.values()) == {"int8"}
     assert chosen.n_bytes == 0

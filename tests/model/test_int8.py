@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 import fastgpt
+from fastgpt.evaluation import mean_loss
 from fastgpt.model.int8 import Int8Linear
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -23,9 +24,14 @@ def in_floats(quantised: Any) -> Any:
     model = copy.deepcopy(quantised)
     for name, module in quantised.named_modules():
         if isinstance(module, Int8Linear):
-            product = Conv1D(module.out_features, module.in_features)
-            product.weight = nn.Parameter(module.matrix.to_float(module.bias.dtype).contiguous())
-            product.bias = nn.Parameter(module.bias.detach().clone())
+            weight = module.matrix.to_float(quantised.dtype)
+            if name == "lm_head":
+                product: Any = nn.Linear(module.in_features, module.out_features, bias=False)
+                product.weight = nn.Parameter(weight.t())
+            else:
+                product = Conv1D(module.out_features, module.in_features)
+                product.weight = nn.Parameter(weight.contiguous())
+                product.bias = nn.Parameter(module.bias.detach().clone())
             model.set_submodule(name, product)
     del model.config.quantization_config
     return model.eval()
@@ -69,6 +75,13 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match=r"^transformer\.h\.1\.mlp\.c_fc\.weight: .* NaN or Inf"):
         fastgpt.quantize(ours)
     assert not any(isinstance(module, Int8Linear) for module in ours.modules())
+    with torch.no_grad():
+        ours.transformer.h[1].mlp.c_fc.weight[3, 5] = 1
+        ours.transformer.wte.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"^lm_head\.weight: .* NaN or Inf"):
+        fastgpt.quantize(ours, head=True)
+    assert not any(isinstance(module, Int8Linear) for module in ours.modules())
+    assert ours.lm_head.weight is ours.transformer.wte.weight
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
@@ -78,17 +91,19 @@ def test_the_bytes_are_those_that_params_counts(name: str) -> None:
     with torch.device("meta"), no_init_weights():
         model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     model.tie_weights()
-    held = fastgpt.quantize(model).to(torch.bfloat16).parameters()
-    assert sum(tensor.nbytes for tensor in held) == fastgpt.accounting.weight_bytes(shape)["int8"]
+    for head, kind in ((False, "int8"), (True, "int8_head")):
+        held = fastgpt.quantize(model, head=head).to(torch.bfloat16).parameters()
+        assert sum(tensor.nbytes for tensor in held) == fastgpt.accounting.weight_bytes(shape)[kind]
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "head"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 @torch.no_grad()
-def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype) -> None:
-    theirs, ours = (fastgpt.quantize(model).to(dtype) for model in pair(tiny_config(add_cross_attention=True)))
+def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype, head: bool) -> None:
+    models = pair(tiny_config(add_cross_attention=True))
+    theirs, ours = (fastgpt.quantize(model, head=head).to(dtype) for model in models)
     assert {module.scale.dtype for module in ours.modules() if isinstance(module, Int8Linear)} == {torch.float32}
     call = {"input_ids": token_ids(2, 9, 131), "encoder_hidden_states": torch.randn(2, 5, 64).to(dtype)}
     expected = in_floats(theirs)(**call).logits
@@ -97,7 +112,7 @@ def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype) -> None:
 
 
 def test_gradients_flow_through_but_not_into_the_weights() -> None:
-    ours = fastgpt.quantize(pair(tiny_config())[1])
+    ours = fastgpt.quantize(pair(tiny_config())[1], head=True)
     embeddings = torch.randn(2, 7, 64)
     given = [embeddings.clone().requires_grad_() for _ in range(2)]
     for model, x in zip((ours, in_floats(ours)), given, strict=True):
@@ -130,6 +145,41 @@ def test_what_was_changed_is_not_rounded() -> None:
         fastgpt.quantize(ours)
     with pytest.raises(TypeError, match="takes a GPT-2, not Linear"):
         fastgpt.quantize(nn.Linear(2, 2))  # type: ignore[type-var]
+
+
+def test_an_int8_head_leaves_the_token_table_as_it_is() -> None:
+    _, ours = pair(tiny_config())
+    fastgpt.quantize(ours)
+    table = ours.transformer.wte.weight
+    before, products = table.clone(), [module for module in ours.modules() if isinstance(module, Int8Linear)]
+    assert fastgpt.quantize(ours, head=True) is ours
+    assert ours.transformer.wte.weight is table
+    assert torch.equal(table, before)
+    assert products == [
+        module for module in ours.modules() if isinstance(module, Int8Linear) and module.bias is not None
+    ]
+    assert not ours.config.tie_word_embeddings
+    ours.tie_weights()
+    assert ours.lm_head.weight.dtype == torch.int8
+    rounded = Int8Matrix.nearest(table.t())
+    assert torch.equal(ours.lm_head.weight, rounded.values)
+    assert torch.equal(ours.lm_head.scale, rounded.scale)
+
+
+def test_a_model_without_a_head_of_tokens_has_none_to_round() -> None:
+    with pytest.raises(ValueError, match="GPT2Model has no head of tokens: quantize it without head=True"):
+        fastgpt.quantize(fastgpt.GPT2Model(tiny_config()), head=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_losses_with_an_int8_head(training: bool) -> None:
+    """The training loss, which reads a plain head, calls this one; that of a text reads its floats."""
+    ours = fastgpt.quantize(pair(tiny_config())[1], head=True).train(training)
+    ids = token_ids(1, 30, 131)
+    expected = in_floats(ours).train(training)
+    losses = [model(ids, labels=ids).loss for model in (ours, expected)]
+    assert_same_within_rounding(*losses, n_ulps=8)
+    assert mean_loss(ours, ids[0], context=30) == pytest.approx(losses[0].item(), rel=1e-5)
 
 
 def test_models_of_the_same_configuration_stay_as_they_are() -> None:
@@ -169,9 +219,11 @@ def test_a_changed_product_is_called(change: Any) -> None:
     assert fastgpt.explain(ours).startswith("transformers' loop: transformer.h.0.mlp.c_fc is not a plain module")
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_generate_gives_the_tokens_of_the_rounded_weights(options: dict[str, Any]) -> None:
-    theirs, ours = map(fastgpt.quantize, pair(tiny_config()))
+def test_generate_gives_the_tokens_of_the_rounded_weights(options: dict[str, Any], head: bool) -> None:
+    theirs, ours = (fastgpt.quantize(model, head=head) for model in pair(tiny_config()))
+    assert fastgpt.explain(ours).startswith("the engine")
     expected = in_floats(theirs)
     for n_new in (6, 40):
         ids = token_ids(1 if "prompt_lookup_num_tokens" in options else 2, 5, 131)

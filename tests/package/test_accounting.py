@@ -31,7 +31,9 @@ def test_weight_bytes_are_those_of_the_tensors(tied, cross):
     assert stated["fp32"] == 4 * n_stored(model)
     assert stated["bf16"] == 2 * n_stored(model)
 
-    assert stated["int8"] == sum(tensor.nbytes for tensor in fastgpt.quantize(model).to(torch.bfloat16).parameters())
+    for head, kind in ((False, "int8"), (True, "int8_head")):
+        held = fastgpt.quantize(model, head=head).to(torch.bfloat16).parameters()
+        assert stated[kind] == sum(tensor.nbytes for tensor in held)
 
 
 def test_kv_cache_bytes_are_those_of_a_cache():
@@ -109,18 +111,19 @@ def test_decode_reads_each_weight_that_a_token_meets(tied):
     assert accounting.decode_bytes(shape_of(config), 3, 10, element_bytes=4) == 4 * n_read + cache
 
 
+@pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_decode_reads_int8_weights_and_their_scales(tied):
+def test_decode_reads_int8_weights_and_their_scales(tied, head):
     """Every tensor that a decode step of the quantised model views, but for the tables, of which it reads rows."""
     config = tiny_config(tie_word_embeddings=tied)
-    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config)).bfloat16()
+    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config), head=head).bfloat16()
     weights = view_weights(model)
     parts = [*chain.from_iterable(weights.layers), weights.ln_f_weight, weights.ln_f_bias, weights.head]
     tensors = chain.from_iterable(part if isinstance(part, Int8Matrix) else (part,) for part in parts)
     n_bytes = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-    assert accounting.decode_bytes(shape_of(config), 1, 0, int8=True) == n_bytes
+    assert accounting.decode_bytes(shape_of(config), 1, 0, int8=True, int8_head=head) == n_bytes
     cache = accounting.kv_cache_bytes(shape_of(config), 10, batch=3)
-    assert accounting.decode_bytes(shape_of(config), 3, 10, int8=True) == n_bytes + cache
+    assert accounting.decode_bytes(shape_of(config), 3, 10, int8=True, int8_head=head) == n_bytes + cache
 
 
 # --- ceilings -------------------------------------------------------------------------------------------------------

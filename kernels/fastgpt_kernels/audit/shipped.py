@@ -157,7 +157,8 @@ def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, *, int8: 
         *norm, *product_of(n_channels, 4 * n_channels), *product_of(4 * n_channels, n_channels),
     )  # fmt: skip
     wte = new(_VOCABULARY, n_channels)
-    return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer,), *norm, wte, 1e-5, n_heads, "gelu_new")
+    head = Int8Matrix.nearest(wte.t()) if int8 else wte
+    return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer,), *norm, head, 1e-5, n_heads, "gelu_new")
 
 
 def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

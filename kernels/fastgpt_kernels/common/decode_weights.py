@@ -33,6 +33,7 @@ class DecodeLayer(NamedTuple):
 class DecodeWeights(NamedTuple):
     """The weights of a model: wte (V, C), wpe (P, C), ln_f (C,), head (V, C), which may be wte itself.
 
+    An int8 head is a matrix (C, V), whose values lie as (V, C) in memory too.
     activation: of the MLP, a name in `activations.ACTIVATIONS`.
     """
 
@@ -41,7 +42,7 @@ class DecodeWeights(NamedTuple):
     layers: tuple[DecodeLayer, ...]
     ln_f_weight: Tensor
     ln_f_bias: Tensor
-    head: Tensor
+    head: Matrix
     eps: float
     n_heads: int
     activation: str

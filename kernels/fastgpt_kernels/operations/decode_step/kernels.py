@@ -178,12 +178,15 @@ def _decode_norm_product_kernel(
 
 @triton.jit
 def _decode_head_kernel(
-    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, logits_ptr,
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, scale_ptr, logits_ptr,
     n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
     STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows. head: (n_out, n_cols)."""
+    """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows.
+
+    head: (n_out, n_cols), or int8 with a scale for each column of the logits.
+    """
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
@@ -200,7 +203,7 @@ def _decode_head_kernel(
         head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
         in_head = in_out[:, None] & (cols < n_cols)[None, :]
         head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
-        logits = _rows_times(normalised, head, IS_TRANSPOSED=True)
+        logits = _scaled(_rows_times(normalised, head, IS_TRANSPOSED=True), scale_ptr, outs, in_out)
         in_logits = (rows < n_rows)[:, None] & in_out[None, :]
         tl.store(logits_ptr + rows[:, None] * n_out + outs[None, :], logits, mask=in_logits)
 
@@ -345,7 +348,6 @@ def _decode_int8_product_kernel(
     rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outs = (tl.program_id(0) % n_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_rows, in_out = rows < n_rows, outs < n_out
-    bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
 
     sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
     for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
@@ -356,7 +358,9 @@ def _decode_int8_product_kernel(
         weight = tl.load(weight_ptr + weight_offsets, mask=in_cols[:, None] & in_out[None, :], other=0.0)
         sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
 
-    y = _scaled(sums, scale_ptr, outs, in_out) + bias[None, :]
+    y = _scaled(sums, scale_ptr, outs, in_out)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "none":
         y, _ = activation_and_derivative(y, ACTIVATION)
     in_y = in_rows[:, None] & in_out[None, :]

@@ -51,7 +51,7 @@ class DecodeStep:
         self.n_rows, self.n_heads, self.eps = n_rows, weights.n_heads, weights.eps
         self.block_new = triton.next_power_of_2(n_rows) if one_sequence else 0
         self.n_channels, self.n_hidden = weights.wte.shape[1], weights.layers[0].fc_weight.shape[1]
-        self.device, self.element_size = weights.wte.device, weights.wte.element_size()
+        self.device = weights.wte.device
         self.architecture = chip.architecture(self.device)
         self.overlap = chip.overlaps_launches(self.device)
         self.is_fused = n_rows <= tiles.DECODE_MAX_ROWS and self.n_channels <= tiles.DECODE_MAX_CHANNELS
@@ -165,11 +165,12 @@ class DecodeStep:
     def _head(
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
-        tile, options = self._tile("head", self.n_channels, self.element_size)
+        head, scale = weights.head if isinstance(weights.head, Int8Matrix) else (weights.head, None)
+        tile, options = self._tile("head", self.n_channels, head.element_size())
         n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
             _decode_head_kernel, min(n_tiles, tiles.decode_head_programs(stream.device)),
-            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, weights.head, logits,
+            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, head, scale, logits,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=logits.shape[1], eps=weights.eps,
             N_PARTIALS=n_parts, STAGES=tile.num_stages, **options,
         )  # fmt: skip
@@ -196,13 +197,17 @@ class DecodeStep:
             x = self._multiply(x, layer.fc_weight, layer.fc_bias, weights.activation)
             branch = self._multiply(x, layer.mlp_proj_weight, layer.mlp_proj_bias)
         x, _ = self._add_norm(branch, stream, weights.ln_f_weight, weights.ln_f_bias)
-        _head_product(x, weights.head, logits)
+        if isinstance(weights.head, Int8Matrix):
+            self._multiply(x, weights.head, None, out=logits)
+        else:
+            _head_product(x, weights.head, logits)
 
     def _multiply(
-        self, x: Tensor, matrix: Matrix, bias: Tensor, activation: str = "none", out: Tensor | None = None
+        self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str = "none", out: Tensor | None = None
     ) -> Tensor:
-        """act(x @ matrix + bias)."""
+        """act(x @ matrix + bias). bias: may be None with an int8 matrix."""
         if isinstance(matrix, Tensor):
+            assert bias is not None
             y = torch.addmm(bias, x, matrix, out=out)
             return y if activation == "none" else activations.ACTIVATIONS[activation](y)
         (n_cols, n_out), n_rows = matrix.shape, len(x)

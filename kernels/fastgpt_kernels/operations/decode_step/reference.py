@@ -20,6 +20,11 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 
+def head_matrix(weights: DecodeWeights) -> Matrix:
+    """The head as a matrix (in, out) = (C, V)."""
+    return weights.head if isinstance(weights.head, Int8Matrix) else weights.head.t()
+
+
 @torch.inference_mode()
 def decode_tokens(
     weights: DecodeWeights,
@@ -58,7 +63,7 @@ def decode_tokens(
         hidden = activation(multiply(normalised, layer.fc_weight, layer.fc_bias))
         x += multiply(hidden, layer.mlp_proj_weight, layer.mlp_proj_bias)
     x = F.layer_norm(x, norm_shape, weights.ln_f_weight, weights.ln_f_bias, eps)
-    return multiply(x, weights.head.t(), None).unflatten(0, (n_rows, n_new))
+    return multiply(x, head_matrix(weights), None).unflatten(0, (n_rows, n_new))
 
 
 def _bias_of_new_tokens(cache: Tensor, n_past: int, n_new: int, attention_bias: Tensor | None) -> Tensor | None:

@@ -73,7 +73,7 @@ class PersistentDecoder:
         if architecture != "cpu":
             self._options["launch_cooperative_grid"] = True
 
-        self._tables = tuple(map(_aligned, (wte, weights.wpe, weights.head)))
+        self._tables = tuple(map(_aligned, _tables(weights)))
         self._groups = ring.groups
         weight_rows = n_layers, self._n_programs, n_weight_rows(n_channels, self._n_programs, ring.groups)
         stream, biases = wte.new_zeros(*weight_rows, n_channels), wte.new_zeros(weight_rows, dtype=torch.float32)
@@ -92,7 +92,7 @@ class PersistentDecoder:
         self._no_padding = torch.zeros(1, dtype=torch.int64, device=device)
         self._sizes: dict[str, Any] = {
             "n_layers": n_layers,
-            "n_vocab": weights.head.shape[0],
+            "n_vocab": self._tables[2].shape[0],
             "n_positions": weights.wpe.shape[0],
             "eps": weights.eps,
         }
@@ -103,7 +103,7 @@ class PersistentDecoder:
 
         weights: of the model that was packed, with embeddings and head at their old addresses.
         """
-        for table, source in zip(self._tables, (weights.wte, weights.wpe, weights.head), strict=True):
+        for table, source in zip(self._tables, _tables(weights), strict=True):
             if table.data_ptr() != source.data_ptr():
                 table.copy_(source)
         stream, biases, norms, _ = self._packed
@@ -147,6 +147,11 @@ class PersistentDecoder:
                 f"persistent decode: logits must be (1, {n_vocab}) in torch.float32, not {tuple(logits.shape)} in "
                 f"{logits.dtype}"
             )
+
+
+def _tables(weights: DecodeWeights) -> tuple[Tensor, Tensor, Tensor]:
+    assert isinstance(weights.head, Tensor)  # no int8 weights here
+    return weights.wte, weights.wpe, weights.head
 
 
 def _aligned(table: Tensor) -> Tensor:
