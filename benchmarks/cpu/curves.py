@@ -15,9 +15,10 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import accounting
 from fastgpt import bench as benchmark
-from fastgpt.bench import machine, parity, rotated, spread, workloads
+from fastgpt.bench import parity, rotated, spread, workloads
 
 from ..report.tables import publish
+from . import memory
 
 CONTENDERS = (workloads.OURS, "hf-sdpa")
 
@@ -45,18 +46,10 @@ def memory_at_batch(
     for name in CONTENDERS:
         row: dict[str, Any] = {"workload": workload, "contender": name, "batch": n_batch, "tokens": n_tokens}
         try:
-            rows.append(row | _peak(workloads.make_work(workload, name, base, ids, 1, dtype), device))
+            rows.append(row | memory.peak(workload, name, base, ids, dtype))
         except torch.OutOfMemoryError as error:
             rows.append(row | {"skipped": str(error).splitlines()[0]})
     return rows
-
-
-def _peak(work: workloads.Work, device: torch.device) -> dict[str, Any]:
-    """The peak as `fastgpt bench` counts it: after a first run, because that allocates the optimiser's state."""
-    work.run()
-    growth, measure = machine.peak_growth(work.run, device)
-    peak = None if growth is None else work.held_bytes() + growth
-    return {"peak_memory_bytes": peak, "memory_measure": measure}
 
 
 def latency_at_context(
@@ -86,25 +79,25 @@ def latency_at_context(
 def main(
     out: Annotated[Path, typer.Option(help="the result")],
     model: Annotated[str, typer.Option(help="demo, a preset's name, a directory, or a Hub id")] = "gpt2",
-    batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "1,2,4",
-    prompt_tokens: Annotated[int, typer.Option(help="tokens of each of those sequences")] = 512,
+    batches: Annotated[str, typer.Option(help="peak memory of prefill and training at these")] = "1,2,4,8",
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of each of those sequences")] = 1024,
     contexts: Annotated[str, typer.Option(help="time of a token after this many; or none")] = "64,256,512,768,992",
     runs: Annotated[int, typer.Option(min=5, help="timed runs of each contender")] = 5,
 ) -> None:
-    """Measure both in float32 on a CPU, compared with transformers' sdpa."""
+    """Count the memory and measure the time, both in float32 on a CPU, compared with transformers' sdpa."""
     transformers.logging.set_verbosity_error()
     device, dtype = torch.device("cpu"), torch.float32
     base, _ = workloads.load_base(model)
     name = Path(model).name
-    memory, latency = {}, {}
+    peaks, latency = {}, {}
     after = [int(number) for number in contexts.split(",") if number]
     works = [(workload, int(number)) for workload in ("prefill", "train") for number in batches.split(",")]
     with benchmark.progress_bar(Console(stderr=True)) as progress:
         for number, (workload, n_batch) in enumerate(works):
             part = f"{workload}, batch {n_batch}"
             progress(f"memory of {part}", number, len(works))
-            memory[part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
+            peaks[part] = memory_at_batch(base, workload, n_batch, prompt_tokens, device, dtype)
         for number, context in enumerate(after):
             progress(f"time of a token after {context}", number, len(after))
             latency[f"context {context}"] = latency_at_context(base, context, 16, runs, device, dtype)
-    publish(out, {f"memory {name}": memory} | ({f"latency {name}": latency} if after else {}))
+    publish(out, {f"memory {name}": peaks} | ({f"latency {name}": latency} if after else {}))

@@ -69,7 +69,11 @@ def _preset(name: str) -> GPT2Config:
 
 def contender(name: str, base: GPT2LMHeadModel, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
     """A copy of `base`, its configuration included, that runs as contender `name` does."""
-    model = copy.deepcopy(base).to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    return as_contender(name, copy.deepcopy(base).to(device=device, dtype=dtype))  # type: ignore[call-arg]
+
+
+def as_contender(name: str, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The model itself, made to run as contender `name` does."""
     if name == OURS:
         return patch(model)
     model.set_attn_implementation("eager" if name == "hf-eager" else "sdpa")

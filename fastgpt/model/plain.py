@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
@@ -169,7 +170,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(map(_fits, held, rule.shapes(module)))
 
 
-_TENSORS = nn.Parameter, Tensor, NoneType
+_TENSORS = nn.Parameter, Tensor, FakeTensor, NoneType  # a fake one stands for a tensor of torch
 
 
 def _fits(parameter: Tensor | None, shape: tuple[int, ...] | None) -> bool:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from paths import ROOT
 
-from benchmarks.cpu import host, lookup
+from benchmarks.cpu import host, lookup, memory
 from benchmarks.report import records, tables
 from fastgpt import generate as engine
+from fastgpt.bench import machine, workloads
 from fastgpt.bench.parity import ParityError
 from fastgpt.generate import device_loop, prompt_graphs
 
@@ -38,6 +39,18 @@ def test_curves_of_memory_and_latency(tmp_path: Path) -> None:
     }
     assert "**Peak memory of demo**" in output
     assert "**Time of a token of demo**" in output
+
+
+@pytest.mark.parametrize("name", ["fastgpt", "hf-sdpa"])
+@pytest.mark.parametrize("workload", ["prefill", "train"])
+def test_counted_memory_is_that_of_a_run(workload: str, name: str) -> None:
+    base, _ = workloads.load_base("demo")
+    ids = torch.arange(200).view(2, 100)
+    counted = memory.peak(workload, name, base, ids, torch.float32)["peak_memory_bytes"]
+    work = workloads.make_work(workload, name, base, ids, 1, torch.float32)
+    work.run()
+    growth, _ = machine.peak_growth(work.run, ids.device)
+    assert counted == pytest.approx(work.held_bytes() + growth, rel=0.005)
 
 
 @pytest.fixture

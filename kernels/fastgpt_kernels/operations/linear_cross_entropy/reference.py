@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ...common.second_order import formula_gradients, twice_differentiable
@@ -65,7 +66,8 @@ def check_loss_arguments(
         raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1], not {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"linear_cross_entropy: z_loss must be finite and 0 or more, not {z_loss}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    is_real = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
+    if labels.device.type == "cpu" and is_real:
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
         if wrong.numel():
             raise ValueError(f"label {int(wrong[0])} is outside the vocabulary: it must be in [0, {weight.shape[0]})")
