@@ -195,7 +195,9 @@ class _Proof:
         self.places, self.states = _referents(model, *body), list(map(dict, self.namespaces))
         is_on_cpu = model.lm_head.weight.is_cpu
         self.reads = (*_FACTS, attrgetter("is_cpu" if is_on_cpu else "device"))  # is_cpu is the faster one
-        self.names, self.facts = list(chain.from_iterable(self.parameters)), self._facts()
+        self.names, held = list(chain.from_iterable(self.parameters)), _referents(*self.parameters)
+        self.absent = [place for place, parameter in enumerate(held) if parameter is None][::-1]
+        self.facts = self._facts()
         self.functions, self.settings = list(map(dict, self.classes)), dict(self.config)
 
     def holds(self, model: nn.Module) -> bool:
@@ -212,13 +214,18 @@ class _Proof:
             )
         except (RuntimeError, ValueError):  # a tensor or array stands where none stood: its == is no truth value
             return False
+        except AttributeError:  # a parameter that was there is None
+            return False
 
     def _facts(self) -> tuple[list[Any], ...]:
-        tensors = [tensor for tensor in _referents(*self.parameters) if tensor is not None]
-        return tuple(list(map(read, tensors)) for read in self.reads)
+        parameters = _referents(*self.parameters)
+        types = list(map(type, parameters))  # also of those that are None, which have none of the facts
+        for place in self.absent:
+            del parameters[place]
+        return types, *(list(map(read, parameters)) for read in self.reads)
 
 
 # In one call: the values of dictionaries; of modules, their namespaces and classes.
 _referents = gc.get_referents
-_FACTS = type, attrgetter("shape"), attrgetter("dtype")
+_FACTS = attrgetter("shape"), attrgetter("dtype")
 _proofs: WeakKeyDictionary[nn.Module, _Proof] = WeakKeyDictionary()
