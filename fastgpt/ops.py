@@ -11,6 +11,7 @@ from fastgpt_kernels import KernelUnavailableError, reference
 from fastgpt_kernels.operations.attention import packed
 from fastgpt_kernels.operations.attention import reference as formula
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 import fastgpt.measured as measured
@@ -129,7 +130,7 @@ def _computes_in(x: Tensor) -> torch.dtype:
 
 def _is_supported(operation: str, x: Tensor) -> bool:
     """Kernels read memory directly, which would ignore what a subclass such as DTensor does with it."""
-    return type(x) in (Tensor, nn.Parameter) and fastgpt_kernels.supports(operation, x)
+    return type(x) in (Tensor, nn.Parameter, FakeTensor) and fastgpt_kernels.supports(operation, x)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:

@@ -202,13 +202,22 @@ def _origin(tensor: Tensor, tensors: tuple[Any, ...]) -> int | None:
 # --- choosing how to call -------------------------------------------------------------------------------------------
 
 
+def is_watched() -> bool:
+    """Whether torch.compile traces the call, or a dispatch mode watches it, such as FakeTensorMode.
+
+    Both see an operation as one, and run it on tensors without values, only where it is registered with torch.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def eager_or_registered(forward: Callable, function: type[torch.autograd.Function], registered: Any) -> Callable:
     """The cheapest way to call an operation now; all three reach the same launchers.
 
-    registered: for torch.compile, because dispatch through torch.library costs more host time than a launch. function:
-    where gradients are enabled. forward: without them, because even an autograd.Function costs as much as a launch.
+    registered: where the call is watched, because dispatch through torch.library costs more host time than a launch.
+    function: where gradients are enabled. forward: without them, because even an autograd.Function costs as much as a
+    launch.
     """
-    if torch.compiler.is_compiling():
+    if is_watched():
         return registered
     return function.apply if torch.is_grad_enabled() else forward
 

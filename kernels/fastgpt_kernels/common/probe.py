@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 
 from .launch import launch
@@ -41,9 +42,10 @@ def _output(device: torch.device) -> torch.Tensor:
 
 def _try_to_launch(device: torch.device) -> str | None:
     try:
-        out = _output(device)
-        launch(_probe_kernel, 1, out)
-        result = out.item()
+        with _disable_current_modes():  # FakeTensorMode would give a tensor without memory
+            out = _output(device)
+            launch(_probe_kernel, 1, out)
+            result = out.item()
     except Exception as error:  # A compiler, a linker, a driver or a file system may raise anything; it is the answer.
         return explain(error)
     return (

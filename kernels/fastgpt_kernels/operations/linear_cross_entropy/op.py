@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.launch import Launch, accumulator, launching, triton_accumulator
+from ...common.launch import Launch, accumulator, is_watched, launching, triton_accumulator
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _linear_cross_entropy_kernel
@@ -41,10 +41,10 @@ def linear_cross_entropy(
     _check_kernel_arguments(hidden, weight, labels)
     if reduction == "none":
         args = hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype
-        return _row_losses_op(*args) if torch.compiler.is_compiling() else _RowLosses.apply(*args)
+        return _row_losses_op(*args) if is_watched() else _RowLosses.apply(*args)
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     args = hidden, weight, labels, ignore_index, label_smoothing, z_loss, dtype, *wanted
-    total = _summed_loss_op(*args)[0] if torch.compiler.is_compiling() else _SummedLoss.apply(*args)
+    total = _summed_loss_op(*args)[0] if is_watched() else _SummedLoss.apply(*args)
     if reduction == "sum":
         return total
     n_counted = (labels != ignore_index).sum()
