@@ -54,7 +54,7 @@ def test_fake_tensors(backend: str) -> None:
 def test_the_first_kernel_of_a_process_is_tried_on_real_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_faults", {})
     with FakeTensorMode():
-        assert probe.fault(DEVICE) is None
+        assert probe.fault(torch.device(DEVICE)) is None
 
 
 def test_a_dispatch_mode_sees_operations_and_changes_nothing() -> None:
