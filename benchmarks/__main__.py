@@ -1,6 +1,6 @@
 """The benchmarks as commands, each with --help:
 
-python -m benchmarks gpu|tune|cpu|curves|lookup|host|launches|guard|report
+python -m benchmarks gpu|tune|cpu|curves|traffic|lookup|host|launches|guard|report
 """
 
 import sys
@@ -14,6 +14,7 @@ COMMANDS = {
     "tune": "benchmarks.gpu.tune",
     "cpu": "benchmarks.cpu.command",
     "curves": "benchmarks.cpu.curves",
+    "traffic": "benchmarks.cpu.traffic",
     "lookup": "benchmarks.cpu.lookup",
     "host": "benchmarks.cpu.host",
     "launches": "benchmarks.cpu.launches",

@@ -71,6 +71,15 @@ def curve(content: Mapping[str, Any], kind: str) -> dict[str, list[Row]]:
     return sizes
 
 
+def traffic(content: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """What moves memory in a step, by the model's size and the step."""
+    return {
+        f"{step.removeprefix('traffic ')}, {part}": inner
+        for step, part, inner in _parts(content)
+        if step.startswith("traffic ")
+    }
+
+
 def products(content: Mapping[str, Any]) -> dict[str, list[Row]]:
     """The library's matrix products by the model's size."""
     return {

@@ -15,7 +15,7 @@ from fastgpt.doctor import versions
 from fastgpt.text import DTYPES
 
 from ..peers.contenders import CPU_PEERS
-from .records import Result, Row, benchmarks, cold_starts, curve, forwards, lookups, operations, products
+from .records import Result, Row, benchmarks, cold_starts, curve, forwards, lookups, operations, products, traffic
 
 RESULTS = Path("benchmarks/results")
 _BASELINES = {
@@ -119,6 +119,7 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
         ("The library's products", products, _product_table),
         ("Peak memory", lambda content: curve(content, "memory"), _memory_table),
         ("Time of a token", lambda content: curve(content, "latency"), _latency_table),
+        ("Bytes, counted and not measured,", traffic, _traffic_table),
         ("Cold start", cold_starts, _cold_start_table),
         ("Prompt lookup", lookups, _lookup_table),
         ("Forwards of several tokens", forwards, _forward_table),
@@ -152,6 +153,15 @@ def _memory_table(rows: Sequence[Row]) -> str:
             ratio = f"{ours / theirs:.2f}x" if ours and theirs else "-"
             table.append([f"{workload} of {batch} x {tokens}", _gigabytes(ours), _gigabytes(theirs), ratio])
     return markdown_table(["work", "fastgpt, GB", "transformers sdpa, GB", "fastgpt needs"], table)
+
+
+def _traffic_table(rows: Sequence[Row]) -> str:
+    sums = {name: sum(row["bytes"] for row in rows if row["contender"] == name) for name in (OURS, "hf-sdpa")}
+    bytes_of = {(row["contender"], row["source"]): row["bytes"] for row in rows}
+    shown = dict.fromkeys(row["source"] for row in rows if row["bytes"] >= 0.001 * sums[row["contender"]])
+    table = [[f"`{source}`", *(_gigabytes(bytes_of.get((name, source))) for name in sums)] for source in shown]
+    table.append(["all, with what is below a thousandth", *map(_gigabytes, sums.values())])
+    return markdown_table(["what reads and writes", "fastgpt, GB", "transformers sdpa, GB"], table)
 
 
 def _gigabytes(n_bytes: int | None) -> str:

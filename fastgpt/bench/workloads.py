@@ -41,7 +41,7 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
     if name == "demo":
         ours, weights = load_demo()[0], "demo"
     elif is_preset or random_weights:
-        config = _preset(name) if is_preset else load_without_code(AutoConfig, name)
+        config = preset(name) if is_preset else load_without_code(AutoConfig, name)
         if not isinstance(config, GPT2Config):
             raise ValueError(f"{name} is not a GPT-2 (model_type {config.model_type!r}): only that runs here")
         with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
     return model, weights
 
 
-def _preset(name: str) -> GPT2Config:
+def preset(name: str) -> GPT2Config:
+    """The configuration of a preset. Raises KeyError when there is none of this name."""
     shape = PRESETS[ALIASES.get(name, name)]
     return GPT2Config(
         n_layer=shape.n_layer,

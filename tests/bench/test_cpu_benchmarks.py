@@ -12,9 +12,11 @@ import fastgpt_kernels
 import pytest
 import torch
 from paths import ROOT
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.cpu import host, lookup, memory
+from benchmarks.cpu import host, lookup, memory, traffic
 from benchmarks.report import records, tables
+from fastgpt import accounting
 from fastgpt import generate as engine
 from fastgpt.bench import machine, workloads
 from fastgpt.bench.parity import ParityError
@@ -51,6 +53,26 @@ def test_counted_memory_is_that_of_a_run(workload: str, name: str) -> None:
     work.run()
     growth, _ = machine.peak_growth(work.run, ids.device)
     assert counted == pytest.approx(work.held_bytes() + growth, rel=0.005)
+
+
+def test_traffic_of_a_step() -> None:
+    """Some of it can be said without counting."""
+    n_batch, n_tokens = 2, 64
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=500, n_positions=64)
+    ours, theirs = (
+        {row["source"]: row for row in traffic.count(name, config, n_batch, n_tokens)}
+        for name in ("fastgpt", "hf-sdpa")
+    )
+    n_parameters = sum(parameter.numel() for parameter in GPT2LMHeadModel(config).parameters())
+    n_elements = n_batch * n_tokens * 64
+    for rows in (ours, theirs):
+        assert rows["_fused_adamw_"]["bytes"] == pytest.approx(accounting.adamw_bytes(n_parameters), rel=0.2)
+    qkv_and_out, statistics = 4 * 2 * n_elements, 2 * 4 * n_batch * n_tokens * 2  # maximum and sum of each head's row
+    assert ours["causal_attention_fwd_kernel"]["bytes"] == 2 * (qkv_and_out + statistics)
+    assert ours["causal_attention_fwd_kernel"]["calls"] == 2
+    assert theirs["native_layer_norm"]["calls"] == 5
+    assert not any("layer_norm" in source for source in ours if "kernel" not in source)
+    assert sum(row["bytes"] for row in ours.values()) < 0.6 * sum(row["bytes"] for row in theirs.values())
 
 
 @pytest.fixture
