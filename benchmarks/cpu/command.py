@@ -3,13 +3,14 @@
 The other engines live in processes of their own: `benchmarks/peers/cpu_engines.py` says why.
 
 pip install ctranslate2 onnxruntime onnx onnxscript     # what is missing is left out, with the reason
-python -m benchmarks cpu --model gpt2 --out benchmarks/results/cpu/DATE-gpt2-peers.json
+python -m benchmarks cpu --model gpt2 --int8 --out benchmarks/results/cpu/DATE-gpt2-peers.json
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
@@ -17,9 +18,10 @@ from rich.console import Console
 
 from fastgpt import bench as benchmark
 from fastgpt.bench import plotting
+from fastgpt.bench.runs import compare
 from fastgpt.bench.workloads import BASELINES
 
-from ..peers.contenders import CPU_PEERS
+from ..peers.contenders import CPU_PEERS, INT8_PEERS, OUR_INT8
 
 
 def main(
@@ -31,12 +33,16 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="tokens that decode adds")] = 32,
     baselines: Annotated[str, typer.Option(help="of transformers; comma-separated")] = ",".join(BASELINES),
     peers: Annotated[str, typer.Option(help="other engines; comma-separated")] = ",".join(CPU_PEERS),
+    int8: Annotated[bool, typer.Option("--int8", help="fastgpt and the other engines with int8 weights, too")] = False,
     runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 7,
 ) -> None:
     """Compare tokens/s in float32 with transformers and other engines, after a parity check of each."""
-    unknown = [name for name in peers.split(",") if name and name not in CPU_PEERS]
+    known = CPU_PEERS | OUR_INT8 | INT8_PEERS
+    names = [name for name in peers.split(",") if name]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(CPU_PEERS)}")
+        raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(known)}")
+    names += [name for name in OUR_INT8 | INT8_PEERS if int8 and name not in names]
     try:
         options = benchmark.BenchmarkOptions(
             model=model,
@@ -53,9 +59,20 @@ def main(
         raise typer.BadParameter(str(error)) from None
     transformers.logging.set_verbosity_error()
     with benchmark.progress_bar(Console(stderr=True)) as progress:
-        chosen = {name: CPU_PEERS[name] for name in peers.split(",") if name}
-        result = benchmark.run_benchmark(options, progress, chosen)
-    timed = {row["contender"] for row in result["results"]}
-    result["versions"] |= {name: metadata.version(name) for name in chosen if name in timed}
+        result = benchmark.run_benchmark(options, progress, {name: known[name] for name in names})
+    timed = {row["contender"].partition("-")[0] for row in result["results"]}
+    result["versions"] |= {name: metadata.version(name) for name in CPU_PEERS if name in timed}
+    result["int8_ratios"] = int8_ratios(result["results"])
     out.write_text(json.dumps(result, indent=2) + "\n")
     plotting.render(result, Console(width=120))
+
+
+def int8_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as fast fastgpt is with int8 weights as each other engine with int8 weights, by workload."""
+    samples = {(row["workload"], row["contender"]): row["samples_s"] for row in rows}
+    return [
+        {"workload": workload, "contender": ours, "baseline": name} | compare(samples[workload, ours], taken_s)
+        for (workload, name), taken_s in samples.items()
+        for ours in OUR_INT8
+        if name in INT8_PEERS and (workload, ours) in samples
+    ]

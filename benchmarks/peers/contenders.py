@@ -11,29 +11,33 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel
 
+import fastgpt
 from fastgpt.accounting import Shape
 from fastgpt.bench import MakeWork, operations
 from fastgpt.bench.parity import ParityError
-from fastgpt.bench.workloads import Work
+from fastgpt.bench.workloads import OURS, Work, contender, decode, prefill
 
 from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
+from .int8_engines import CTranslate2Int8, OnnxRuntime8Bit, OnnxRuntimeInt8
 
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
-def _contender(build: Callable[[GPT2LMHeadModel, int], Remote]) -> MakeWork:
-    """build: starts the engine of a model in float32 on the CPU, for B sequences."""
+def _contender(build: Callable[[GPT2LMHeadModel, int], Remote], *, rounds: bool = False) -> MakeWork:
+    """build: starts the engine of a model in float32 on the CPU, for B sequences. rounds: whether to int8 weights."""
     # Converting takes longer than timing: prefill and decode share an engine.
     build = lru_cache(maxsize=1)(build)
 
     def make(workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> Work:
-        if ids.device.type != "cpu" or dtype != torch.float32 or workload == "train":
-            raise ValueError("runs here only on a CPU, in float32, for prefill and decode")
+        _check_place(workload, ids, dtype)
         engine = build(base, ids.shape[0])
-        check_engine(engine, base, ids, n_new_tokens)
+        accuracy = int8_accuracy(engine.logits(ids), base, ids) if rounds else {}
+        if not rounds:
+            check_engine(engine, base, ids, n_new_tokens)
         seconds = partial(engine.seconds, workload, ids, n_new_tokens)
         return Work(
             run=seconds,
@@ -41,7 +45,28 @@ def _contender(build: Callable[[GPT2LMHeadModel, int], Remote]) -> MakeWork:
             n_tokens=ids.numel() if workload == "prefill" else ids.shape[0] * (n_new_tokens - 1),
             held_bytes=lambda: engine.n_bytes,
             peak_growth=partial(engine.peak_growth, workload, ids, n_new_tokens),
+            accuracy=accuracy,
         )
+
+    return make
+
+
+def _check_place(workload: str, ids: Tensor, dtype: torch.dtype) -> None:
+    if ids.device.type != "cpu" or dtype != torch.float32 or workload == "train":
+        raise ValueError("runs here only on a CPU, in float32, for prefill and decode")
+
+
+def _quantized(*, head: bool) -> MakeWork:
+    """fastgpt with int8 weights in the blocks, and in the head if that is asked for."""
+
+    def make(workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> Work:
+        _check_place(workload, ids, dtype)
+        model = fastgpt.quantize(contender(OURS, base, ids.device, dtype), head=head)
+        with torch.no_grad():
+            accuracy = int8_accuracy(model(ids, use_cache=False).logits, base, ids)
+        is_decode = workload == "decode"
+        work = decode(OURS, model, ids, n_new_tokens) if is_decode else prefill(OURS, model, ids)
+        return replace(work, accuracy=accuracy)
 
     return make
 
@@ -60,10 +85,44 @@ def check_engine(engine: Engine, base: GPT2LMHeadModel, ids: Tensor, n_new_token
         raise ParityError("its greedy tokens are not transformers'")
 
 
+# What int8 may cost: the largest seen is 0.054 (onnxruntime, one scale for all rows), and a wrong model is beyond 1.
+MAX_INT8_ERROR = 0.1
+
+
+def int8_accuracy(logits: Tensor, base: GPT2LMHeadModel, ids: Tensor) -> dict[str, float]:
+    """How far logits (B, T, V) of ids are from transformers' in float32.
+
+    logit_error: the root mean square of the differences, as a share of that of transformers' logits around their mean.
+    kl_divergence: of the predicted distributions, in nats for each token. Raises ParityError when the error is beyond
+    what int8 weights explain.
+    """
+    with torch.no_grad():
+        theirs = base(ids, use_cache=False).logits
+    spread = (theirs - theirs.mean(-1, keepdim=True)).square().mean().sqrt()
+    error = ((logits - theirs).square().mean().sqrt() / spread).item()
+    if not error <= MAX_INT8_ERROR:
+        raise ParityError(
+            f"its logits differ from transformers' by {error:.3g} of their spread, allowed {MAX_INT8_ERROR}"
+        )
+    mine, true = (x.flatten(0, 1).double().log_softmax(-1) for x in (logits, theirs))
+    kl_divergence = F.kl_div(mine, true, log_target=True, reduction="batchmean").item()
+    return {"logit_error": error, "kl_divergence": kl_divergence}
+
+
 # By name, for `benchmark.run_benchmark`.
 CPU_PEERS: dict[str, MakeWork] = {
     "ctranslate2": _contender(partial(Remote, CTranslate2)),
     "onnxruntime": _contender(partial(Remote, OnnxRuntime)),
+}
+# With int8 weights; those of the other engines have them in the head too.
+OUR_INT8: dict[str, MakeWork] = {
+    "fastgpt-int8": _quantized(head=False),
+    "fastgpt-int8-head": _quantized(head=True),
+}
+INT8_PEERS: dict[str, MakeWork] = {
+    "ctranslate2-int8": _contender(partial(Remote, CTranslate2Int8), rounds=True),
+    "onnxruntime-int8": _contender(partial(Remote, OnnxRuntimeInt8), rounds=True),
+    "onnxruntime-8bit": _contender(partial(Remote, OnnxRuntime8Bit), rounds=True),
 }
 
 # --- operations -----------------------------------------------------------------------------------------------------

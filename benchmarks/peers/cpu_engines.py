@@ -120,6 +120,8 @@ def _peak_growth(workload: str, ids: np.ndarray, n_tokens: int) -> tuple[int | N
 class CTranslate2:
     """The model, converted in memory. Its tokens are the ids as text, so that no tokenizer is needed."""
 
+    compute_type = "float32"
+
     def __init__(self, base: GPT2LMHeadModel, n_batch: int, n_threads: int):
         import ctranslate2  # type: ignore[import-not-found]
         from ctranslate2.converters.transformers import GPT2Loader  # type: ignore[import-not-found]
@@ -132,13 +134,13 @@ class CTranslate2:
         config: Any = spec.config
         config.bos_token = config.eos_token = config.unk_token = "0"
         spec.validate()
-        spec.optimize()
+        spec.optimize(quantization=None if self.compute_type == "float32" else self.compute_type)
         with tempfile.TemporaryDirectory() as folder:
             spec.save(folder)
-            self.n_bytes = _n_bytes(folder)
             self._generator = ctranslate2.Generator(
-                folder, device="cpu", compute_type="float32", inter_threads=1, intra_threads=n_threads
+                folder, device="cpu", compute_type=self.compute_type, inter_threads=1, intra_threads=n_threads
             )
+            self.n_bytes = n_bytes(folder)
 
     def logits(self, ids: Tensor) -> Tensor:
         lengths = torch.full(ids.shape[:1], ids.shape[1], dtype=torch.int32)
@@ -177,7 +179,7 @@ class OnnxRuntime:
         ]
         free = torch.export.Dim.DYNAMIC
         program: Any = torch.onnx.export(
-            _CachedStep(base).eval(),
+            _CachedStep(self._as_exported(base)).eval(),
             (torch.zeros(n_batch, 2, dtype=torch.long), *past),
             dynamo=True,
             dynamic_shapes=({1: free}, tuple({2: free} for _ in past)),
@@ -189,11 +191,22 @@ class OnnxRuntime:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.log_severity_level = 3  # errors
         with tempfile.TemporaryDirectory() as folder:
-            program.save(f"{folder}/model.onnx", external_data=True)
-            self.n_bytes = _n_bytes(folder)
-            self._session = onnxruntime.InferenceSession(f"{folder}/model.onnx", settings)
+            file = f"{folder}/float32/model.onnx"
+            Path(file).parent.mkdir()
+            program.save(file, external_data=True)
+            file = self._rounded(file, f"{folder}/model.onnx")
+            self.n_bytes = n_bytes(str(Path(file).parent))
+            self._session = onnxruntime.InferenceSession(file, settings)
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def _as_exported(self, base: GPT2LMHeadModel) -> GPT2LMHeadModel:
+        """The model in the form that is exported."""
+        return base
+
+    def _rounded(self, file: str, to: str) -> str:
+        """The file of the model to run: the exported one, or one at `to`, such as with int8 weights."""
+        return file
 
     def logits(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self._run(self._outputs[:1], ids, self._no_past())[0].numpy())
@@ -231,5 +244,5 @@ class _CachedStep(nn.Module):
         return (logits, *present)
 
 
-def _n_bytes(folder: str) -> int:
-    return sum(file.stat().st_size for file in Path(folder).iterdir())
+def n_bytes(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file())

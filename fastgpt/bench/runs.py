@@ -237,7 +237,7 @@ def _time_workload(
                 failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 continue
             works[name] = work
-            timed[name] = {"n_tokens": work.n_tokens, "first_run_s": first_run_s, "samples_s": []}
+            timed[name] = {"n_tokens": work.n_tokens, "first_run_s": first_run_s, "samples_s": [], **work.accuracy}
     gc.collect()
     for turn in range(options.runs):
         with step(f"{workload}: run {turn + 1} of {options.runs}"):

@@ -6,8 +6,8 @@ or with sdpa under torch.compile and, for decoding, a static cache. Shapes: B ba
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Work:
     run: does the work once. seconds: does it once and returns the time of the part that counts. n_tokens: how many
     tokens that part processes or makes. held_bytes: bytes that the contender holds between runs, in weights, gradients
     and optimiser state. peak_growth: in place of `machine.peak_growth` of a run, if the run is in another process.
+    accuracy: how far its results are from transformers' in float32, of a contender that rounds.
     """
 
     run: Callable[[], Any]
@@ -98,6 +99,7 @@ class Work:
     n_tokens: int
     held_bytes: Callable[[], int]
     peak_growth: Callable[[], tuple[int | None, str]] | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_work(

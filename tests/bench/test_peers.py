@@ -1,5 +1,6 @@
 """Peers run the same weights and are timed only where they agree; what is missing is left out with its reason."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.cpu import command as cpu
 from benchmarks.peers import contenders as peers
 from benchmarks.peers import cpu_engines as engines
+from benchmarks.peers import int8_engines
 from fastgpt import bench as benchmark
 from fastgpt.accounting import Shape
 from fastgpt.bench import BenchmarkOptions, operations, workloads
@@ -79,6 +81,25 @@ def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: s
     assert engine.n_bytes >= sum(p.nbytes for p in base.parameters())
 
 
+@pytest.mark.parametrize(
+    ("package", "build"),
+    [
+        ("ctranslate2", int8_engines.CTranslate2Int8),
+        ("onnxruntime", int8_engines.OnnxRuntimeInt8),
+        ("onnxruntime", int8_engines.OnnxRuntime8Bit),
+    ],
+)
+def test_engines_with_int8_weights_are_accurate(base: GPT2LMHeadModel, package: str, build: Any) -> None:
+    pytest.importorskip(package)
+    if package == "onnxruntime":
+        pytest.importorskip("onnxscript")
+    ids = token_ids(2, 9, base.config.vocab_size)
+    engine = build(copy.deepcopy(base), 2, 1)
+    assert peers.int8_accuracy(engine.logits(ids), base, ids)["logit_error"] > 0
+    assert engine.generate(ids, 4)[0].shape == (2, 4)
+    assert engine.n_bytes < 0.6 * sum(p.nbytes for p in base.parameters())
+
+
 def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
     pytest.importorskip("ctranslate2")
     ids = token_ids(2, 9, base.config.vocab_size)
@@ -119,6 +140,35 @@ def test_gate_is_red_on_wrong_logits_and_on_wrong_tokens(base: GPT2LMHeadModel) 
         peers.check_engine(Transformers(base, error=0.1), base, ids, 4)
     with pytest.raises(ParityError, match="greedy tokens"):
         peers.check_engine(Transformers(base, wrong_token=True), base, ids, 4)
+
+
+def test_the_gate_of_int8_is_red_on_another_model(base: GPT2LMHeadModel) -> None:
+    ids = token_ids(2, 9, base.config.vocab_size)
+    logits = Transformers(base).logits(ids)
+    assert peers.int8_accuracy(logits, base, ids) == {"logit_error": 0.0, "kl_divergence": 0.0}
+    noise = 0.01 * torch.randn(logits.shape) * (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
+    accuracy = peers.int8_accuracy(logits + noise, base, ids)
+    assert accuracy["logit_error"] == pytest.approx(0.01, rel=0.1)
+    assert 0 < accuracy["kl_divergence"] < 0.01
+    with pytest.raises(ParityError, match="of their spread"):
+        peers.int8_accuracy(logits.roll(1, 1), base, ids)
+
+
+@pytest.mark.parametrize("workload", ["prefill", "decode"])
+def test_fastgpt_with_int8_weights_is_a_contender(base: GPT2LMHeadModel, workload: str) -> None:
+    ids = token_ids(1, 9, base.config.vocab_size)
+    works = [make(workload, base, ids, 4, torch.float32) for make in peers.OUR_INT8.values()]
+    assert works[0].held_bytes() > works[1].held_bytes() - 2 * base.lm_head.weight.numel() > 0
+    for work in works:
+        assert work.seconds() > 0
+        assert 0 < work.accuracy["logit_error"] < peers.MAX_INT8_ERROR
+
+
+def test_int8_is_compared_with_int8() -> None:
+    taken = {"fastgpt": 5.0, "fastgpt-int8": 2.0, "fastgpt-int8-head": 1.0, "ctranslate2-int8": 3.0, "ctranslate2": 9.0}
+    rows = [{"workload": "decode", "contender": name, "samples_s": [s] * 5} for name, s in taken.items()]
+    found = {(row["contender"], row["baseline"]): row["ratio"] for row in cpu.int8_ratios(rows)}
+    assert found == {("fastgpt-int8", "ctranslate2-int8"): 1.5, ("fastgpt-int8-head", "ctranslate2-int8"): 3.0}
 
 
 def test_peers_are_timed_or_left_out_with_a_reason() -> None:
