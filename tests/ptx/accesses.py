@@ -24,11 +24,10 @@ class Accesses:
     width: Any
     program: Any
     programs: Any
-    global_program: Any
     warp: Any
     lane: Any
     base: Any
-    epochs: Any
+    stamps: Any
     _in_flight: Any
 
     # --- global memory ----------------------------------------------------------------------------------------------
@@ -74,12 +73,14 @@ class Accesses:
                 unchanged = np.logical_and.reduce(
                     [before[:, i] == (w if lanes is None else w[lanes]) for i, w in enumerate(values)]
                 )
+            given = [word if lanes is None else word[lanes] for word in values]
             if count == 1:
-                view[rows] = values[0] if lanes is None else values[0][lanes]
+                view[rows] = given[0]
             else:
-                for i, word in enumerate(values):
-                    view[rows, i] = word if lanes is None else word[lanes]
+                for i, word in enumerate(given):
+                    view[rows, i] = word
             if self.pool.options.global_races:
+                self._check_equal(view, rows, given, f"offset {{}} of {region.name}", offsets - u8(region.start), site)
                 self._mark(region, offsets, size, count, lanes, True, instruction, unchanged)
         if self.pool.options.traffic:
             self._count_sectors(chosen, places, size * count, "store")
@@ -103,12 +104,7 @@ class Accesses:
                         region, first + size * i, int(self.programs[0]), writes, unchanged, instruction
                     )
             return
-        if len(self.programs) == 1 and self.pool.grid[0] * self.pool.grid[1] * self.pool.grid[2] == 1:
-            return
-        first = (addresses - u8(region.start)).astype(np.int64)
-        programs = self.global_program if lanes is None else self.global_program[lanes]
-        for i in range(count):
-            self.pool.memory.mark(region, first + size * i, programs, writes, instruction)
+        self.pool.memory.mark(region, addresses, size * count, self._stamps(lanes), writes, instruction)
 
     def _count_sectors(self, chosen, places, n_bytes, what):
         """Count the sectors of 32 bytes that each warp's access touches, and the bytes it asked for."""
@@ -212,10 +208,11 @@ class Accesses:
 
         self._wrote(places, lanes, n_bytes, site, unchanged)
         if self.pool.options.races:
-            self._check_equal(view, rows, given, places, site)
+            self._check_equal(view, rows, given, "byte {}", places % self.pool.shared.n_bytes, site)
 
-    def _check_equal(self, view, rows, given, places, site):
-        """Check that lanes storing to one place at once store one value. given: an array for each word of a row."""
+    def _check_equal(self, view, rows, given, where, places, site):
+        """Check that lanes storing to one place at once store one value. given: an array for each word of a row. where:
+        how a place is named."""
         stored = view[rows] if len(given) > 1 else view[rows][:, None]
         for i, word in enumerate(given):
             unequal = stored[:, i] != word
@@ -225,25 +222,27 @@ class Accesses:
                 self.pool.report.note(
                     "unequal values stored to one place at once",
                     self.sites[site],
-                    f"byte {int(places[one]) % self.pool.shared.n_bytes}, bits "
-                    f"{sorted({hex(int(v)) for v in word[others]})[:4]}",
+                    f"{where.format(int(places[one]))}, bits {sorted({hex(int(v)) for v in word[others]})[:4]}",
                     int(unequal.sum()),
                 )
 
-    def _read(self, places, lanes, n_bytes, site):
+    def _stamps(self, lanes):
+        return self.stamps if lanes is None else self.stamps[lanes]
+
+    def _read(self, places, lanes, n_bytes, site, together: Any = 0):
+        """together: `LANES` where each place is read for several lanes."""
         options = self.pool.options
-        if options.races or options.uninitialised:
-            warp, epochs = (self.warp, self.epochs) if lanes is None else (self.warp[lanes], self.epochs[lanes])
-            self.pool.shared.read(places, n_bytes, warp, epochs, self.sites[site])
+        if options.races:
+            self.pool.shared.read(places, n_bytes, self._stamps(lanes) | together, self.sites[site])
         if options.traffic:
             self._count_banks(places, lanes, n_bytes, "load")
 
-    def _wrote(self, places, lanes, n_bytes, site, unchanged=None):
+    def _wrote(self, places, lanes, n_bytes, site, unchanged=None, together: Any = 0):
         self._in_flight(places, n_bytes, site)
         options = self.pool.options
-        if options.races or options.uninitialised:
-            warp, epochs = (self.warp, self.epochs) if lanes is None else (self.warp[lanes], self.epochs[lanes])
-            self.pool.shared.write(places, n_bytes, warp, epochs, self.sites[site], unchanged=unchanged)
+        if options.races:
+            stamps = self._stamps(lanes) | together
+            self.pool.shared.write(places, n_bytes, stamps, self.sites[site], unchanged)
             if self.pool.unfenced is not None:
                 self.pool.unfenced[self.pool.shared.units(places, n_bytes)] = True
         if options.traffic:

@@ -6,6 +6,7 @@ import numpy as np
 
 from . import matrix
 from .accesses import Accesses
+from .stamps import LANES, WRITING_LANES
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 
@@ -47,11 +48,10 @@ class Ampere(Accesses):
             some = np.flatnonzero(wanted)
             self._count_sectors(source[some], some if lanes is None else lanes[some], size, "load")
             self._count_banks(places, lanes, size, "store")
-        warp, epochs = (self.warp, self.epochs) if lanes is None else (self.warp[lanes], self.epochs[lanes])
         if self.pool.order is not None:
             self._mark_copies(source[wanted > 0], size, site)
         self._in_flight(places, size, site)
-        self.pool.shared.begin_copy(places, size, warp, epochs, self.sites[site])
+        self.pool.shared.begin_copy(places, size, self._stamps(lanes), self.sites[site])
         lanes = np.arange(self.width) if lanes is None else lanes
         if self.pool.options.copies_land_early:
             self._land(places, data)
@@ -104,7 +104,7 @@ class Ampere(Accesses):
                     if lanes.size:
                         if not self.pool.options.copies_land_early:
                             self._land(places, data)
-                        self.pool.shared.end_copy(places, data.shape[1], self.warp[lanes], self.epochs[lanes])
+                        self.pool.shared.end_copy(places, data.shape[1], self.stamps[lanes])
             newer = newer + committed
         while self.copy_groups and not self.copy_groups[0][1].any():
             self.copy_groups.pop(0)
@@ -120,7 +120,7 @@ class Ampere(Accesses):
         places, lanes = self._places(address, giving, 16, site)
         rows = np.zeros((self.width, 8), u2)
         rows[lanes] = self.pool.shared.view(8, 2)[places >> 4].view(u2)
-        self._read(places, lanes, 16, site)
+        self._read(places, lanes, 16, site, LANES)
         matrices = rows.reshape(self.n_warps, 4, 8, 8)[:, :number]
         if transposed:
             matrices = matrices.swapaxes(2, 3)
@@ -145,9 +145,9 @@ class Ampere(Accesses):
         view, given = self.pool.shared.view(8, 2), np.ascontiguousarray(rows[lanes]).view(u8)
         unchanged = (view[places >> 4] == given).all(1) if self.pool.options.races else None
         view[places >> 4] = given
-        self._wrote(places, lanes, 16, site, unchanged)
+        self._wrote(places, lanes, 16, site, unchanged, WRITING_LANES)
         if self.pool.options.races:
-            self._check_equal(view, places >> 4, given.T, places, site)
+            self._check_equal(view, places >> 4, given.T, "byte {}", places % self.pool.shared.n_bytes, site)
 
     def multiply(self, shape, dtype, result_dtype, a, b, c, mask, site):
         """mma.sync: one product of small matrices for each warp."""

@@ -3,6 +3,7 @@
 Copies arrive as late as allowed: a load when its barrier is tested for the second time, a store when it is waited for.
 """
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from . import matrix
 from .memory import Fault
+from .stamps import OF_A_WARP, WARPS
 
 u2, u4, u8 = np.uint16, np.uint32, np.uint64
 # Bytes of a row in a swizzled tile, by the mode in a matrix descriptor and in a tensor descriptor.
@@ -29,17 +31,15 @@ class Hopper:
     sites: Any
     width: Any
     program: Any
-    global_program: Any
-    warp: Any
-    lane: Any
     base: Any
-    epochs: Any
+    stamps: Any
     loose_products: Any
     product_groups: Any
     loose_stores: Any
     store_groups: Any
     waits_in_vain: bool
     _places: Any
+    _stamps: Any
     _count_sectors: Any
 
     def _in_flight(self, places, n_bytes, site):
@@ -66,8 +66,8 @@ class Hopper:
     def _touch(self, address, mask, writes, site):
         """Record the access: setting up or removing a barrier writes its memory, and using it reads it."""
         places, lanes = self._places(address, mask, 8, site)
-        warps, epochs = (self.warp, self.epochs) if lanes is None else (self.warp[lanes], self.epochs[lanes])
-        (self.pool.shared.write if writes else self.pool.shared.read)(places, 8, warps, epochs, self.sites[site])
+        access = self.pool.shared.write if writes else self.pool.shared.read
+        access(places, 8, self._stamps(lanes), self.sites[site])
 
     def mbarrier_init(self, address, count, mask, site):
         self._touch(address, mask, True, site)
@@ -128,12 +128,9 @@ class Hopper:
         unfenced = self.pool.unfenced
         if unfenced is None:
             return
-        if mask is None:
-            unfenced[:] = False
-        else:
-            warps = np.unique(self.warp[mask])
-            places = np.flatnonzero(unfenced)
-            unfenced[places[np.isin(self.pool.shared.write_warp[places], warps)]] = False
+        warps = np.unique((self.stamps if mask is None else self.stamps[mask]) & OF_A_WARP)
+        places = np.flatnonzero(unfenced)
+        unfenced[places[np.isin(self.pool.shared.accessed.writes[places] & OF_A_WARP, warps)]] = False
 
     def _fenced(self, places, n_bytes, site):
         if self.pool.unfenced is not None:
@@ -193,9 +190,8 @@ class Hopper:
             chunk = 16 // about.element
             places = self._tile_places(about, int(self.base[lane]), int(to[lane]), tile[::chunk])
             data = values.reshape(-1, chunk).view(u8)
-            warp = np.full(places.size, self.warp[lane])
             self._in_flight(places, 16, site)
-            self.pool.shared.begin_copy(places, 16, warp, np.full(places.size, self.epochs[lane]), self.sites[site])
+            self.pool.shared.begin_copy(places, 16, np.full(places.size, self.stamps[lane]), self.sites[site])
             if barrier is not None:
                 barrier.copies.append((places, data))
 
@@ -207,8 +203,7 @@ class Hopper:
             about, _, _, tile = self._box(descriptor[lane], [c[lane] for c in coordinates], site)
             chunk = 16 // about.element
             places = self._tile_places(about, int(self.base[lane]), place, tile[::chunk])
-            warp = np.full(places.size, self.warp[lane])
-            self.pool.shared.read(places, 16, warp, np.full(places.size, self.epochs[lane]), self.sites[site])
+            self.pool.shared.read(places, 16, np.full(places.size, self.stamps[lane]), self.sites[site])
             self._fenced(places, 16, site)
 
     def bulk_commit(self, mask):
@@ -237,16 +232,22 @@ class Hopper:
             rows = (address[chosen] - (region.start & ~15)) // about.element
             region.view(about.element, 1)[rows] = values[chosen]
             if self.pool.options.global_races:
-                offsets = (address[chosen] - region.start).astype(np.int64)
-                programs = np.full(offsets.size, self.global_program[lane])
-                self.pool.memory.mark(region, offsets, programs, True, self.sites[site])
+                stamps = np.full(chosen.size, self.stamps[lane])
+                self.pool.memory.mark(region, address[chosen].astype(u8), about.element, stamps, True, self.sites[site])
         if self.pool.options.traffic:
             self._count_sectors(wanted, np.full(wanted.size, lane), about.element, "store")
 
     # --- products of four warps -------------------------------------------------------------------------------------
 
-    def _matrix_places(self, bits, rows, k, element, k_is_inner):
-        """The places of the elements (rows, k) of a tile, in bytes."""
+    @staticmethod
+    @lru_cache(256)
+    def _matrix_places(bits, rows, k, element, k_is_inner):
+        """The places of the elements (rows, k) of a tile, in bytes, and the chunks of 16 bytes that they are in."""
+        places = Hopper._element_places(bits, rows, k, element, k_is_inner).ravel()
+        return places, np.unique(places >> 4) << 4
+
+    @staticmethod
+    def _element_places(bits, rows, k, element, k_is_inner):
         start, leading, stride = (bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4
         mode, row, inner = bits >> 62, np.arange(rows)[:, None], np.arange(k)[None, :]
         if bits >> 49 & 7:
@@ -298,22 +299,17 @@ class Hopper:
         self.pool.report.counts[f"{dtype} FLOPs"] += 2 * m * n * k * len(groups)
         # (groups, warps, halves of 8 rows, lanes / 4, column tiles, lanes % 4, 2)
         parts = product.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5).reshape(n // 2, self.width)
-        return [(parts[i] + np.where(keep, c, np.float32(0))).astype(np.float32) for i, c in enumerate(accumulators)]
+        return (parts + np.where(keep, np.stack(accumulators), np.float32(0))).astype(np.float32)
 
     def _read_tile(self, bits, rows, k, element, k_is_inner, dtype, base, lane, site, touched):
-        places = self._matrix_places(bits, rows, k, element, k_is_inner)
-        if int(places.max()) + element > self.pool.n_shared:
-            self.pool.report.note("wgmma reads outside of shared memory", self.sites[site], f"byte {int(places.max())}")
+        places, chunks = self._matrix_places(bits, rows, k, element, k_is_inner)
+        if int(chunks[-1]) + 16 > self.pool.n_shared:
+            self.pool.report.note("wgmma reads outside of shared memory", self.sites[site], f"byte {int(chunks[-1])}")
             return np.zeros((rows, k))
-        places = places + base
-        chunks = np.unique(places >> 4) << 4
+        flat, chunks = places + base, chunks + base
         shared = self.pool.shared
-        shared.read(chunks, 16, np.full(chunks.size, self.warp[lane]), np.full(chunks.size, self.epochs[lane]),
-                    self.sites[site])  # fmt: skip
-        if shared.races:
-            shared.read_warp[shared.units(chunks, 16)] = -2  # All four warps read all of it.
+        shared.read(chunks, 16, np.full(chunks.size, self.stamps[lane] | WARPS), self.sites[site])
         self._fenced(chunks, 16, site)
-        flat = places.ravel()
         touched.append(flat)
         if element == 4:
             return matrix.values(shared.view(4, 1)[flat >> 2], "tf32").reshape(rows, k)

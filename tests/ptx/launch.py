@@ -4,14 +4,14 @@
         layer_norm(x, weight, bias)      # on tensors in the CPU's memory
     print(session.summary())
 
-The project's launchers choose tiles for `architecture` with `n_multiprocessors`. No machine code is made, so
-set TRITON_CACHE_DIR to a separate folder: what is cached there has none.
+The project's launchers choose tiles for `architecture` with `n_multiprocessors`. Machine code is made only where asked
+for; otherwise set TRITON_CACHE_DIR to a separate folder, because what is cached there has none.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,8 +32,9 @@ from .team import PARAMETER_BASE
 _FORMATS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1", "u16": "u2",
             "u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}  # fmt: skip
 
-# Options of `executing` to count with: in lock-step and without checks.
-COUNTING: dict[str, Any] = {"traffic": True, "races": False, "uninitialised": False, "global_races": False}
+# Options of `executing`: in lock-step and without checks for races, and to count with.
+UNCHECKED: dict[str, Any] = {"warps": False, "races": False, "global_races": False}
+COUNTING = UNCHECKED | {"traffic": True}
 
 
 @dataclass
@@ -55,11 +56,13 @@ class Launch:
 class Session:
     """What happened in an `executing` block.
 
-    edit: called with the name of a kernel and its PTX before it is run; returns the PTX to run.
+    edit: called with the name of a kernel and its PTX before it is run; returns the PTX to run. checked: PTX that need
+    not be checked for races again; what is run is added.
     """
 
     options: machine.Options
     edit: Callable[[str, str], str] | None = None
+    checked: set[str] | None = None
     launches: list[Launch] = field(default_factory=list)
     extra: list = field(default_factory=list)  # tensors that kernels reach by addresses in memory
 
@@ -99,11 +102,16 @@ class _AbsentGpu:
 
 @contextmanager
 def executing(
-    architecture: str, n_multiprocessors: int = 2, edit: Callable | None = None, **options: Any
-) -> Iterator[Session]:
-    """Run the launches of the block here. options: those of `machine.Options`."""
+    architecture: str, n_multiprocessors: int = 2, edit: Callable | None = None, checked: set[str] | None = None,
+    machine_code: bool = False, **options: Any,
+) -> Iterator[Session]:  # fmt: skip
+    """Run the launches of the block here.
 
-    session = Session(machine.Options(**options), edit)
+    edit, checked: as `Session` has them. machine_code: whether triton makes it too, as what reads its cache after this
+    may need it. options: those of `machine.Options`.
+    """
+
+    session = Session(machine.Options(**options), edit, checked)
 
     def init_handles(compiled: Any) -> None:
         compiled.module = compiled.function = None
@@ -112,7 +120,8 @@ def executing(
     saved = (driver._active, triton_compiler.CompiledKernel._init_handles, nvidia_compiler.CUDABackend.make_cubin)
     driver.set_active(_AbsentGpu(architecture))  # type: ignore[arg-type]
     triton_compiler.CompiledKernel._init_handles = init_handles  # type: ignore[method-assign]
-    nvidia_compiler.CUDABackend.make_cubin = lambda self, src, metadata, opt, capability: b"none"
+    if not machine_code:
+        nvidia_compiler.CUDABackend.make_cubin = lambda self, src, metadata, opt, capability: b"none"
     _current.append(session)
     try:
         # Direct launches pass addresses, and the memory around them is checked here: tensors are needed.
@@ -155,9 +164,13 @@ def _run(
     launch = Launch(metadata.name, grid, 0.0, Report(), constants, metadata.num_warps,
                     metadata.shared, _element_size(arguments), text)  # fmt: skip
     session.launches.append(launch)
+    options = session.options
+    if session.checked is not None:
+        options = replace(options, **UNCHECKED) if text in session.checked else options
+        session.checked.add(text)
     started = time.perf_counter()
     try:
-        execute(_translated[text], compiled, grid, arguments, launch.report, session.options, session.extra)
+        execute(_translated[text], compiled, grid, arguments, launch.report, options, session.extra)
     finally:
         launch.seconds = time.perf_counter() - started
 
@@ -172,7 +185,8 @@ def execute(
     metadata = compiled.metadata
     parameters, descriptors = _parameters(program, compiled, arguments, metadata, grid, spans, scratch)
     spans += [_span(f"extra{i}", tensor) for i, tensor in enumerate(extra)]
-    memory = GlobalMemory([s[:3] for s in spans], [(s[0], s[3], s[4]) for s in spans], report)
+    storages = [(s[0], s[3], s[4]) for s in spans]
+    memory = GlobalMemory([s[:3] for s in spans], storages, report, program.global_grain)
     machine.run_grid(program, grid, parameters, metadata.shared, memory, report, options,
                      metadata.launch_cooperative_grid, descriptors)  # fmt: skip
 

@@ -7,7 +7,7 @@ same block form a fiber. When the lanes of a fiber diverge, they reconverge at t
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .memory import Fault, GlobalMemory, GridOrder, Report, SharedMemory
 from .team import Team
 from .translate import Program
 
-_SHARED_AT_ONCE = 1 << 24  # bytes, of all programs of a pool
+_SHARED_AT_ONCE = 1 << 22  # bytes, of all programs of a pool
 
 
 @dataclass
@@ -25,14 +25,14 @@ class Options:
 
     warps: bool = False
     seed: int = 0
-    lanes: int = 2048
+    lanes: int = 8192
     races: bool = True
-    uninitialised: bool = True
     global_races: bool = True
     traffic: bool = False  # count sectors and bank conflicts
     max_steps: int = 300_000
     copies_land_early: bool = False  # asynchronous copies write at once, not when waited for
     first_lane_wins: bool = False  # where lanes store to one place of shared memory at once; else the last one
+    sample: int | None = None  # so many programs of a launch run with warps and races, the others without
 
 
 def run_grid(
@@ -48,18 +48,32 @@ def run_grid(
 ) -> None:
     """All programs of a grid. parameters: name -> bytes. descriptors: name -> what a tensor copy takes."""
     n_programs = grid[0] * grid[1] * grid[2]
-    at_once = options.lanes // program.entry.n_threads
-    if options.warps and not program.asynchronous:  # The lanes that run at once are a warp of each.
-        at_once = min(options.lanes // 32, _SHARED_AT_ONCE // max(n_shared, 1))
-    at_once = n_programs if cooperative else max(1, min(n_programs, at_once))
     order = list(range(n_programs))
     if options.warps:
         random.Random(options.seed).shuffle(order)
+    if options.sample is None or cooperative:
+        parts = [(order, options)]
+    else:  # The programs at the edges of the grid are among them.
+        order.sort(key=lambda number: 0 < number < n_programs - 1)
+        rest = replace(options, warps=False, races=False)
+        parts = [(order[: options.sample], options), (order[options.sample :], rest)]
     with np.errstate(all="ignore"):
-        for first in range(0, n_programs, at_once):
-            pool = Pool(program, grid, order[first : first + at_once], parameters, n_shared, memory, report, options,
-                        cooperative, descriptors or {})  # fmt: skip
-            pool.run()
+        for numbers, how in parts:
+            at_once = _at_once(program, len(numbers), n_shared, how, cooperative)
+            for first in range(0, len(numbers), at_once):
+                pool = Pool(program, grid, numbers[first : first + at_once], parameters, n_shared, memory, report, how,
+                            cooperative, descriptors or {})  # fmt: skip
+                pool.run()
+
+
+def _at_once(program: Program, n_programs: int, n_shared: int, options: Options, cooperative: bool) -> int:
+    """How many programs run side by side."""
+    if cooperative:
+        return n_programs
+    # Where each warp runs by itself, the lanes that run at once are one warp of every program.
+    by_warp = options.warps and not program.asynchronous
+    at_once = min(options.lanes // (32 if by_warp else program.entry.n_threads), _SHARED_AT_ONCE // max(n_shared, 1))
+    return max(1, min(n_programs, at_once))
 
 
 class Pool:
@@ -69,17 +83,17 @@ class Pool:
         self.program, self.grid, self.parameters = program, grid, parameters
         self.memory, self.report, self.options, self.cooperative = memory, report, options, cooperative
         self.descriptors = descriptors
-        self.numbers = np.array(numbers)
+        self.numbers = np.array(numbers, np.int64)
         self.n_programs, self.n_threads = len(numbers), program.entry.n_threads
         # As many teams of 4 warps as there are warp groups where matrices are multiplied by those.
-        self.shared = SharedMemory(self.n_programs, n_shared, program.grain, report, options.races,
-                                   options.uninitialised)  # fmt: skip
+        self.shared = SharedMemory(self.n_programs, n_shared, program.grain, report, options.races)
         self.n_shared = n_shared
         # Units written by plain stores since the last fence that lets asynchronous copies and wgmma see them.
-        checked = program.asynchronous and options.races and options.uninitialised
-        self.unfenced = np.zeros_like(self.shared.written) if checked else None
+        self.unfenced = None
+        if program.asynchronous and options.races:
+            self.unfenced = np.zeros_like(self.shared.pending, bool)
         self.order = GridOrder(self.n_programs, report) if cooperative and options.global_races else None
-        self.epoch = np.zeros(self.n_programs, np.int32)
+        self.epoch = np.zeros(self.n_programs, np.int64)
         self.live = np.full(self.n_programs, self.n_threads)
         self.arrived: dict[int, np.ndarray] = {}
         self.mbarriers: dict = {}
@@ -159,7 +173,7 @@ class Pool:
                 continue
             if not everywhere and not complete[team.programs].any():
                 continue
-            team.epochs = self.epoch[team.program]
+            team.stamp()
             kept = []
             places = set()
             released = []

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .stamps import NEVER, Accessed, between, named
+
+_STORED_TWICE = "shared stores of what another warp stores too"
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -42,8 +45,8 @@ class Region:
     end: int
     name: str
     views: dict = field(default_factory=dict)
-    writer: np.ndarray | None = None
-    reader: np.ndarray | None = None
+    accessed: Accessed | None = None
+    reads: list = field(default_factory=list)  # what `mark` was told before the first write
 
     def view(self, size: int, count: int) -> np.ndarray:
         """The memory as elements of some bytes, in rows of `count`, from a multiple of 16 bytes before the region."""
@@ -64,8 +67,9 @@ class GlobalMemory:
     what lies there but in no tensor is reported, and read nevertheless.
     """
 
-    def __init__(self, tensors: list, storages: list, report: Report):
-        self.report = report
+    def __init__(self, tensors: list, storages: list, report: Report, grain: int = 1):
+        """grain: bytes of the smallest access."""
+        self.report, self.grain = report, grain
         self.tensors = self._joined(tensors)
         self.storages = self._joined(storages)
         self.last = self.storages[0] if self.storages else None
@@ -147,30 +151,40 @@ class GlobalMemory:
             return f"{address - nearest.end} bytes behind the end of {nearest.name}"
         return f"{nearest.start - address} bytes before the start of {nearest.name}"
 
-    # --- programs that touch the same elements -----------------------------------------------------------------------
+    # --- threads that touch the same elements ------------------------------------------------------------------------
 
     def mark(
-        self, region: Region, offsets: np.ndarray, programs: np.ndarray, writes: bool, instruction: object
+        self, region: Region, addresses: np.ndarray, n_bytes: int, stamps: np.ndarray, writes: bool, instruction: object
     ) -> None:
-        """offsets: of elements, in bytes. Two programs may not touch an element in one launch if one of them writes."""
-        if region.writer is None:
-            region.writer = np.full(region.end - region.start, -1, np.int32)
-            region.reader = np.full(region.end - region.start, -1, np.int32)
-        writer = region.writer[offsets]
-        conflict = (writer >= 0) & (writer != programs)
+        """Note accesses of n_bytes. Most tensors are only read, so that reads wait until something is written."""
+        if region.accessed is None:
+            if not writes:
+                region.reads.append((region, addresses, n_bytes, stamps, writes, instruction))
+                return
+            region.accessed = Accessed((region.end - (region.start & ~15)) // self.grain + 1)
+            for read in region.reads:
+                self.mark(*read)
+            region.reads.clear()
+        first = ((addresses - np.uint64(region.start & ~15)) // np.uint64(self.grain)).astype(np.int64)[:, None]
+        units = first + np.arange(n_bytes // self.grain) if n_bytes > self.grain else first
+        stamps = stamps[:, None]
         if writes:
-            reader = region.reader[offsets]
-            conflict |= (reader != -1) & (reader != programs)
-            region.writer[offsets] = programs
-            conflict |= region.writer[offsets] != programs
+            wrote, early, had_read, early_read = region.accessed.write(units, stamps)
+            pairs = [("write after write", wrote, early), ("write after read", had_read, early_read)]
+            if (at_once := region.accessed.wrote_at_once(units, stamps)).any():
+                pairs.append(("two writes", region.accessed.writes[units], at_once))
         else:
-            reader = region.reader[offsets]
-            region.reader[offsets] = np.where((reader != -1) & (reader != programs), -2, programs)
-        if conflict.any():
-            one = int(np.flatnonzero(conflict)[0])
-            self.report.note("global race between programs", instruction,
-                             f"program {int(np.broadcast_to(programs, offsets.shape).ravel()[one])}, offset "
-                             f"{int(offsets.ravel()[one])} of {region.name}", int(conflict.sum()))  # fmt: skip
+            pairs = [("read after write", *region.accessed.read(units, stamps))]
+        for kind, others, early in pairs:
+            if early.any():
+                self._race(kind, region, addresses, early, stamps, others, instruction)
+
+    def _race(self, kind, region, addresses, early, stamps, others, instruction) -> None:
+        one, column = (int(n[0]) for n in np.nonzero(early))
+        mine, other = int(stamps[one, 0]), int(others[one, column])
+        self.report.note(f"global race between {between(mine, other)}: {kind}", instruction,
+                         f"offset {int(addresses[one]) - region.start} of {region.name}: {named(mine)}; {named(other)}",
+                         int(early.any(1).sum()))  # fmt: skip
 
 
 class GridOrder:
@@ -237,26 +251,21 @@ class GridOrder:
 class SharedMemory:
     """Shared memory of some programs, side by side.
 
-    Of each unit (the smallest access of the kernel) it is known whether it was written, by which warp in which epoch
-    (the number of barriers its program has passed), who read it, and whether an asynchronous copy into it is under way.
+    Of each unit (the smallest access of the kernel) it is known who touched it last, and whether an asynchronous copy
+    into it is under way.
     """
 
-    def __init__(self, n_programs: int, n_bytes: int, grain: int, report: Report, races: bool, uninitialised: bool):
+    def __init__(self, n_programs: int, n_bytes: int, grain: int, report: Report, races: bool):
         self.n_bytes = -(-max(n_bytes, 16) // 1024) * 1024
         self.declared = n_bytes
-        self.report, self.races, self.uninitialised = report, races, uninitialised
+        self.report, self.races = report, races
         self.bytes = np.full(n_programs * self.n_bytes, 0xFF, np.uint8)
         self.views: dict = {}
         self.shift = max(grain, 1).bit_length() - 1
-        n_units = self.bytes.size >> self.shift
-        if uninitialised:
-            self.written = np.zeros(n_units, bool)
         if races:
-            self.write_epoch = np.full(n_units, -1, np.int32)
-            self.write_warp = np.full(n_units, -1, np.int32)
-            self.read_epoch = np.full(n_units, -1, np.int32)
-            self.read_warp = np.full(n_units, -1, np.int32)
-            self.pending = np.zeros(n_units, np.int16)
+            self.accessed = Accessed(self.bytes.size >> self.shift)
+            self.pending = np.zeros(self.bytes.size >> self.shift, np.int16)
+            self.n_pending = 0
 
     def view(self, size: int, count: int) -> np.ndarray:
         key = size, count
@@ -267,92 +276,74 @@ class SharedMemory:
 
     def units(self, places: np.ndarray, n_bytes: int) -> np.ndarray:
         """(accesses, units of each); places: in bytes of the whole."""
-        return (places >> self.shift)[:, None] + np.arange(max(1, n_bytes >> self.shift))
+        first = (places >> self.shift)[:, None]
+        n = n_bytes >> self.shift
+        return first + np.arange(n) if n > 1 else first
 
-    def read(self, places, n_bytes, warps, epochs, instruction) -> None:
-        units = self.units(places, n_bytes)
-        if self.uninitialised and not (known := self.written[units]).all():
-            bad = int(places[np.flatnonzero(~known.all(1))[0]])
+    def read(self, places, n_bytes, stamps, instruction) -> None:
+        """stamps: of the threads that read, one for each place."""
+        if not self.races:
+            return
+        units, stamps = self.units(places, n_bytes), stamps[:, None]
+        self._check_pending("read of a copy under way", places, units, instruction)
+        wrote, early = self.accessed.read(units, stamps)
+        if (unwritten := wrote == NEVER).any():
+            bad = int(places[np.flatnonzero(unwritten.any(1))[0]])
             self.report.note("uninitialised shared memory read", instruction, f"byte {bad % self.n_bytes}",
-                             int((~known).any(1).sum()))  # fmt: skip
-        if not self.races:
-            return
-        if self.pending.any() and (flying := self.pending[units]).any():
-            bad = int(places[np.flatnonzero(flying.any(1))[0]])
-            self.report.note(
-                "read of a copy under way", instruction, f"byte {bad % self.n_bytes}", int(flying.any(1).sum())
-            )
-        warps, epochs = warps[:, None], epochs[:, None]
-        conflict = (self.write_epoch[units] == epochs) & (self.write_warp[units] != warps)
-        if conflict.any():
-            self._race("read after write", conflict, places, warps, self.write_warp[units], instruction)
-        others = (self.read_epoch[units] == epochs) & (self.read_warp[units] != warps)
-        new = np.where(others, np.int32(-2), warps)
-        self.read_epoch[units] = epochs
-        self.read_warp[units] = new
-        many = self.read_warp[units] != new
-        if many.any():
-            self.read_warp[units[many]] = -2
+                             int(unwritten.any(1).sum()))  # fmt: skip
+        if early.any():
+            self._race("read after write", early, places, stamps, wrote, instruction)
 
-    def write(self, places, n_bytes, warps, epochs, instruction, lands=True, unchanged=None) -> None:
-        """lands: False when a copy begins. unchanged: accesses that store the value that is already there."""
-        units = self.units(places, n_bytes)
-        if self.uninitialised and lands:
-            self.written[units] = True
+    def write(self, places, n_bytes, stamps, instruction, unchanged=None) -> None:
+        """unchanged: accesses that store the value that is already there."""
         if not self.races:
             return
-        warps, epochs = warps[:, None], epochs[:, None]
-        if self.pending.any() and (flying := self.pending[units]).any():
-            bad = int(places[np.flatnonzero(flying.any(1))[0]])
-            self.report.note("write where a copy is under way", instruction, f"byte {bad % self.n_bytes}",
-                             int(flying.any(1).sum()))  # fmt: skip
-        conflict = (self.write_epoch[units] == epochs) & (self.write_warp[units] != warps)
-        if unchanged is not None and conflict.any():
+        units, stamps = self.units(places, n_bytes), stamps[:, None]
+        self._check_pending("write where a copy is under way", places, units, instruction)
+        wrote, early, had_read, early_read = self.accessed.write(units, stamps)
+        if unchanged is not None and early.any():
             # As triton does where warps hold copies of a value: harmless, but work done twice.
-            self.report.counts["shared stores of what another warp stores too"] += int(conflict[unchanged].any(1).sum())
-            conflict &= ~unchanged[:, None]
-        if conflict.any():
-            self._race("write after write", conflict, places, warps, self.write_warp[units], instruction)
-        conflict = (self.read_epoch[units] == epochs) & (self.read_warp[units] != warps)
-        if conflict.any():
-            self._race("write after read", conflict, places, warps, self.read_warp[units], instruction)
-        self.write_epoch[units] = epochs
-        self.write_warp[units] = warps
-        at_once = self.write_warp[units] != warps
-        if at_once.any():
+            self.report.counts[_STORED_TWICE] += int(early[unchanged].any(1).sum())
+            early &= ~unchanged[:, None]
+        if early.any():
+            self._race("write after write", early, places, stamps, wrote, instruction)
+        if early_read.any():
+            self._race("write after read", early_read, places, stamps, had_read, instruction)
+        if (at_once := self.accessed.wrote_at_once(units, stamps)).any():
             # Unequal values are noted by who stores them.
-            self.report.counts["shared stores of what another warp stores too"] += int(at_once.any(1).sum())
+            self.report.counts[_STORED_TWICE] += int(at_once.any(1).sum())
 
-    def begin_copy(self, places, n_bytes, warps, epochs, instruction) -> None:
-        self.write(places, n_bytes, warps, epochs, instruction, lands=False)
+    def begin_copy(self, places, n_bytes, stamps, instruction) -> None:
         if self.races:
-            np.add.at(self.pending, self.units(places, n_bytes), 1)
+            units = self.units(places, n_bytes)
+            self.write(places, n_bytes, stamps, instruction)
+            self.pending[units] += 1
+            self.n_pending += units.size
 
-    def end_copy(self, places, n_bytes, warps, epochs) -> None:
+    def end_copy(self, places, n_bytes, stamps) -> None:
         """The bytes are visible to the thread that waited, and to the others after the next barrier."""
-        units = self.units(places, n_bytes)
-        if self.uninitialised:
-            self.written[units] = True
         if self.races:
-            np.subtract.at(self.pending, units, 1)
-            self.write_epoch[units] = epochs[:, None]
-            self.write_warp[units] = warps[:, None]
+            units = self.units(places, n_bytes)
+            self.pending[units] -= 1
+            self.n_pending -= units.size
+            self.accessed.writes[units] = stamps[:, None]
 
     def settle(self, places, n_bytes) -> None:
         """Note that a copy has arrived: all who tested its barrier may read it."""
-        units = self.units(places, n_bytes)
-        if self.uninitialised:
-            self.written[units] = True
         if self.races:
-            self.pending[units] = 0
-            self.write_epoch[units] = -1
+            units = self.units(places, n_bytes)
+            self.pending[units] -= 1
+            self.n_pending -= units.size
+            self.accessed.settle(units)
 
-    def _race(self, kind, conflict, places, warps, others, instruction) -> None:
-        one = int(np.flatnonzero(conflict.any(1))[0])
-        column = int(np.flatnonzero(conflict[one])[0])
-        self.report.note(
-            f"shared race: {kind}",
-            instruction,
-            f"byte {int(places[one]) % self.n_bytes}, warps {int(warps[one, 0])} and {int(others[one, column])}",
-            int(conflict.any(1).sum()),
-        )
+    def _check_pending(self, kind, places, units, instruction) -> None:
+        if self.n_pending and (flying := self.pending[units]).any():
+            bad = int(places[np.flatnonzero(flying.any(1))[0]])
+            self.report.note(kind, instruction, f"byte {bad % self.n_bytes}", int(flying.any(1).sum()))
+
+    def _race(self, kind, early, places, stamps, others, instruction) -> None:
+        one, column = (int(n[0]) for n in np.nonzero(early))
+        mine, other = int(stamps[one, 0]), int(others[one, column])
+        self.report.note(f"shared race between {between(mine, other)}: {kind}", instruction,
+                         f"byte {int(places[one]) % self.n_bytes}: {named(mine)}; {named(other)}",
+                         int(early.any(1).sum()))  # fmt: skip

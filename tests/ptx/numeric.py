@@ -204,6 +204,9 @@ def bit_insert(a, b, position, length):
 
 def permute_bytes(a, b, selector):
     """prmt in its default mode: each byte of the result is a byte of a or b, or the sign of that byte eight times."""
+    if np.ndim(selector) == 0 and not int(selector) & 0x8888:
+        source = np.concatenate([np.ascontiguousarray(x).view(u1).reshape(-1, 4) for x in (a, b)], 1)
+        return source.take([int(selector) >> 4 * i & 7 for i in range(4)], axis=1).view(u4).ravel()
     both = a.astype(u8) | (b.astype(u8) << u8(32))
     selector = np.asarray(selector).astype(u4)
     result = np.zeros_like(a)

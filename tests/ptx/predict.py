@@ -25,7 +25,7 @@ GPUS = model.H100, model.H200
 
 
 def _executed(part: workloads.Part, sizes: dict[str, int]) -> Session:
-    with executing("sm_90", n_multiprocessors=part.multiprocessors, **COUNTING) as session:
+    with executing("sm_90", part.multiprocessors, None, None, False, **COUNTING) as session:
         part.run(**sizes)
     return session
 

@@ -10,6 +10,7 @@ from .ampere import Ampere
 from .hopper import Hopper
 from .memory import Fault
 from .shuffles import Shuffles
+from .stamps import stamps
 
 u4 = np.uint32
 # Where parameters that are descriptors seem to lie.
@@ -49,8 +50,9 @@ class Team(Shuffles, Ampere, Hopper):
         self.programs_of_warps = self.program[::32]
         self.lane = np.arange(self.width) % 32
         self.base = self.program.astype(np.int64) * pool.shared.n_bytes
-        self.global_program = pool.numbers[self.program].astype(np.int32)
-        self.epochs = pool.epoch[self.program]
+        self.warp_of_program = self.thread.astype(np.int64) // 32
+        self.syncs = np.zeros(self.width, np.int64)
+        self.stamp()
         self.all = np.ones(self.width, bool)
         self.true, self.false = self.all, np.zeros(self.width, bool)
         zeros = {k: np.zeros(self.width, d) for k, d in KINDS.items()} | {"p": self.false}
@@ -69,6 +71,12 @@ class Team(Shuffles, Ampere, Hopper):
         self.sites = pool.program.sites
         self.spun = 0
         self.waits_in_vain = False  # for an mbarrier, so that others should run
+
+    def stamp(self) -> None:
+        """Called after every barrier."""
+        self.stamps = stamps(
+            self.pool.numbers[self.program], self.pool.epoch[self.program], self.warp_of_program, self.syncs, self.lane
+        )
 
     def where(self) -> list:
         return [f.pc for f in self.fibers]
@@ -251,6 +259,12 @@ class Team(Shuffles, Ampere, Hopper):
             self.pool.report.note(
                 kind, instruction or self.sites[site], f"lanes {np.flatnonzero(mask)[:8].tolist()}..."
             )
+
+    def warp_sync(self, mask, site):
+        """bar.warp.sync: orders what the lanes of a warp did before and do after."""
+        self.converged(mask, site)
+        self.syncs += 1 if mask is None else mask
+        self.stamp()
 
     def trap(self, mask, site):
         if mask is None or mask.any():

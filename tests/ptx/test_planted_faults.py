@@ -65,7 +65,7 @@ def test_the_kernel_without_a_fault() -> None:
 @pytest.mark.parametrize(
     ("what", "opcode", "kind"),
     [
-        ("barrier left out", "bar.sync", "shared race: read after write"),
+        ("barrier left out", "bar.sync", "shared race between warps: read after write"),
         ("address 16 bytes further", "ld.shared", "shared access outside"),
         ("address 16 bytes further", "st.global", "store outside of memory"),
     ],
@@ -105,7 +105,7 @@ def test_a_probe_traps_where_the_value_differs() -> None:
 
 @pytest.mark.mutants
 def test_faults_in_what_ships_are_noticed(tmp_path: Path) -> None:
-    finished = run(tmp_path, "-m", "ptx.mutants", "--of-a-kernel", "12")
+    finished = run(tmp_path / "cache", "-m", "ptx.mutants", "--of-a-kernel", "12")
     assert finished.returncode == 0, finished.stderr
     found = json.loads(finished.stdout)
     summary, n_without = found["summary"], sum("reason" in row for row in found["rows"])

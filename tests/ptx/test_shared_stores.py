@@ -37,5 +37,5 @@ def test_copies_that_several_warps_store(store: str, mine: str, warps: bool) -> 
     program = translate.translate(parse.parse(TEXT.replace("MINE", mine).replace("STORE", STORES[store])))
     options = machine.Options(warps=warps)
     machine.run_grid(program, (1, 1, 1), {}, 1024, GlobalMemory([], [], report), report, options)
-    expected = "shared race: write after write" if warps else "unequal values stored to one place at once"
+    expected = "shared race between warps: write after write" if warps else "unequal values stored to one place at once"
     assert report.kinds() == (set() if mine == "%r2" else {expected})

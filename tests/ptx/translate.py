@@ -44,6 +44,7 @@ class Program:
     sites: list  # of memory accesses and matrix products: the instruction behind a number
     source: str
     grain: int  # bytes of the smallest access of shared memory
+    global_grain: int  # and of global memory
     joins: list  # of each block, where lanes that part at its end meet again: a block, or None at the very end
     too_early: list  # (instruction, register): accumulators of wgmma that are used before they were waited for
 
@@ -88,6 +89,7 @@ def translate(entry: Entry) -> Program:
         writer.sites,
         source,
         writer.grain,
+        writer.global_grain,
         immediate_postdominators(entry.blocks),
         accumulators_used_early(entry.blocks),
     )

@@ -26,8 +26,7 @@ class Memory(Writer):
         values = self.temporary()
         address = self.address(source, space == "global")
         self.emit(f"{values} = X.load_{space}({address}, {mask}, {size}, {len(targets)}, {self.site()})")
-        if space == "shared":
-            self.grain = min(self.grain, size * len(targets))
+        self.narrow(space, size * len(targets))
         for i, item in enumerate(targets):
             value = f"{values}[{i}]"
             self.put(item, f"{value}.view({kind})" if kind[0] != "u" else value, kind, vote=parts[-1][0] != "b")
@@ -47,8 +46,7 @@ class Memory(Writer):
             words.append(word if width == size else f"{word}.astype(u{size})")
         address, mask = self.address(target, space == "global"), self.mask()
         self.emit(f"X.store_{space}({address}, {mask}, {size}, ({', '.join(words)},), {self.site()})")
-        if space == "shared":
-            self.grain = min(self.grain, size * len(sources))
+        self.narrow(space, size * len(sources))
 
     def op_atom(self, parts, operands):
         target, address, *values = operands
@@ -70,8 +68,7 @@ class Memory(Writer):
         result = self.temporary()
         self.emit(f"{result} = X.atomic({space!r}, {operation!r}, {kind!r}, {where}, {mask}, ({', '.join(words)},), "
                   f"{self.site()})")  # fmt: skip
-        if space == "shared":
-            self.grain = min(self.grain, width)
+        self.narrow(space, width)
         if target is not None:
             self.put(target, result, unsigned(width), vote=False)
 
@@ -92,7 +89,7 @@ class Memory(Writer):
             taken = self.get(rest[0], "u4", array=True) if rest and not isinstance(rest[0], Symbol) else "None"
             to, of = self.address(target, False), self.address(source, True)
             self.emit(f"X.copy({to}, {of}, {self.mask()}, {size.bits}, {taken}, {self.site()})")
-            self.grain = min(self.grain, size.bits)
+            self.narrow("shared", size.bits)
         else:
             self.fail()
 
@@ -110,6 +107,7 @@ class Memory(Writer):
                 f"({', '.join(coordinates)},), {self.address(barrier, False)}, {self.mask()}, {self.site()})"
             )
         elif "tensor" in parts and "bulk_group" in parts:
+            self.narrow("global", 1)  # Of elements, whose size the descriptor tells.
             target, source = operands[:2]
             coordinates = [self.get(c, "s4", array=True) for c in target.extra[0].items]
             self.emit(f"X.tensor_store({self.address(target, True)}, ({', '.join(coordinates)},), "
@@ -119,7 +117,7 @@ class Memory(Writer):
 
     def op_mbarrier(self, parts, operands):
         what = parts[1]
-        self.grain = min(self.grain, 8)
+        self.narrow("shared", 8)
         if what == "init":
             self.emit(f"X.mbarrier_init({self.address(operands[0], False)}, {operands[1].bits}, {self.mask()}, "
                       f"{self.site()})")  # fmt: skip
@@ -161,4 +159,4 @@ class Memory(Writer):
     def op_bar(self, parts, operands):  # Of a warp; those of a program end a block.
         if parts[1] != "warp":
             self.fail()
-        self.emit(f"X.converged(M, {self.site()})")
+        self.emit(f"X.warp_sync(M, {self.site()})")

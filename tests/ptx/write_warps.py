@@ -59,7 +59,6 @@ class Warps(Writer):
             f"{values} = X.load_matrix({self.address(source, False)}, {number}, {'trans' in parts}, {self.mask()}, "
             f"{self.site()})"
         )
-        self.grain = min(self.grain, 16)
         for i, item in enumerate(target.items):
             self.put(item, f"{values}[{i}]", "u4", vote=False)
 

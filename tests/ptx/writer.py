@@ -42,7 +42,7 @@ class Writer:
         self.constants: list = []  # (kind, bits) of arrays that hold one value in all lanes
         self.scalars: list = []
         self.scalar_index: dict = {}
-        self.grain = 16
+        self.grain, self.global_grain = 16, 16  # bytes of the smallest access of shared and of global memory
 
     def start(self) -> None:
         self.lines: list[str] = []
@@ -97,6 +97,13 @@ class Writer:
     def site(self) -> int:
         self.sites.append(self.instruction)
         return len(self.sites) - 1
+
+    def narrow(self, space: str, n_bytes: int) -> None:
+        """Note an access of n_bytes."""
+        if space == "shared":
+            self.grain = min(self.grain, n_bytes)
+        else:
+            self.global_grain = min(self.global_grain, n_bytes)
 
     def fail(self, why: str = "not known") -> NoReturn:
         raise PtxError(f"instruction {why}: {self.instruction}")

@@ -6,6 +6,7 @@ sizes change the machine code only by their divisibility, so those of GPT-2 stan
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -178,14 +179,20 @@ def _decode(_: str) -> Iterator[Call]:
         (torch.float32, "small"): ((1, False), (8, False)),
     }
     for dtype, size, int8 in product((torch.bfloat16, torch.float32), ("small", "xl"), (False, True)):
-        weights = _decode_weights(*_SIZES[size], dtype, int8=int8)
+        weights = cache(partial(_decode_weights, *_SIZES[size], dtype, int8=int8))  # made by the first call that runs
         float_forms = forms if dtype == torch.bfloat16 else forms[:2]
         for n_rows, one_sequence in int8_forms.get((dtype, size), ()) if int8 else float_forms:
 
-            def run(n_rows: int = n_rows, one_sequence: bool = one_sequence, weights: DecodeWeights = weights) -> None:
+            def run(
+                n_rows: int = n_rows, one_sequence: bool = one_sequence, made: Callable[[], DecodeWeights] = weights
+            ) -> None:
+                weights = made()
                 step = DecodeStep(weights, n_rows, _CONTEXT, one_sequence=one_sequence)
                 n_caches = 1 if one_sequence else n_rows
                 state = _decode_state(weights.wte.shape[1], weights.n_heads, n_rows, n_caches, weights.wte.dtype)
+                if one_sequence:  # Each token has a place of its own.
+                    for places in state[2:4]:
+                        places += torch.arange(n_rows)
                 step.decode(weights, *state)  # type: ignore[arg-type]
 
             kind = f"{_NAMES[dtype]}{' int8' * int8} {size}"

@@ -149,10 +149,11 @@ def _advance(
     finished = finished | has_nan
     for i in tl.static_range(N_EOS):
         finished = finished | (token == tl.load(eos_ptr + i))
-    slot = tl.load(slot_ptr + row) + 1
+    position, slot = tl.load(position_ptr + row) + 1, tl.load(slot_ptr + row) + 1
+    tl.debug_barrier()  # Every thread has loaded what one thread overwrites.
 
     tl.store(token_ptr + row, token)
-    tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
+    tl.store(position_ptr + row, position)
     tl.store(slot_ptr + row, slot)
     tl.store(finished_ptr + row, finished)
     tl.store(sequence_ptr + row * sequence_row_stride + slot, token, mask=slot < n_slots)
