@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .grid_order import reaches_programs
 from .memory import Fault
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
@@ -23,7 +24,6 @@ class Accesses:
     sites: Any
     width: Any
     program: Any
-    programs: Any
     warp: Any
     lane: Any
     base: Any
@@ -92,19 +92,23 @@ class Accesses:
         return places if some is None else places[some]
 
     def _mark(self, region, addresses, size, count, lanes, writes, instruction, unchanged=None):
-        """Record who read or wrote which bytes, so that programs of one launch that touch the same are found."""
-        if self.pool.order is not None:
-            if "acquire" in instruction.opcode:
-                for address in np.unique(addresses):
-                    self.pool.order.acquire(int(self.programs[0]), int(address))
-            elif not any(word in instruction.opcode for word in ("volatile", "relaxed", "release")):
-                first = (addresses - u8(region.start)).astype(np.int64)
-                for i in range(count):
-                    self.pool.order.mark(
-                        region, first + size * i, int(self.programs[0]), writes, unchanged, instruction
-                    )
+        """Record who read or wrote which bytes, so that accesses that nothing orders are found."""
+        order, stamps = self.pool.order, self._stamps(lanes)
+        if order is None:
+            self.pool.memory.mark(region, addresses, size * count, stamps, writes, instruction)
             return
-        self.pool.memory.mark(region, addresses, size * count, self._stamps(lanes), writes, instruction)
+        parts = instruction.parts
+        if reaches_programs(parts):
+            for stamp, address in zip(stamps.tolist(), addresses.tolist(), strict=True):
+                order.strong(stamp, address, parts, not writes, writes)
+        else:
+            order.mark(region, addresses, size * count, stamps, writes, unchanged, instruction)
+
+    def fence(self, mask):
+        """fence and membar at a scope that reaches other programs."""
+        if self.pool.order is not None:
+            for stamp in self._stamps(mask).tolist():
+                self.pool.order.fence(stamp)
 
     def _count_sectors(self, chosen, places, n_bytes, what):
         """Count the sectors of 32 bytes that each warp's access touches, and the bytes it asked for."""
@@ -125,13 +129,11 @@ class Accesses:
         dtype = KINDS[f"u{kind[1]}"]
         result = np.zeros(self.width, dtype)
         size = dtype.itemsize
-        order = self.pool.order if space == "global" else None
+        # Without a word an atomic has the scope of the GPU.
+        order = self.pool.order if space == "global" and "cta" not in instruction.parts else None
         for lane in places:
             if order is not None:
-                if "release" in instruction.opcode or "acq_rel" in instruction.opcode:
-                    order.release(int(self.program[lane]), int(address[lane]))
-                if "acquire" in instruction.opcode or "acq_rel" in instruction.opcode:
-                    order.acquire(int(self.program[lane]), int(address[lane]))
+                order.strong(int(self.stamps[lane]), int(address[lane]), instruction.parts, True, True)
             if space == "global":
                 found = self.pool.memory.split(address[lane : lane + 1], size, instruction, "atomic")
                 if not found:

@@ -44,24 +44,19 @@ class Ampere(Accesses):
                     width = min(step, 8)
                     found = region.view(width, step // width)[offsets.astype(np.int64)]
                     data[chosen, start : start + step] = np.ascontiguousarray(found).view(u1).reshape(-1, step)
+                    if self.pool.options.global_races:
+                        addresses, givers = source[chosen] + u8(start), self._lanes(lanes, chosen)
+                        self._mark(region, addresses, step, 1, givers, False, self.sites[site])
         if self.pool.options.traffic:
             some = np.flatnonzero(wanted)
             self._count_sectors(source[some], some if lanes is None else lanes[some], size, "load")
             self._count_banks(places, lanes, size, "store")
-        if self.pool.order is not None:
-            self._mark_copies(source[wanted > 0], size, site)
         self._in_flight(places, size, site)
         self.pool.shared.begin_copy(places, size, self._stamps(lanes), self.sites[site])
         lanes = np.arange(self.width) if lanes is None else lanes
         if self.pool.options.copies_land_early:
             self._land(places, data)
         self.loose_copies.append((lanes, places, data))
-
-    def _mark_copies(self, addresses, size, site):
-        for region, some in self.pool.memory.split(addresses, size, self.sites[site], ""):
-            self._mark(
-                region, addresses if some is None else addresses[some], 4, size // 4, None, False, self.sites[site]
-            )
 
     def _land(self, places, data):
         """Write copied bytes into shared memory."""

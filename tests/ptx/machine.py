@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .memory import Fault, GlobalMemory, GridOrder, Report, SharedMemory
+from .grid_order import GridOrder
+from .memory import Fault, GlobalMemory, Report, SharedMemory
 from .team import Team
 from .translate import Program
 
@@ -92,7 +93,7 @@ class Pool:
         self.unfenced = None
         if program.asynchronous and options.races:
             self.unfenced = np.zeros_like(self.shared.pending, bool)
-        self.order = GridOrder(self.n_programs, report) if cooperative and options.global_races else None
+        self.order = GridOrder(self.n_programs, memory) if cooperative and options.global_races else None
         self.epoch = np.zeros(self.n_programs, np.int64)
         self.live = np.full(self.n_programs, self.n_threads)
         self.arrived: dict[int, np.ndarray] = {}
@@ -166,6 +167,9 @@ class Pool:
         if not complete.any():
             return
         self.epoch[complete] += 1
+        if self.order is not None:
+            for program in self.numbers[complete].tolist():
+                self.order.barrier(program)
         arrived[complete] = 0
         everywhere = complete.all()
         for team in self.teams:

@@ -161,13 +161,11 @@ class GlobalMemory:
             if not writes:
                 region.reads.append((region, addresses, n_bytes, stamps, writes, instruction))
                 return
-            region.accessed = Accessed((region.end - (region.start & ~15)) // self.grain + 1)
+            region.accessed = Accessed(self.n_units(region))
             for read in region.reads:
                 self.mark(*read)
             region.reads.clear()
-        first = ((addresses - np.uint64(region.start & ~15)) // np.uint64(self.grain)).astype(np.int64)[:, None]
-        units = first + np.arange(n_bytes // self.grain) if n_bytes > self.grain else first
-        stamps = stamps[:, None]
+        units, stamps = self.units(region, addresses, n_bytes), stamps[:, None]
         if writes:
             wrote, early, had_read, early_read = region.accessed.write(units, stamps)
             pairs = [("write after write", wrote, early), ("write after read", had_read, early_read)]
@@ -179,73 +177,20 @@ class GlobalMemory:
             if early.any():
                 self._race(kind, region, addresses, early, stamps, others, instruction)
 
+    def n_units(self, region: Region) -> int:
+        return (region.end - (region.start & ~15)) // self.grain + 1
+
+    def units(self, region: Region, addresses: np.ndarray, n_bytes: int) -> np.ndarray:
+        """(accesses, units of each) of a region."""
+        first = ((addresses - np.uint64(region.start & ~15)) // np.uint64(self.grain)).astype(np.int64)[:, None]
+        return first + np.arange(n_bytes // self.grain) if n_bytes > self.grain else first
+
     def _race(self, kind, region, addresses, early, stamps, others, instruction) -> None:
         one, column = (int(n[0]) for n in np.nonzero(early))
         mine, other = int(stamps[one, 0]), int(others[one, column])
         self.report.note(f"global race between {between(mine, other)}: {kind}", instruction,
                          f"offset {int(addresses[one]) - region.start} of {region.name}: {named(mine)}; {named(other)}",
                          int(early.any(1).sum()))  # fmt: skip
-
-
-class GridOrder:
-    """Programs of a cooperative launch, which wait for each other: what each has seen of the others' clocks.
-
-    A release leaves a program's clocks at an address, an acquire there takes them over. Two programs may touch an
-    element, one of them writing, only where the earlier access lies before what the later program has seen; writing
-    what is there already is let through. As of the threads of a program one releases or acquires for all, its own
-    barriers are trusted.
-    """
-
-    def __init__(self, n_programs: int, report: Report):
-        self.report = report
-        self.clocks = np.eye(n_programs, dtype=np.int64)
-        self.left: dict[int, np.ndarray] = {}
-        self.regions: dict[int, tuple] = {}
-
-    def release(self, program: int, address: int) -> None:
-        known = self.left.setdefault(address, np.zeros_like(self.clocks[0]))
-        np.maximum(known, self.clocks[program], out=known)
-        self.clocks[program, program] += 1
-
-    def acquire(self, program: int, address: int) -> None:
-        if address in self.left:
-            np.maximum(self.clocks[program], self.left[address], out=self.clocks[program])
-
-    def mark(
-        self, region: Region, offsets: np.ndarray, program: int, writes: bool, unchanged, instruction: object
-    ) -> None:
-        if id(region) not in self.regions:
-            size = region.end - region.start
-            self.regions[id(region)] = (
-                np.full(size, -1, np.int16),
-                np.zeros(size, np.int64),
-                np.full(size, -1, np.int16),
-                np.zeros(size, np.int64),
-            )
-        writer, write_clock, reader, read_clock = self.regions[id(region)]
-        seen = self.clocks[program]
-        least_seen = np.delete(seen, program).min() if seen.size > 1 else 0
-        who, when = writer[offsets], write_clock[offsets]
-        conflict = (who >= 0) & (who != program) & (when > seen[who])
-        others, at = reader[offsets], read_clock[offsets]
-        unseen = (others >= 0) & (others != program) & (at > seen[others]) | (others == -2) & (at > least_seen)
-        if writes:
-            conflict |= unseen
-            if unchanged is not None:
-                conflict &= ~unchanged
-            writer[offsets], write_clock[offsets] = program, seen[program]
-        else:
-            reader[offsets] = np.where(unseen, np.int16(-2), np.int16(program))
-            read_clock[offsets] = np.where(unseen, np.maximum(at, seen[program]), seen[program])
-        if conflict.any():
-            one = int(np.flatnonzero(conflict)[0])
-            self.report.note(
-                "global race between programs",
-                instruction,
-                f"program {program} and {int(who[one])} or a reader {int(others[one])}, offset {int(offsets[one])} of "
-                f"{region.name}",
-                int(conflict.sum()),
-            )
 
 
 class SharedMemory:

@@ -6,6 +6,8 @@ if one thread makes both, if a barrier of their program lies between them, or in
 votes and products of matrices need all lanes and yet order no memory.
 """
 
+from typing import Any
+
 import numpy as np
 
 # From the lowest bit: lane, synchronisations of the warp, warp, epoch, program, and a bit that every stamp has. Memory
@@ -15,6 +17,7 @@ LANES, WRITING_LANES = np.int64(63), np.int64(62)  # several lanes of a warp, wh
 WARPS = np.int64(63) << _WARP | LANES  # several warps
 _PROGRAMS = np.int64(0x3FFFF) << _PROGRAM | WARPS
 OF_A_WARP = ~((np.int64(1) << _WARP) - 1) & ~(np.int64(0xFFFFF) << _EPOCH)  # the bits that tell warps apart
+_THREAD = OF_A_WARP | LANES
 NEVER, _SETTLED = np.int64(0), np.int64(1)  # not touched yet; ordered before all that follows
 
 
@@ -48,6 +51,25 @@ def _joined(mine: np.ndarray, difference: np.ndarray) -> np.ndarray:
     """A stamp for both of two threads, which differs from that of every thread."""
     several = np.where(difference >= 1 << _WARP, WARPS, LANES)
     return mine | np.where(difference >= 1 << _PROGRAM, _PROGRAMS, several)
+
+
+def unordered_in_program(known: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Which pairs are of two threads of one program that nothing orders."""
+    apart, difference = _apart(known, mine)
+    return apart & (difference < 1 << _PROGRAM)
+
+
+def program_of(stamp: Any) -> Any:
+    return stamp >> _PROGRAM & 0x3FFFF
+
+
+def epoch_of(stamp: Any) -> Any:
+    return stamp >> _EPOCH & 0xFFFFF
+
+
+def thread_of(stamp: Any) -> Any:
+    """The bits that tell threads apart."""
+    return stamp & _THREAD
 
 
 def between(one: int, other: int) -> str:

@@ -3,6 +3,7 @@
 # pyright: reportOptionalSubscript=false, reportOptionalCall=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # An operand of a kind that an instruction does not take raises.
 
+from .grid_order import reaches_programs
 from .instructions import Address, Register, Symbol, Vector
 from .writer import Writer, unsigned
 
@@ -90,6 +91,7 @@ class Memory(Writer):
             to, of = self.address(target, False), self.address(source, True)
             self.emit(f"X.copy({to}, {of}, {self.mask()}, {size.bits}, {taken}, {self.site()})")
             self.narrow("shared", size.bits)
+            self.narrow("global", size.bits)
         else:
             self.fail()
 
@@ -140,9 +142,12 @@ class Memory(Writer):
     def op_fence(self, parts, operands):
         if "proxy" in parts:
             self.emit("X.fence_proxy(M)")
+        else:
+            self.op_membar(parts, operands)
 
     def op_membar(self, parts, operands):
-        pass
+        if reaches_programs(parts):
+            self.emit("X.fence(M)")
 
     def op_griddepcontrol(self, parts, operands):
         pass
