@@ -10,6 +10,9 @@ from .instructions import Address, Entry, Immediate, Instruction, Register, Vect
 
 _NO_CONFLICT = "no two warps touch one place on both sides of the barrier"
 _NOTHING_IN_FLIGHT = "nothing touches what it waits for or fences before the next one"
+_NO_LANES = "no two lanes touch one place on both sides of it"
+_SCOPES = "no program touches what another one wrote before it"
+_SEMANTICS = "release", "acquire", "acq_rel"
 _COMPARES = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
 _OPCODES = {
     "add": "sub", "sub": "add", "max": "min", "min": "max", "and": "or", "or": "and", "shl": "shr", "shr": "shl",
@@ -71,6 +74,9 @@ def _changes(i: Instruction) -> Iterator[tuple[str, Instruction | None, str]]:
     def at(place: int, operand: object) -> Instruction:
         return replace(i, operands=[*operands[:place], operand, *operands[place + 1 :]])
 
+    def with_word(word: str, by: str) -> Instruction:
+        return replace(i, opcode=i.opcode.replace(f".{word}", f".{by}"))
+
     def swapped(first: int, second: int) -> Instruction:
         return replace(at(first, operands[second]), operands=[
             operands[second] if k == first else operands[first] if k == second else o for k, o in enumerate(operands)
@@ -109,6 +115,12 @@ def _changes(i: Instruction) -> Iterator[tuple[str, Instruction | None, str]]:
         for place, operand in enumerate(operands):
             if isinstance(operand, Address):
                 yield "address 16 bytes further", at(place, replace(operand, offset=operand.offset + 16)), ""
+    if parts[:2] == ["bar", "warp"]:
+        yield "synchronisation of a warp left out", None, _NO_LANES
+    if parts[0] in ("atom", "red", "ld", "st", "fence"):
+        yield from (("scope of a program", with_word(word, "cta"), _SCOPES) for word in ("gpu", "sys") if word in parts)
+    if parts[0] in ("atom", "red", "ld", "st"):
+        yield from (("no semantics", with_word(word, "relaxed"), _SCOPES) for word in _SEMANTICS if word in parts)
     if i.guard is not None:
         yield "predicate left out", replace(i, guard=None), ""
         yield "predicate negated", replace(i, guard_negated=not i.guard_negated), ""

@@ -12,7 +12,7 @@ from collections import defaultdict
 import numpy as np
 
 from .memory import GlobalMemory, Region
-from .stamps import epoch_of, program_of, thread_of, unordered_in_program
+from .stamps import epoch_of, program_of, thread_of
 
 
 def reaches_programs(parts: list[str]) -> bool:
@@ -22,7 +22,11 @@ def reaches_programs(parts: list[str]) -> bool:
 
 class GridOrder:
     """Two programs may touch an element, one of them writing, only where the later knows of the earlier access; writing
-    what is there already is let through. What programs know is a vector: of each program the last epoch known."""
+    what is there already is let through. What programs know is a vector: of each program the last epoch known.
+
+    Threads of one program are not checked here: all warps of a persistent kernel load what one of them overwrites, and
+    only that one's value is used.
+    """
 
     def __init__(self, n_programs: int, memory: GlobalMemory):
         self.memory, self.n_programs = memory, n_programs
@@ -103,17 +107,13 @@ class GridOrder:
                     unknown |= read[other, units] > known[:, other, None]
             if unchanged is not None:
                 unknown &= ~unchanged[:, None]
-        inside = unordered_in_program(wrote[units], stamps)
-        if writes and unchanged is not None:
-            inside &= ~unchanged[:, None]
-        for kind, bad in (("between programs", unknown), ("within a program", inside)):
-            if bad.any():
-                one, column = (int(n[0]) for n in np.nonzero(bad))
-                self.memory.report.note(
-                    f"global race {kind}", instruction,
-                    f"program {program}, last written by {int(who[one, column])}, offset "
-                    f"{int(addresses[one]) - region.start} of {region.name}", int(bad.any(1).sum()),
-                )  # fmt: skip
+        if unknown.any():
+            one, column = (int(n[0]) for n in np.nonzero(unknown))
+            self.memory.report.note(
+                "global race between programs", instruction,
+                f"program {program}, last written by {int(who[one, column])}, offset "
+                f"{int(addresses[one]) - region.start} of {region.name}", int(unknown.any(1).sum()),
+            )  # fmt: skip
         if writes:
             wrote[units] = stamps
         else:

@@ -53,12 +53,6 @@ def _joined(mine: np.ndarray, difference: np.ndarray) -> np.ndarray:
     return mine | np.where(difference >= 1 << _PROGRAM, _PROGRAMS, several)
 
 
-def unordered_in_program(known: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """Which pairs are of two threads of one program that nothing orders."""
-    apart, difference = _apart(known, mine)
-    return apart & (difference < 1 << _PROGRAM)
-
-
 def program_of(stamp: Any) -> Any:
     return stamp >> _PROGRAM & 0x3FFFF
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from . import machine, parse, translate
+from .faults import faults
+from .instructions import Entry
 from .memory import GlobalMemory, Report
 
 # Program 0 stores to x, one word a thread, and one of its threads says so in `flag`. One thread of program 1 waits for
@@ -58,11 +60,15 @@ RIGHT = {
 RELAXED_ADD, RELAXED_LOAD = "atom.global.gpu.relaxed.add.s32 %r7, [%rd2], 1;", "ld.relaxed.gpu.global.b32 %r5, [%rd2];"
 
 
-def kinds(**changes: str) -> set[str]:
+def text_of(**changes: str) -> str:
     text = TEXT
     for name, code in (RIGHT | changes).items():
         text = text.replace(name, code)
-    program = translate.translate(parse.parse(text))
+    return text
+
+
+def noticed(entry: Entry) -> set[str]:
+    program = translate.translate(entry)
     x, flag, report = torch.zeros(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), Report()
     spans = [(name, t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in (("x", x), ("flag", flag))]
     parameters = {name: np.array([start], "u8").tobytes() for name, start, _ in spans}
@@ -79,7 +85,7 @@ def kinds(**changes: str) -> set[str]:
         {},
         {"RELEASE": "red.release.sys.global.add.s32 [%rd2], 1;"},
         {"RELEASE": "st.release.gpu.global.b32 [%rd2], 1;"},
-        {"ACQUIRE": "atom.global.acq_rel.add.s32 %r5, [%rd2], 0;".replace("acq_rel", "acq_rel.gpu")},
+        {"ACQUIRE": "atom.global.acq_rel.gpu.add.s32 %r5, [%rd2], 0;"},
         {"RELEASE": f"fence.acq_rel.gpu; {RELAXED_ADD}"},
         {"RELEASE": f"membar.gl; {RELAXED_ADD}"},
         {"ACQUIRE": RELAXED_LOAD, "FENCE": "fence.acq_rel.gpu;"},
@@ -87,7 +93,7 @@ def kinds(**changes: str) -> set[str]:
     ],
 )
 def test_what_orders_two_programs(changes: dict[str, str]) -> None:
-    assert kinds(**changes) == set()
+    assert noticed(parse.parse(text_of(**changes))) == set()
 
 
 @pytest.mark.parametrize(
@@ -105,4 +111,12 @@ def test_what_orders_two_programs(changes: dict[str, str]) -> None:
     ],
 )
 def test_what_is_too_weak(changes: dict[str, str]) -> None:
-    assert "global race between programs" in kinds(**changes)
+    assert "global race between programs" in noticed(parse.parse(text_of(**changes)))
+
+
+def test_faults_that_weaken_what_orders_are_planted_and_noticed() -> None:
+    entry = parse.parse(text_of())
+    planted = [fault for fault in faults(entry) if fault.what in ("scope of a program", "no semantics")]
+    assert [fault.what for fault in planted] == ["scope of a program", "no semantics"] * 2
+    for fault in planted:
+        assert "global race between programs" in noticed(fault.applied(entry))
