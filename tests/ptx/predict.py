@@ -5,6 +5,7 @@ Predicted, not measured: see `model.py` and `workloads.py`.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def _numbered(session: Session, part: workloads.Part) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     for launch in session.launches:
         n_before = sum(known.kernel == launch.kernel for known in found.values())
-        if part.kernels in launch.kernel:
+        if re.search(part.kernels, launch.kernel):
             found[launch.kernel + (f" #{n_before + 1}" if n_before else "")] = launch
     return found
 

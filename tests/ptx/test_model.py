@@ -2,12 +2,13 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from paths import ROOT
 
 from benchmarks.report import records
 
-from . import model, predicted
+from . import model, predicted, workloads
 from .workloads import scaled
 
 SMALL = model.Program(n_warps=4, registers=32, shared_bytes=0, shrinkage=1.0)
@@ -66,6 +67,18 @@ def test_counts_are_scaled_by_their_terms() -> None:
 
     found = scaled([counts(256), counts(512)], [(t, t**2) for t in (256, 512)], (1024, 1024**2))
     assert found == pytest.approx(counts(1024))
+
+
+def test_as_many_cases_are_executed_as_counts_have_terms() -> None:
+    for part in workloads.parts():
+        terms = np.array([part.terms(**sizes) for sizes in part.tried], float)
+        assert np.linalg.matrix_rank(terms) == terms.shape[1]
+
+
+def test_sums_of_the_mlp_are_joined_once_a_program() -> None:
+    """Once a tile before the number of programs was a term of its own."""
+    (row,) = (row for row in predicted.newest()["kernels"] if row["kernel"] == "_gelu_mlp_bwd_product_kernel")
+    assert row["counts"]["barriers"] % row["counts"]["programs"] == 0
 
 
 def test_the_page_is_what_the_file_says() -> None:

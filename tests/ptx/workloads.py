@@ -39,7 +39,7 @@ class Part(NamedTuple):
     terms: Callable[..., tuple[float, ...]]
     due: dict[str, dict[str, int]]
     multiprocessors: int = 4
-    kernels: str = ""  # those whose name contains it
+    kernels: str = ""  # a pattern of their names
 
 
 def _new(*shape: int, gradient: bool) -> Tensor:
@@ -125,7 +125,15 @@ def _forward(workload: str, rows: int, dropout_p: float, gradient: bool) -> Iter
         workload, L, lambda **sizes: _mlp(**sizes, dropout_p=dropout_p, gradient=gradient), _MLP_SIZES,
         {"rows": rows, "narrow": C, "wide": F},
         lambda rows, narrow, wide: (rows * narrow * wide, rows * wide, rows * narrow), _mlp_due(rows), 1,
+        "fwd|bwd_pre",
     )  # fmt: skip
+    if gradient:  # Of each column, a program walks over its tiles of rows and joins their sums once.
+        yield Part(
+            workload, L, lambda rows, programs: _mlp(rows, 128, 128, dropout_p, gradient),
+            [{"rows": 256, "programs": 4}, {"rows": 1024, "programs": 4}],
+            {"rows": rows * C // 128, "programs": _mlp_due(rows)["bwd_product"]["n_programs"]},
+            lambda rows, programs: (rows, programs), _mlp_due(rows), 1, "bwd_product",
+        )  # fmt: skip
 
 
 def _mlp_due(rows: int) -> dict[str, dict[str, int]]:
