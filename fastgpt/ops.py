@@ -139,10 +139,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `fastgpt_kernels.reference.add_layer_norm`."""
-    return implementation("add_layer_norm", x)(x, residual, weight, bias, eps, dtype)
+    chosen = implementation("add_layer_norm", residual if x is None else x)
+    return chosen(x, residual, weight, bias, eps, dtype)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

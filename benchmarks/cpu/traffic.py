@@ -20,6 +20,7 @@ import torch
 import transformers
 import typer
 from fastgpt_kernels.common import chip, launch
+from fastgpt_kernels.operations.layer_norm import op as layer_norm
 from fastgpt_kernels.operations.linear_cross_entropy import op as linear_cross_entropy
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -126,8 +127,8 @@ def _launches_counted(traffic: _Traffic) -> Iterator[None]:
         stack.enter_context(chip.assume(_H200))
         stack.enter_context(patch.object(launch, "_launch", note))
         stack.enter_context(patch.object(launch, "_triton_only_launches", lambda: False))
-        stack.enter_context(patch.object(launch, "is_watched", lambda: False))
-        stack.enter_context(patch.object(linear_cross_entropy, "is_watched", lambda: False))
+        for module in (launch, layer_norm, linear_cross_entropy):
+            stack.enter_context(patch.object(module, "is_watched", lambda: False))
         stack.enter_context(patch.object(linear_cross_entropy, "_add_product", add_product))
         stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0))
         yield

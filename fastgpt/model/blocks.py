@@ -4,6 +4,7 @@ Each class is a subclass of transformers' or torch's class with another forward:
 arguments are the same. `patching` swaps the classes. Shapes: B batch, T tokens, H heads, D head size, C channels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,8 +168,8 @@ class GPT2Block(hf.GPT2Block):
             return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]
         recomputes = torch.is_grad_enabled() and self._recomputes_norms()
         recomputes_1, recomputes_2 = (recomputes and _is_plain_norm(norm) for norm in (self.ln_1, self.ln_2))
-        residual = hidden_states  # (B, T, C)
-        normalised = computed_again(self._norm_1, residual) if recomputes_1 else self._norm_1(residual)
+        norm_1 = partial(computed_again, self._norm_1) if recomputes_1 else self._norm_1
+        normalised, residual = norm_1(hidden_states)  # (B, T, C)
         attended, _ = self.attn(
             normalised,
             attention_mask=attention_mask,
@@ -199,11 +200,11 @@ class GPT2Block(hf.GPT2Block):
         is_asked = getattr(getattr(self.attn, "config", None), "recompute_norms", False)
         return is_asked and not ops.is_transformed()
 
-    def _norm_1(self, x: Tensor) -> Tensor:
-        ln, dtype = self.ln_1, _dtype_read_by(self.attn, GPT2Attention, "c_attn", x)
-        if dtype is None or not _is_plain_norm(ln):
-            return ln(x)
-        return ops.layer_norm(x, ln.weight, ln.bias, ln.eps, dtype)
+    def _norm_1(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        ln, dtype = self.ln_1, _dtype_read_by(self.attn, GPT2Attention, "c_attn", residual)
+        if not _is_plain_norm(ln):
+            return ln(residual), residual
+        return ops.add_layer_norm(None, residual, ln.weight, ln.bias, ln.eps, dtype)
 
     def _add_and_norm_2(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         ln, dtype = self.ln_2, _dtype_read_by(self.mlp, GPT2MLP, "c_fc", residual)

@@ -27,7 +27,8 @@ def _layer_norm_forward(s: Sizes) -> Due:
 
 def _layer_norm_backward(s: Sizes) -> Due:
     elements = s.n_rows * s.n_cols
-    return Due((18 + s.HAS_DSUM) * elements, (3 + s.HAS_DSUM) * elements * s.e)
+    n_bytes = (3 + s.HAS_DSUM) * s.e + 2 * s.HAS_DADDED  # which is in half precision
+    return Due((18 + s.HAS_DSUM) * elements, n_bytes * elements)
 
 
 def _layer_norm_reduce(s: Sizes) -> Due:

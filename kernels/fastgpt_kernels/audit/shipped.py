@@ -85,13 +85,14 @@ _DTYPES = torch.bfloat16, torch.float32, torch.float64
 def _layer_norm(_: str) -> Iterator[Call]:
     widths = 256, 512, 768, 1600, 4096
     kinds = *product((torch.bfloat16, torch.float32), widths, [None]), (torch.float64, 2048, None)
-    # Under autocast, the product that reads a norm takes half precision.
-    for dtype, width, result in (*kinds, *product([torch.float32], (768, 4096), [torch.bfloat16])):
-        x, residual, weight, bias = (_random(*n, width, dtype=dtype) for n in ((32,), (32,), (), ()))
+    # Under autocast, the product that reads a norm takes half precision, and another adds half precision to the stream.
+    for dtype, width, result in (*kinds, *product([torch.float32], (768, 1600, 4096), [torch.bfloat16])):
+        x, weight, bias = (_random(*n, width, dtype=dtype) for n in ((32,), (), ()))
+        added = _random(32, width, dtype=result or dtype)
         label = f"{_NAMES[dtype]} C={width}" + ("" if result is None else f" to {_NAMES[result]}")
         for operation, inputs in (
             (layer_norm.layer_norm, (x, weight, bias)),
-            (layer_norm.add_layer_norm, (x, residual, weight, bias)),
+            (layer_norm.add_layer_norm, (added, x, weight, bias)),
         ):
             yield Call(operation.__name__, label, _with_backward(operation, *inputs, dtype=result))
 

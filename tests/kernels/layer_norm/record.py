@@ -28,9 +28,14 @@ def launch_rows(n_rows: int, n_cols: int, stride: int) -> None:
     sizes: dict[str, Any] = {"x_row_stride": stride, "n_rows": n_rows, "n_cols": n_cols, "EPS": 1e-5}
     tile: dict[str, Any] = {"BLOCK_ROWS": 2, "BLOCK_COLS": 1024, "ACCUMULATOR": tl.float32}
     forward: dict[str, Any] = {"residual_row_stride": stride, "HAS_RESIDUAL": True}
-    backward: dict[str, Any] = {"dy_row_stride": stride, "dsum_row_stride": stride, "HAS_DSUM": True}
+    backward: dict[str, Any] = {
+        "dy_row_stride": stride,
+        "dsum_row_stride": stride,
+        "HAS_DSUM": True,
+        "HAS_DADDED": True,
+    }
     kernels._layer_norm_fwd_kernel[grid](*[x] * 6, **forward, **sizes, **tile)  # pyright: ignore
-    kernels._layer_norm_bwd_kernel[grid](*[x] * 7, **backward, **sizes, **tile)  # pyright: ignore
+    kernels._layer_norm_bwd_kernel[grid](*[x] * 8, **backward, **sizes, **tile)  # pyright: ignore
 
 
 def launch_partial_sums() -> None:

@@ -62,6 +62,24 @@ def test_the_sum_is_normalised_as_it_is_stored(dtype: torch.dtype) -> None:
     assert torch.equal(y, layer_norm(summed, weight, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("read", [(True, True), (True, False), (False, True)])
+def test_the_gradient_of_a_stream_without_addition_joins_that_of_its_norm(
+    dtype: torch.dtype, read: tuple[bool, bool]
+) -> None:
+    """As if zeros had been added, bit by bit, whichever of the two results is read."""
+    _, *inputs = make_sum_inputs(7, 65, dtype=dtype)
+    upstream = [make_tensor(7, 65, dtype=dtype) for is_read in read if is_read]
+
+    def bits(added: Tensor | None) -> list[Tensor]:
+        residual, weight, bias = leaves = [x.clone().requires_grad_() for x in inputs]
+        both = add_layer_norm(added, residual, weight, bias)
+        outputs = [output for output, is_read in zip(both, read, strict=True) if is_read]
+        return [*both, *torch.autograd.grad(outputs, leaves if read[0] else leaves[:1], upstream)]
+
+    assert_same_bits(bits(None), bits(torch.zeros_like(inputs[0])))
+
+
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 def test_float32_far_from_zero_errs_by_a_millionth(mean: float) -> None:
     x, weight, bias = make_inputs(8, 768)

@@ -59,14 +59,15 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_bwd_kernel(
-    x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_partial_ptr, dbias_partial_ptr,
+    x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dadded_ptr, dweight_partial_ptr, dbias_partial_ptr,
     x_row_stride, dy_row_stride, dsum_row_stride, n_rows, n_cols,
     EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HAS_DSUM: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
+    HAS_DADDED: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """One program computes dx of every n_programs-th tile of rows, and its partial sums of dweight and dbias.
 
-    dsum: the gradient that reaches x around the norm.
+    dsum: the gradient that reaches x around the norm. dadded: dx once more, in the dtype of what was added to the
+    stream.
     """
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_COLS)
@@ -92,7 +93,10 @@ def _layer_norm_bwd_kernel(
         dweight += tl.sum(dy * normalised, axis=0)
         dbias += tl.sum(dy, axis=0)
 
-        tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=in_row)
+        out_offsets = rows[:, None] * n_cols + cols[None, :]
+        tl.store(dx_ptr + out_offsets, dx.to(dx_ptr.dtype.element_ty), mask=in_row)
+        if HAS_DADDED:
+            tl.store(dadded_ptr + out_offsets, dx.to(dadded_ptr.dtype.element_ty), mask=in_row)
 
     partial_offsets = program.to(tl.int64) * n_cols + cols
     tl.store(dweight_partial_ptr + partial_offsets, dweight, mask=in_cols)

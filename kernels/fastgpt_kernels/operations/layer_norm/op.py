@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common import chip
-from ...common.launch import Launch, accumulator, as_rows, cdiv, eager_or_registered, launching, triton_accumulator
+from ...common.launch import (
+    Launch,
+    accumulator,
+    as_rows,
+    cdiv,
+    eager_or_registered,
+    is_watched,
+    launching,
+    triton_accumulator,
+)
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_reduce_kernel, _layer_norm_fwd_kernel
@@ -34,15 +43,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add x to the residual stream and normalise the sum.
 
     x, residual: (..., C). dtype: of the normalised sum. The rest as in `layer_norm`; where x and residual differ in
-    dtype, their sum is promoted as torch promotes it.
+    dtype, their sum is promoted as torch promotes it. Without x the stream itself is normalised and returned, and the
+    gradient of what reads it from there joins that of the norm in one pass over memory.
     Returns (layer_norm(x + residual), x + residual), both (..., C) and dense.
     Raises ValueError as `layer_norm` does, and when x and residual differ in shape.
     """
+    if x is None:
+        if is_watched() or not torch.is_grad_enabled():  # A registered operation may not return what it was given.
+            return layer_norm(residual, weight, bias, eps, dtype), residual
+        _check_arguments("add_layer_norm", residual, weight, bias)
+        dtype = dtype or _normalised_dtype(residual.dtype, residual.device.type)
+        return _NormOfStream.apply(residual, weight, bias, eps, dtype)  # type: ignore[return-value]
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
     _check_arguments("add_layer_norm", x, weight, bias, residual)
@@ -130,37 +147,48 @@ def add_layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx with dsum added to it, dweight and dbias."""
-    dx, dweight, dbias = _dense_like(x, x.dtype), _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx with dsum added to it, the same in added_dtype (no elements for None), dweight and dbias."""
+    dx, dadded, dweight, dbias = _new_gradients(x, weight, bias_dtype, added_dtype)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
+        return dx, dadded, dweight.zero_(), dbias.zero_()
     n_cols = x.shape[-1]
     tile = tiles.layer_norm_tile("bwd", n_cols, chip.architecture(x.device))
     n_programs = min(cdiv(x.numel() // n_cols, tile.block_rows), tiles.layer_norm_bwd_programs(x))
     partials = x.new_empty((2, n_programs, n_cols), dtype=accumulator(x.dtype))
-    _launch_backward(x, weight, dy, dsum, eps, dx, dweight, dbias, partials)
-    return dx, dweight, dbias
+    _launch_backward(x, weight, dy, dsum, eps, dx, None if added_dtype is None else dadded, dweight, dbias, partials)
+    return dx, dadded, dweight, dbias
+
+
+def _new_gradients(
+    x: Tensor, weight: Tensor, bias_dtype: torch.dtype, added_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dadded = x.new_empty(0) if added_dtype is None else _dense_like(x, added_dtype)
+    return _dense_like(x, x.dtype), dadded, _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
 
 
 @launching
 def _launch_backward(
     x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float,
-    dx: Tensor, dweight: Tensor, dbias: Tensor, partials: Tensor,
+    dx: Tensor, dadded: Tensor | None, dweight: Tensor, dbias: Tensor, partials: Tensor,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Fill dx, which is dense, dweight and dbias. partials: (2, programs, C), their sums over the rows of a program."""
+    """Fill dx and dadded, which are dense, dweight and dbias.
+
+    partials: (2, programs, C), the sums of the last two over the rows of a program.
+    """
     x, dy, dsum = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, n_cols = x.shape
     n_programs, architecture = partials.shape[1], chip.architecture(x.device)
     tile = tiles.layer_norm_tile("bwd", n_cols, architecture)
     yield Launch(
         _layer_norm_bwd_kernel, n_programs,
-        x, weight.contiguous(), dy, dsum, dx, partials[0], partials[1],
+        x, weight.contiguous(), dy, dsum, dx, dadded, partials[0], partials[1],
         x_row_stride=x.stride(0), dy_row_stride=dy.stride(0), dsum_row_stride=0 if dsum is None else dsum.stride(0),
         n_rows=n_rows, n_cols=n_cols,
         EPS=eps, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, HAS_DSUM=dsum is not None,
-        ACCUMULATOR=triton_accumulator(x.dtype), num_warps=tile.num_warps,
+        HAS_DADDED=dadded is not None, ACCUMULATOR=triton_accumulator(x.dtype), num_warps=tile.num_warps,
     )  # fmt: skip
     yield Launch(
         _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tiles.LAYER_NORM_REDUCE_COLS),
@@ -176,8 +204,9 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _layer_norm_with_graph(
-    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
-) -> list[Tensor | None]:
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`layer_norm_bwd` with a graph. No gradient depends on the value of the bias."""
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -188,7 +217,7 @@ def _layer_norm_with_graph(
     dx, dweight, dbias = formula_gradients(formula, (x, weight, bias), dy)
     if dsum is not None:
         dx = dsum if dx is None else dx + dsum
-    return [dx, dweight, dbias]
+    return dx, None if dx is None or added_dtype is None else dx.to(added_dtype), dweight, dbias
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -218,6 +247,24 @@ class _AddLayerNorm(torch.autograd.Function):
         return _add_layer_norm_gradients(ctx, grads, layer_norm_bwd)
 
 
+class _NormOfStream(torch.autograd.Function):
+    """The norm of a tensor, and the tensor, whose gradient backward adds to the norm's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.eps, ctx.dtypes = eps, (residual.dtype, residual.dtype, bias.dtype)
+        ctx.save_for_backward(residual, weight)
+        ctx.set_materialize_grads(False)
+        return layer_norm_fwd(residual, weight, bias, eps, dtype), residual
+
+    @staticmethod
+    @twice_differentiable(lambda ctx, *grads: _add_layer_norm_gradients(ctx, grads, _layer_norm_with_graph)[1:])
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return _add_layer_norm_gradients(ctx, grads, layer_norm_bwd)[1:]
+
+
 def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     x, weight, bias, eps, _ = inputs
     ctx.options = eps, bias.dtype
@@ -233,18 +280,22 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _layer_norm_gradients(ctx: Any, dy: Tensor, backward: Any) -> Gradients:
     x, weight = ctx.saved_tensors
-    return *backward(x, weight, dy, None, *ctx.options), None, None
+    dx, _, dweight, dbias = backward(x, weight, dy, None, *ctx.options, None)
+    return dx, dweight, dbias, None, None
 
 
 def _add_layer_norm_gradients(ctx: Any, grads: tuple[Tensor | None, ...], backward: Any) -> Gradients:
     (dy, dsum), (summed, weight) = grads, ctx.saved_tensors
     x_dtype, residual_dtype, bias_dtype = ctx.dtypes
-    dweight = dbias = None
+    dx = dweight = dbias = None
     if dy is not None:
-        dsum, dweight, dbias = backward(summed, weight, dy, dsum, ctx.eps, bias_dtype)
-    if dsum is None:
-        return (None,) * 6
-    return dsum.to(x_dtype), dsum.to(residual_dtype), dweight, dbias, None, None
+        has_two = x_dtype != summed.dtype and summed.shape[-1] <= tiles.LAYER_NORM_TWO_DTYPES_COLS
+        added_dtype = x_dtype if has_two else None
+        dsum, dx, dweight, dbias = backward(summed, weight, dy, dsum, ctx.eps, bias_dtype, added_dtype)
+        dx = dx if has_two else None
+    if dx is None and dsum is not None:
+        dx = dsum.to(x_dtype)
+    return dx, None if dsum is None else dsum.to(residual_dtype), dweight, dbias, None, None
 
 
 _layer_norm_op = torch.library.custom_op("fastgpt_kernels::layer_norm", layer_norm_fwd, mutates_args=())
@@ -268,9 +319,10 @@ def _(
 
 @_layer_norm_backward_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(x, x.dtype), _dense_like(weight, weight.dtype), _dense_like(weight, bias_dtype)
+    x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float, bias_dtype: torch.dtype,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _new_gradients(x, weight, bias_dtype, added_dtype)
 
 
 def _layer_norm_backward(ctx: Any, dy: Tensor) -> Gradients:

@@ -27,15 +27,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add x to the residual stream and normalise the sum.
 
     x, residual: (..., C). weight, bias: (C,). eps: added to the variance. dtype: of the normalised sum, as in
-    `layer_norm`.
+    `layer_norm`. Without x the stream itself is normalised and returned.
     Returns (layer_norm(x + residual), x + residual), both (..., C).
     Raises ValueError when the shapes differ. Source: `layer_norm`.
     """
+    if x is None:
+        return layer_norm(residual, weight, bias, eps, dtype), residual
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ in shape")
     summed = x + residual

@@ -46,6 +46,8 @@ _LAYER_NORM_ON = {
         4096: LayerNormTile(4096, 1, 16),
     },
 }
+# The widest rows whose gradient backward writes in two dtypes: wider ones spill a register on sm_90 with triton 3.6.
+LAYER_NORM_TWO_DTYPES_COLS = 2048
 # Columns that one program of the reduction kernel sums: not timed.
 LAYER_NORM_REDUCE_COLS = 16
 
