@@ -24,7 +24,7 @@ from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
-from .digits import N_DIGITS, Digits, has_exact_bytes
+import fastgpt.model.digits as digits
 
 # --- ways -----------------------------------------------------------------------------------------------------------
 
@@ -180,9 +180,11 @@ def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
     if matrix.shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
         int8 = {"int8": lambda matrix: Int8Values(matrix, rows.precision)}
         found = found | int8 if rows.precision == torch.float32 else int8 | found
-    if rows.precision in N_DIGITS and has_exact_bytes():
-        found["digits"] = lambda matrix: Digits(matrix, n_rows, rows.precision)
-    return found
+    for name, product in {"digits": digits.Stored, "packed digits": digits.Packed}.items():
+        if rows.precision in digits.N_DIGITS and digits.is_exact(product):
+            found[name] = lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
+    # As exact as a float copy, and nothing to prepare.
+    return {"digits": found["digits"]} | found if "digits" in found and rows.precision == torch.float32 else found
 
 
 # --- half precision -------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def has_memory_for(n_bytes: int) -> bool:
 
 # Timing the ways takes as long as two to four steps, and fewer steps than these may not earn it back.
 MIN_STEPS = 16
-# Another way must gain this much over torch's own, because a gain within the noise would change bits for nothing.
+# Another way must gain this much over the first, because a gain within the noise would change bits for nothing.
 _MIN_GAIN = 1.1
 _TURNS = 5
 # A way whose first product took this many times as long as the quickest is not timed further.
@@ -269,7 +271,7 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
         start = time.perf_counter()
         products = [way(sample) for sample in samples]
         prepare_s[name], multiply_s[name] = (time.perf_counter() - start) / len(samples), []
-        if not prepared or is_exact(products[0](x, bias)):
+        if is_exact(products[0](x, bias)):
             prepared[name] = products
     for turn in range(_TURNS):
         quickest = min((seconds for timed in multiply_s.values() for seconds in timed), default=float("inf"))
@@ -301,13 +303,13 @@ def _columns(matrix: Matrix, which: slice) -> Matrix:
 
 
 def fastest(known: dict[str, Cost], n_steps: int) -> str:
-    """The way that costs least over n_steps steps, or the first, which is torch's own, where the gain is small."""
-    torchs = next(iter(known))
+    """The way that costs least over n_steps steps, or the first, which needs no timing, where the gain is small."""
+    first = next(iter(known))
     best = min(known, key=lambda name: known[name].of(n_steps))
-    # Converting int8 to floats comes before torch's own product too, and says nothing about the gain.
-    shared = known[torchs].prepare
-    gains = known[torchs].of(n_steps) - shared > _MIN_GAIN * (known[best].of(n_steps) - shared)
-    return best if gains else torchs
+    # Where the first converts int8 to floats, so do others, and that says nothing about the gain.
+    shared = known[first].prepare
+    gains = known[first].of(n_steps) - shared > _MIN_GAIN * (known[best].of(n_steps) - shared)
+    return best if gains else first
 
 
 class Products:
@@ -354,7 +356,7 @@ def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -
         return None
     # The reference would convert the matrix to floats in every step.
     first = next(iter(ways(matrices[0], n_rows, rows)))
-    return first if fits or first == "int8" else None
+    return first if fits or not first.startswith("copy") else None
 
 
 def _place(matrix: Matrix) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import decoding, digits, products
+from fastgpt.generate import decoding, products
 from fastgpt.generate.products import Cost, Products, Rows
+from fastgpt.model import digits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LONG = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": products.MIN_STEPS + 8}
@@ -83,7 +84,8 @@ def test_every_way_gives_the_product_of_int8_weights(
     found = products.ways(matrix, n_rows, Rows(dtype, dtype))
     # torch's product of int8 reads sixteen inputs at a time, and knows two of these dtypes whose sums cannot overflow.
     assert ("int8" in found) == (n_inputs % 16 == 0 and dtype in (torch.bfloat16, torch.float32))
-    assert ("digits" in found) == (digits.has_exact_bytes() and dtype in digits.N_DIGITS)
+    for name, product in BYTES.items():
+        assert (name in found) == (digits.is_exact(product) and dtype in digits.N_DIGITS)
     floats = matrix.to_float(torch.float64)
     draws = [drawn_again(x, seed) for seed in range(8)]
     eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
@@ -92,13 +94,20 @@ def test_every_way_gives_the_product_of_int8_weights(
         assert_as_accurate(way(matrix)(x, bias), eager, true, eager_error=eager_error)
 
 
-needs_exact_bytes = pytest.mark.skipif(not digits.has_exact_bytes(), reason="oneDNN multiplies no bytes exactly here")
+BYTES = {"digits": digits.Stored, "packed digits": digits.Packed}
+each_exact_product = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not digits.is_exact(product), reason="bytes overflow here"))
+        for name, product in BYTES.items()
+    ],
+)
 
 
-@needs_exact_bytes
+@each_exact_product
 @pytest.mark.parametrize("dtype", digits.N_DIGITS, ids=str)
 @pytest.mark.parametrize("n_rows", [1, 33])
-def test_digits_are_as_exact_as_the_rows(n_rows: int, dtype: torch.dtype) -> None:
+def test_digits_are_as_exact_as_the_rows(n_rows: int, dtype: torch.dtype, name: str) -> None:
     """Also where one input is far larger than the others, and in rows of zeros, of small and of large numbers."""
     torch.manual_seed(n_rows)
     matrix = Int8Matrix.nearest(torch.randn(768, 96) * torch.logspace(-2, 1, 96))
@@ -107,34 +116,35 @@ def test_digits_are_as_exact_as_the_rows(n_rows: int, dtype: torch.dtype) -> Non
     for factor in (1.0, 0.0, 1e-25, 1.0 if dtype == torch.float16 else 1e30):
         rows = torch.cat((x[:1] * factor, x[1:])).to(dtype)
         true, eager = exact(rows, matrix.to_float(torch.float64), None), multiply(rows, matrix, None)
-        product = digits.Digits(matrix, n_rows, dtype)(rows, None)
+        product = digits.Digits(matrix, n_rows, dtype, BYTES[name])(rows, None)
         assert product.dtype == dtype
         scale = true.abs().amax(1, keepdim=True).clamp(min=1e-30)  # each row by itself
         relative, eager = ((value / scale).float() for value in (product, eager))
         assert_as_accurate(relative, eager, true / scale, factor=1.0)
 
 
-@needs_exact_bytes
-def test_digits_keep_nan_in_its_row() -> None:
+@each_exact_product
+def test_digits_keep_nan_in_its_row(name: str) -> None:
     x = torch.ones(3, 32)
     x[1, 7] = torch.nan
-    product = digits.Digits(Int8Matrix.nearest(torch.randn(32, 48)), 3, torch.float32)(x, torch.ones(48))
+    matrix = Int8Matrix.nearest(torch.randn(32, 48))
+    product = digits.Digits(matrix, 3, torch.float32, BYTES[name])(x, torch.ones(48))
     assert product.isnan().any(1).tolist() == [False, True, False]
     assert product[1].isnan().all()
 
 
-@needs_exact_bytes
+@each_exact_product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, monkeypatch) -> None:
+def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, name: str, monkeypatch) -> None:
     ours = fastgpt.quantize(pair(tiny_config())[1]).to(dtype)
     ids, positions = token_ids(3, 9, 131), torch.arange(9)[None]
     expected = ours(ids).logits[:, -1]
-    prefer("digits", monkeypatch)
+    prefer(name, monkeypatch)
     weights = engine.view_weights(ours)
     chosen = Products(weights, 3, products.MIN_STEPS)
-    assert "digits" in chosen.chosen.values()
-    assert chosen.n_bytes == 2 * 12 * 64 * 64  # a copy of the values
+    assert name in chosen.chosen.values()
+    assert chosen.n_bytes == (2 * 12 * 64 * 64 if name == "packed digits" else 0)  # a copy of the values
     cache = engine.KVCache.allocate(ours, 3, 9)
     engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
     logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8], chosen)
@@ -164,7 +174,16 @@ def test_a_model_in_bfloat16_has_its_rows_rounded_to_it_alone_by_int8(slow_halve
     assert_as_accurate(chosen(x, matrix, bias).bfloat16(), multiply(x.bfloat16(), matrix, bias.bfloat16()), expected)
 
 
-def test_short_calls_convert_int8_weights_once() -> None:
+@each_exact_product
+def test_short_calls_read_int8_weights_where_they_lie(name: str) -> None:
+    weights = engine.view_weights(fastgpt.quantize(pair(tiny_config())[1]))
+    chosen = Products(weights, 1, n_steps=2)
+    assert set(chosen.chosen.values()) == {"digits"}
+    assert chosen.n_bytes == 0
+
+
+def test_short_calls_convert_int8_weights_once_where_bytes_overflow(monkeypatch) -> None:
+    monkeypatch.setattr(digits, "is_exact", lambda product: False)
     weights = engine.view_weights(fastgpt.quantize(pair(tiny_config())[1]))
     chosen = Products(weights, 1, n_steps=2)
     assert set(chosen.chosen.values()) == {"copy, as stored"}

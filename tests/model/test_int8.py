@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accuracy import assert_as_accurate
 from fastgpt_kernels.common.int8 import Int8Matrix
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastgpt
 from fastgpt.evaluation import mean_loss
+from fastgpt.model import digits
 from fastgpt.model.int8 import Int8Linear
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -109,6 +111,36 @@ def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype, head: bool) 
     expected = in_floats(theirs)(**call).logits
     for model in (theirs, ours):
         assert_same_within_rounding(model(**call).logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
+
+
+@pytest.mark.skipif(not digits.is_exact(digits.Stored), reason="bytes overflow here")
+@pytest.mark.parametrize("dtype", digits.N_DIGITS, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_few_rows_are_multiplied_by_the_values_as_they_lie(dtype: torch.dtype, has_bias: bool, monkeypatch) -> None:
+    """Beside float64, as accurate as by a float copy, which is made for more rows and where gradients are asked for."""
+    torch.manual_seed(0)
+    matrix = Int8Matrix.nearest(torch.randn(96, 50) * torch.logspace(-2, 1, 50))
+    bias = nn.Parameter(torch.randn(50, dtype=dtype)) if has_bias else None
+    product = Int8Linear(matrix, bias)
+    copied, to_float = [], Int8Matrix.to_float
+    monkeypatch.setattr(Int8Matrix, "to_float", lambda *call: copied.append(call[1]) or to_float(*call))
+    x = torch.randn(3, 7, 96).transpose(0, 1).to(dtype)
+    true = x.double() @ to_float(matrix, torch.float64) + (0 if bias is None else bias.double())
+    eager = product(x)
+    assert copied == [dtype]
+    with torch.no_grad():
+        found = product(x)
+        assert copied == [dtype]
+        assert_as_accurate(found, eager, true)
+        assert product(x[:0]).shape == (0, 3, 50)
+        product(x.repeat(7, 1, 1))
+        with torch.autocast("cpu"):
+            product(x)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert product(x).equal(eager)
+        monkeypatch.undo()
+    assert len(copied) == 5
+    assert torch.func.vmap(product)(x).shape == found.shape
 
 
 def test_gradients_flow_through_but_not_into_the_weights() -> None:

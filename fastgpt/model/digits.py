@@ -20,18 +20,47 @@ N_DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 _ZERO = 128
 
 
-class Digits:
-    """oneDNN's product of unsigned and signed bytes, over a copy of the values in its own layout.
+class Stored:
+    """torch's product of signed bytes, which reads the values where they lie."""
 
-    precision: the dtype whose accuracy is asked for, a key of N_DIGITS.
+    n_bytes = 0
+
+    def __init__(self, matrix: Int8Matrix, n_rows: int):
+        self.matrix = matrix
+
+    def __call__(self, digits: Tensor) -> Tensor:
+        """The product of digits, each plus _ZERO, and a matrix. digits: (r, K) uint8, overwritten. Returns (r, N)."""
+        signed = digits.bitwise_xor_(_ZERO).view(torch.int8)
+        return torch._int_mm(signed, self.matrix.values.t()) * self.matrix.scale
+
+
+class Packed:
+    """oneDNN's product of unsigned and signed bytes, over a copy of the values in its own layout."""
+
+    def __init__(self, matrix: Int8Matrix, n_rows: int):
+        values, self.scale = matrix
+        self.n_bytes = values.nbytes
+        self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [n_rows, values.shape[1]])
+        self.zero_points = torch.zeros(len(values), dtype=torch.int32)
+
+    def __call__(self, digits: Tensor) -> Tensor:
+        """As of `Stored`, without overwriting them."""
+        return torch.ops.onednn.qlinear_pointwise.default(
+            digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        )  # fmt: skip
+
+
+class Digits:
+    """The product of float rows, written in digits, and an int8 matrix.
+
+    precision: the dtype whose accuracy is asked for, a key of N_DIGITS. product: that of the digits, `Stored` or
+    `Packed`.
     """
 
-    def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype):
-        values, self.scale = matrix
+    def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype, product: type[Stored | Packed]):
         self.n_digits = N_DIGITS[precision]
-        self.n_bytes = values.nbytes
-        self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [self.n_digits * n_rows, values.shape[1]])
-        self.zero_points = torch.zeros(len(values), dtype=torch.int32)
+        self.multiply = product(matrix, self.n_digits * n_rows)
+        self.n_bytes = self.multiply.n_bytes
         places = 256.0 ** torch.arange(self.n_digits)
         self.places = places[None]
         # From 2^52 to 2^53 the last bit of a float64 counts ones: a number added to this is rounded to a whole one, and
@@ -48,23 +77,21 @@ class Digits:
         step = torch.add(self.smallest_step, largest, alpha=1 / self.steps_of_largest)  # (r, 1)
         whole = torch.addcdiv(self.start, x.double(), step).view(torch.uint8)  # (r, 8 K)
         digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
-        products = torch.ops.onednn.qlinear_pointwise.default(
-            digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-        ).view(n_rows, self.n_digits, -1)  # fmt: skip
+        products = self.multiply(digits).view(n_rows, self.n_digits, -1)
         places = (step * self.places)[:, None]  # (r, 1, digits)
         product = torch.bmm(places, products) if bias is None else torch.baddbmm(bias.float(), places, products)
         return product.squeeze(1).to(x.dtype)
 
 
 @functools.cache
-def has_exact_bytes() -> bool:
-    """Whether this torch has that product, and does not overflow on this processor.
+def is_exact(product: type[Stored | Packed]) -> bool:
+    """Whether this torch has that product of bytes, and it does not overflow on this processor.
 
     Without instructions such as VNNI oneDNN adds pairs of products in 16 bits, where the largest have no room.
     """
     largest = Int8Matrix(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
     try:
-        product = Digits(largest, 1, torch.float32)(torch.ones(1, 64), None)
+        sums = Digits(largest, 1, torch.float32, product)(torch.ones(1, 64), None)
     except (AttributeError, RuntimeError):
         return False
-    return bool(product.sub(64 * 127).abs().max() < 1)
+    return bool(sums.sub(64 * 127).abs().max() < 1)
