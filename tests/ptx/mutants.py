@@ -20,7 +20,9 @@ from unittest import mock
 
 import torch
 from fastgpt_kernels.audit import shipped
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from fastgpt_kernels.operations.decode_step.op import DecodeStep
+from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
 
 from . import launch, machine, translate
 from .faults import Fault, barrier_faults, faults, probes
@@ -36,6 +38,7 @@ CASES = [
     ("sm_90", "gelu_mlp bf16 gelu residual dropout"),
     ("sm_80", "gelu_mlp bf16 gelu_new"),
     ("sm_90", "decode small"),
+    ("sm_90", "persistent decode small"),
     ("sm_90", "sample fp32 greedy"),
     ("sm_90", "sample bf16 top-k, top-p, penalty"),
 ]
@@ -178,13 +181,37 @@ def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(shape) + 0.5).to(dtype).requires_grad_(dtype.is_floating_point)
 
 
+_N_CHANNELS, _N_HEADS = 128, 2
+
+
+def _small_weights() -> DecodeWeights:
+    """Of a narrow model; no sum of them is zero."""
+    weights = shipped._decode_weights(_N_CHANNELS, _N_HEADS, torch.bfloat16)
+    for tensor in (weights.wte, weights.wpe, *weights.layers[0], weights.ln_f_weight, weights.ln_f_bias):
+        if isinstance(tensor, torch.Tensor):
+            tensor.normal_(0.1, 0.3)
+    return weights
+
+
+def _small_state(n_rows: int) -> tuple[torch.Tensor, ...]:
+    """After 40 tokens."""
+    state = shipped._decode_state(_N_CHANNELS, _N_HEADS, n_rows, n_rows, torch.bfloat16)
+    state[0].normal_(0.1, 0.3)
+    for places in state[2:4]:
+        places[:] = 40
+    return state
+
+
 def _small_decode() -> None:
-    """A decode step of a narrow model, after 40 tokens."""
-    weights = shipped._decode_weights(128, 2, torch.bfloat16)
-    cache, tokens, positions, slots, starts, logits = shipped._decode_state(128, 2, 2, 2, torch.bfloat16)
-    positions[:], slots[:] = 40, 40
-    step = DecodeStep(weights, 2, shipped._CONTEXT)
-    step.decode(weights, cache, tokens, positions, slots, starts, logits)
+    weights = _small_weights()
+    DecodeStep(weights, 2, shipped._CONTEXT).decode(weights, *_small_state(2))  # type: ignore[arg-type]
+
+
+def _small_persistent_decode() -> None:
+    PersistentDecoder(_small_weights()).decode(*_small_state(1))  # type: ignore[arg-type]
+
+
+_NARROW = {"decode small": _small_decode, "persistent decode small": _small_persistent_decode}
 
 
 def main() -> int:
@@ -200,7 +227,7 @@ def main() -> int:
     for architecture, name in CASES:
         torch.manual_seed(0)
         calls = {f"{call.operation} {call.label}": call.run for call in shipped.calls(architecture)}
-        for case in recorded(architecture, name, (calls | {"decode small": _small_decode})[name]):
+        for case in recorded(architecture, name, (calls | _NARROW)[name]):
             if options.only in f"{case.case} {case.kernel}":
                 found = [planted(case, fault) for fault in chosen(case, options.of_a_kernel, options.seed)]
                 print(f"{case.case} {case.kernel}: {summary(found)}", file=sys.stderr, flush=True)
