@@ -100,6 +100,11 @@ def packed2(operation, is_bf16, *operands):
     return pack(bits(operation(*low)), bits(operation(*high)))
 
 
+def packed_f4(operation, *operands):
+    """f32x2: an operation on both float32 in 64-bit words."""
+    return operation(*(np.ascontiguousarray(x).view(f4) for x in operands)).view(u8)
+
+
 def half1(operation, is_bf16, *operands):
     """f16 and bf16: an operation on 16-bit numbers, in float64 and rounded once."""
     values = [bf16_to_f4(x).astype(f8) if is_bf16 else x.view(f2).astype(f8) for x in operands]

@@ -80,7 +80,7 @@ def test_compiled_kernels_are_as_accurate_as_eager(tmp_path: Path) -> None:
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_form_runs_without_a_hazard(operation: str, architecture: str) -> None:
     assert_nothing_noticed("--arch", architecture, "--only", f"{operation} *")

@@ -3,6 +3,8 @@
 # pyright: reportOptionalSubscript=false, reportOptionalCall=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # An operand of a kind that an instruction does not take raises.
 
+from functools import reduce
+
 from .instructions import Register
 from .writer import TYPES, Writer, unsigned
 
@@ -15,6 +17,9 @@ class Arithmetic(Writer):
         kind = self.type_of(parts)
         if kind in ("bf16x2", "f16x2", "bf16", "f16", "f2"):
             self.half(f"lambda x, y: x {symbol} y", kind, operands)
+            return
+        if kind == "f32x2":
+            self.pairs(f"lambda x, y: x {symbol} y", parts, operands)
             return
         self.checked(parts, "rn", "ftz", "lo", "s32", "sat")
         if "sat" in parts:
@@ -30,6 +35,12 @@ class Arithmetic(Writer):
         function, width = ("packed2", 4) if kind.endswith("x2") else ("half1", 2)
         values = [self.get(s, unsigned(width), array=True) for s in sources]
         self.put(target, f"{function}({operation}, {is_bf16}, {', '.join(values)})", unsigned(width))
+
+    def pairs(self, operation: str, parts: list, operands: list) -> None:
+        """Of two float32 in 64 bits."""
+        self.checked(parts, "rn")
+        values = [self.get(operand, "u8", array=True) for operand in operands[1:]]
+        self.put(operands[0], f"packed_f4({operation}, {', '.join(values)})", "u8")
 
     def op_add(self, parts, operands):
         self.arithmetic("+", parts, operands)
@@ -81,6 +92,9 @@ class Arithmetic(Writer):
         kind = self.type_of(parts)
         if kind in ("bf16x2", "f16x2", "bf16", "f2"):
             self.half("multiply_add", "f16" if kind == "f2" else kind, operands)
+            return
+        if kind == "f32x2":
+            self.pairs("fma4", parts, operands)
             return
         self.checked(parts, "rn", "ftz")
         values = [self.get(s, kind, array=i == 0) for i, s in enumerate(sources)]
@@ -159,7 +173,7 @@ class Arithmetic(Writer):
         self.put(operands[0], f"np.copysign({size}, {sign})", kind)
 
     def extreme(self, which: str, parts: list, operands: list) -> None:
-        target, a, b = operands
+        target, a, *others = operands  # two of them from sm_100 on
         kind = self.type_of(parts)
         is_half = kind in ("bf16x2", "f16x2", "bf16", "f2")
         if kind[0] != "f" and not is_half:
@@ -169,8 +183,8 @@ class Arithmetic(Writer):
         if is_half:
             self.half(name, "f16" if kind == "f2" else kind, operands)
             return
-        x, y = self.flushed(parts, self.get(a, kind, array=True), self.get(b, kind))
-        self.put(target, f"{name}({x}, {y})", kind)
+        first, *more = self.flushed(parts, self.get(a, kind, array=True), *(self.get(o, kind) for o in others))
+        self.put(target, reduce(lambda x, y: f"{name}({x}, {y})", more, first), kind)
 
     def op_max(self, parts, operands):
         self.extreme("max", parts, operands)

@@ -21,7 +21,7 @@ from .instructions import Address, Block, Entry, Immediate, Instruction, PtxErro
 
 TYPES = {"b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8", "u8": "u1", "u16": "u2", "u32": "u4", "u64": "u8",
           "s8": "s1", "s16": "s2", "s32": "s4", "s64": "s8", "f16": "f2", "f32": "f4", "f64": "f8", "pred": "p",
-          "bf16": "bf16", "f16x2": "f16x2", "bf16x2": "bf16x2"}  # fmt: skip
+          "bf16": "bf16", "f16x2": "f16x2", "bf16x2": "bf16x2", "f32x2": "f32x2"}  # fmt: skip
 
 
 def unsigned(width: int) -> str:
