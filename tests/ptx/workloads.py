@@ -160,7 +160,7 @@ def _decode_parts() -> Iterator[Part]:
         lambda rows, vocabulary, multiprocessors=4: (vocabulary, multiprocessors), {"": {"n_out": V}}, kernels="head",
     )  # fmt: skip
     yield Part(
-        "decode, batch 64", L, _decode, [{"rows": 5, "vocabulary": 1041}], {"rows": 64, "vocabulary": 1041},
+        "decode, batch 64", L, _decode, [{"rows": 9, "vocabulary": 1041}], {"rows": 64, "vocabulary": 1041},
         lambda rows, vocabulary: (rows,), {"": {"n_keys": CONTEXT + 1}}, kernels="attention",
     )  # fmt: skip
     yield Part(

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...common.arithmetic import LOG2_E, activation_and_derivative, rounded_product
 from ..layer_norm.kernels import _normalise
+from .row_products import _computed_once, _rows_times
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
@@ -26,25 +27,6 @@ def _await_previous_launch(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def _rows_times(x, weight, IS_TRANSPOSED: tl.constexpr = False):
-    """x (rows, in) in float32 @ weight (in, out) -> (rows, out) in float32, without rounding x to weight's dtype.
-
-    IS_TRANSPOSED: weight is (out, in). With `tl.trans` in its place, triton reads a tile that was copied to shared
-    memory by single elements, 16 of which lie in one bank.
-    """
-    n_rows: tl.constexpr = x.shape[0]
-    n_out: tl.constexpr = weight.shape[0] if IS_TRANSPOSED else weight.shape[1]
-    row_index = tl.arange(0, n_rows)[:, None]
-    values = weight.to(tl.float32)
-    y = tl.zeros((n_rows, n_out), dtype=tl.float32)
-    for row in tl.static_range(n_rows):
-        one_row = tl.sum(tl.where(row_index == row, x, 0.0), axis=0)
-        products = values * (one_row[None, :] if IS_TRANSPOSED else one_row[:, None])
-        y = tl.where(row_index == row, tl.sum(products, axis=1 if IS_TRANSPOSED else 0)[None, :], y)
-    return y
 
 
 @triton.jit
@@ -112,7 +94,7 @@ def _merge_splits(
         mixed = mixed * scale + split_mixed * split_scale
         total = total * scale + split_total * split_scale
         peak = new_peak
-    return mixed / total
+    return _computed_once(mixed / total)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -142,7 +124,7 @@ def _decode_norm_product_kernel(
     stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr,
     new_stream_ptr, y_ptr, n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
-    ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
 
@@ -168,7 +150,7 @@ def _decode_norm_product_kernel(
         tl.store(new_stream_ptr + rows[:, None] * n_cols + cols[None, :], x, mask=inside)
     normalised, _ = _normalise(x, inside, n_cols, eps)
     normalised = normalised * norm_weight[None, :] + norm_bias[None, :]
-    y = _scaled(_rows_times(normalised, weight), scale_ptr, outs, in_out) + bias[None, :]
+    y = _scaled(_rows_times(normalised, weight, SLICES), scale_ptr, outs, in_out) + bias[None, :]
     if ACTIVATION != "none":
         y, _ = activation_and_derivative(y, ACTIVATION)
 
@@ -181,7 +163,7 @@ def _decode_head_kernel(
     stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, scale_ptr, logits_ptr,
     n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows.
 
@@ -196,6 +178,8 @@ def _decode_head_kernel(
     x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
     normalised, _ = _normalise(x, inside, n_cols, eps)
     normalised = normalised * norm_weight[None, :] + norm_bias[None, :]
+    if BLOCK_ROWS <= 4:  # The parts of more rows do not stay in registers over the loop.
+        normalised = _computed_once(normalised)
 
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_out, BLOCK_OUT), tl.num_programs(0), num_stages=STAGES):
         outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -203,7 +187,7 @@ def _decode_head_kernel(
         head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
         in_head = in_out[:, None] & (cols < n_cols)[None, :]
         head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
-        logits = _scaled(_rows_times(normalised, head, IS_TRANSPOSED=True), scale_ptr, outs, in_out)
+        logits = _scaled(_rows_times(normalised, head, SLICES, IS_TRANSPOSED=True), scale_ptr, outs, in_out)
         in_logits = (rows < n_rows)[:, None] & in_out[None, :]
         tl.store(logits_ptr + rows[:, None] * n_out + outs[None, :], logits, mask=in_logits)
 
@@ -303,7 +287,7 @@ def _decode_project_kernel(
     x_ptr, peak_ptr, total_ptr, weight_ptr, scale_ptr, partial_ptr,
     n_rows, n_cols, n_out, n_heads, head_dim, cols_per_part,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_SPLITS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
 
@@ -326,8 +310,8 @@ def _decode_project_kernel(
     if N_SPLITS > 1:
         x = _merge_splits(x_ptr, peak_ptr, total_ptr, rows, cols, inside, n_rows, n_cols, n_heads, head_dim, N_SPLITS)
     else:
-        x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    sums = _scaled(_rows_times(x, weight), scale_ptr, outs, in_out)
+        x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0)
+    sums = _scaled(_rows_times(x, weight, SLICES), scale_ptr, outs, in_out)
 
     in_sums = (rows < n_rows)[:, None] & in_out[None, :]
     sum_offsets = (part.to(tl.int64) * n_rows + rows[:, None]) * n_out + outs[None, :]

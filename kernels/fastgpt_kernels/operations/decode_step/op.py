@@ -54,7 +54,10 @@ class DecodeStep:
         self.device = weights.wte.device
         self.architecture = chip.architecture(self.device)
         self.overlap = chip.overlaps_launches(self.device)
-        self.is_fused = n_rows <= tiles.DECODE_MAX_ROWS and self.n_channels <= tiles.DECODE_MAX_CHANNELS
+        matrix = weights.layers[0].fc_weight
+        values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
+        max_rows = tiles.decode_max_rows(self.n_channels, values.element_size(), self.architecture)
+        self.is_fused = n_rows <= max_rows
         n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
         self.n_splits = n_splits if self.is_fused else 1
 
@@ -122,7 +125,7 @@ class DecodeStep:
     def _tile(self, kernel: str, n_cols: int, element_size: int) -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
         tile = tiles.decode_tile(kernel, self.n_rows, n_cols, element_size, self.architecture)
         blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
-        return tile, blocks | self._launch_options(tile.num_warps)
+        return tile, blocks | {"SLICES": tile.slices} | self._launch_options(tile.num_warps)
 
     def _norm_product(
         self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,

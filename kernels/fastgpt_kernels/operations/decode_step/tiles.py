@@ -6,9 +6,8 @@ import torch
 
 from ...common.chip import resident_programs
 
-# More rows, or wider ones, go through torch's products, because a program holds all rows of the stream and multiplies
-# its weights by one row at a time.
-DECODE_MAX_ROWS, DECODE_MAX_CHANNELS = 4, 2048
+# Wider rows go through torch's products, because a program holds all rows of the stream.
+DECODE_MAX_CHANNELS = 2048
 # The longest part of the inner axis that a program of the two products into the stream takes.
 _DECODE_PART_COLS = 1024
 # Programs that use the memory's bandwidth, and keys that a program of attention reads at a time: not timed.
@@ -17,17 +16,36 @@ _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class DecodeTile(NamedTuple):
-    """A program's share of a product: all rows, block_cols of the inner axis, block_out columns of the weights."""
+    """A program's share of a product: all rows, block_cols of the inner axis, block_out columns of the weights.
+
+    slices: of the inner axis, one for each warp, on tensor cores; 0 without them.
+    """
 
     block_rows: int
     block_cols: int
     block_out: int
     num_warps: int
     num_stages: int
+    slices: int = 0
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _has_tensor_cores(element_size: int, architecture: str) -> bool:
+    """float32 has no exact ones; for AMD's, triton needs more registers and shared memory than there are."""
+    return element_size < 4 and not architecture.startswith("gfx")
+
+
+def decode_max_rows(n_channels: int, element_size: int, architecture: str) -> int:
+    """How many rows the fused kernels take. More go through torch's products, because every program repeats the norm.
+
+    element_size: bytes of the weights' dtype, 1 for int8.
+    """
+    if n_channels > DECODE_MAX_CHANNELS:
+        return 0
+    return 8 if n_channels <= 1024 and _has_tensor_cores(element_size, architecture) else 4
 
 
 def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
@@ -37,15 +55,23 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     """
     block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
     is_wide = block_cols > 1024
-    is_whole = kernel == "head" or element_size == 1  # rows of the head and columns of int8 are read whole
-    num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if is_whole else 16)
+    spills = kernel == "head" and is_wide and n_rows > 1
+    if spills or not _has_tensor_cores(element_size, architecture):
+        is_whole = kernel == "head" or element_size == 1  # rows of the head and columns of int8 are read whole
+        num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if is_whole else 16)
+        if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
+            num_warps = max(num_warps, 8)
+        # 32 bytes, one memory sector, of every row of the weights.
+        block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
+        block_out, n_slices, num_stages = block_out // 2 if is_wide and n_rows > 2 else block_out, 0, 2
+    else:
+        num_warps = 16 if kernel == "norm_product" and is_wide and n_rows > 1 else 8
+        # By count: with twice the columns, half as many programs repeat the norm.
+        block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
+        n_slices, num_stages = num_warps, 2 if is_wide or n_rows > 4 else 3
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
-        return DecodeTile(block_rows, block_cols, 64, num_warps, 2)
-    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
-        num_warps = max(num_warps, 8)
-    # 32 bytes, one memory sector, of every row of the weights.
-    block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
-    return DecodeTile(block_rows, block_cols, block_out // 2 if is_wide and n_rows > 2 else block_out, num_warps, 2)
+        block_out = 64
+    return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
 
 
 def decode_int8_tile(n_rows: int, element_size: int, architecture: str) -> DecodeTile:
