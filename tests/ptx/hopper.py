@@ -11,7 +11,7 @@ import numpy as np
 
 from . import matrix
 from .memory import Fault
-from .stamps import OF_A_WARP, WARPS
+from .stamps import OF_A_WARP, WARPS, epoch_of, program_of
 
 u2, u4, u8 = np.uint16, np.uint32, np.uint64
 # Bytes of a row in a swizzled tile, by the mode in a matrix descriptor and in a tensor descriptor.
@@ -128,9 +128,14 @@ class Hopper:
         unfenced = self.pool.unfenced
         if unfenced is None:
             return
-        warps = np.unique((self.stamps if mask is None else self.stamps[mask]) & OF_A_WARP)
+        mine = self._stamps(mask)
         places = np.flatnonzero(unfenced)
-        unfenced[places[np.isin(self.pool.shared.accessed.writes[places] & OF_A_WARP, warps)]] = False
+        wrote = self.pool.shared.accessed.writes[places]
+        # What the fence is ordered after: stores of the same warps, and those before the last barrier.
+        of_same_warp = np.isin(wrote & OF_A_WARP, np.unique(mine & OF_A_WARP))
+        of_same_program = np.isin(program_of(wrote), np.unique(program_of(mine)))
+        in_this_epoch = np.isin(epoch_of(wrote), np.unique(epoch_of(mine)))
+        unfenced[places[of_same_warp | of_same_program & ~in_this_epoch]] = False
 
     def _fenced(self, places, n_bytes, site):
         if self.pool.unfenced is not None:
