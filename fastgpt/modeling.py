@@ -26,6 +26,7 @@ from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, Position
 from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.compiled_logits import compiled_logits
+from .model.int8 import Int8Linear
 from .model.loss import CausalLMLoss, fusable
 from .model.outputs import head_dtype, training_logits
 from .model.patching import ATTENTION, forward_of, named, replaces, swap_classes
@@ -59,6 +60,12 @@ class _DropIn(LoadingMixin):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = ATTENTION if requested_attention is None else requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As transformers' own. Raises ValueError, and changes nothing, when the head has int8 weights."""
+        if isinstance(getattr(self, "lm_head", None), Int8Linear):
+            raise ValueError("the head has int8 weights: resize before fastgpt.quantize(model, head=True)")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
 
 # The configuration of a model whose blocks share layers is switched during a forward, which other threads wait for.

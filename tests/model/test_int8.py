@@ -202,6 +202,13 @@ def test_an_int8_head_leaves_the_token_table_as_it_is() -> None:
     assert torch.equal(ours.lm_head.scale, rounded.scale)
 
 
+def test_the_vocabulary_of_an_int8_head_is_not_resized() -> None:
+    model = fastgpt.quantize(pair(tiny_config(n_layer=1))[1], head=True)
+    with pytest.raises(ValueError, match=r"resize before fastgpt\.quantize"):
+        model.resize_token_embeddings(140)
+    assert len(model.transformer.wte.weight) == len(model.lm_head.weight) == 131
+
+
 def test_a_model_without_a_head_of_tokens_has_none_to_round() -> None:
     with pytest.raises(ValueError, match="GPT2Model has no head of tokens: quantize it without head=True"):
         fastgpt.quantize(fastgpt.GPT2Model(tiny_config()), head=True)
