@@ -38,7 +38,9 @@ def peak(workload: str, name: str, base: GPT2LMHeadModel, ids: Tensor, dtype: to
 def _counted(workload: str, name: str, base: GPT2LMHeadModel, ids: Tensor, dtype: torch.dtype) -> int:
     weights_dtype = torch.float32 if workload == "train" else dtype
     with FakeTensorMode(), _Allocations() as allocations:
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=weights_dtype).eval()
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(base.config), dtype=weights_dtype, trust_remote_code=False
+        ).eval()
         model = workloads.as_contender(name, model)
         fake_ids = torch.zeros(ids.shape, dtype=ids.dtype)
         is_train = workload == "train"

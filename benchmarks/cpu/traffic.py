@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastgpt
 from fastgpt.bench import workloads
@@ -52,7 +52,7 @@ def count(name: str, config: GPT2Config, n_batch: int, n_tokens: int) -> list[di
     """
     config = GPT2Config.from_dict(config.to_dict() | NO_DROPOUT)
     with FakeTensorMode(), _Traffic() as traffic, _launches_counted(traffic):
-        model = workloads.as_contender(name, AutoModelForCausalLM.from_config(config))
+        model = workloads.as_contender(name, GPT2LMHeadModel(config))
         ids = torch.zeros(n_batch, n_tokens, dtype=torch.int64)
         work = workloads.train(name, model, ids, torch.bfloat16)
         work.run()

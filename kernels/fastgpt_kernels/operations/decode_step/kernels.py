@@ -321,8 +321,8 @@ def _decode_project_kernel(
 @triton.jit
 def _decode_int8_product_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, for more rows than those above.
 
@@ -343,7 +343,7 @@ def _decode_int8_product_kernel(
         sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
 
     y = _scaled(sums, scale_ptr, outs, in_out)
-    if bias_ptr is not None:
+    if HAS_BIAS:
         y += tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "none":
         y, _ = activation_and_derivative(y, ACTIVATION)

@@ -220,7 +220,7 @@ class DecodeStep:
             _decode_int8_product_kernel, cdiv(n_rows, tile.block_rows) * cdiv(n_out, tile.block_out),
             x, matrix.values, matrix.scale, bias, y, n_rows=n_rows, n_cols=n_cols, n_out=n_out,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out,
-            ACTIVATION=activation, STAGES=tile.num_stages, num_warps=tile.num_warps,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
         return y
 

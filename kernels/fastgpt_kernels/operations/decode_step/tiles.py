@@ -45,7 +45,8 @@ def decode_max_rows(n_channels: int, element_size: int, architecture: str) -> in
     """
     if n_channels > DECODE_MAX_CHANNELS:
         return 0
-    return 8 if n_channels <= 1024 and _has_tensor_cores(element_size, architecture) else 4
+    spills = element_size == 1 and architecture == "sm_100"  # 4 bytes, in an int8 head of 8 rows, with triton 3.6
+    return 8 if n_channels <= 1024 and _has_tensor_cores(element_size, architecture) and not spills else 4
 
 
 def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
