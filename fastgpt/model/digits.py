@@ -18,6 +18,8 @@ from torch import Tensor
 N_DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 # What a byte holds for the digit 0: digits are from -128 to 127.
 _ZERO = 128
+# The products of digits that are in memory at a time: more fall out of the caches, and every call allocates them anew.
+_MAX_PRODUCTS = 2**20
 
 
 class Stored:
@@ -29,8 +31,8 @@ class Stored:
         self.matrix = matrix
 
     def __call__(self, digits: Tensor) -> Tensor:
-        """The product of digits, each plus _ZERO, and a matrix. digits: (r, K) uint8, overwritten. Returns (r, N)."""
-        signed = digits.bitwise_xor_(_ZERO).view(torch.int8)
+        """The product of digits, each plus _ZERO, and a matrix. digits: (r, K) uint8. Returns (r, N)."""
+        signed = digits.bitwise_xor(_ZERO).view(torch.int8)
         return torch._int_mm(signed, self.matrix.values.t()) * self.matrix.scale
 
 
@@ -44,7 +46,7 @@ class Packed:
         self.zero_points = torch.zeros(len(values), dtype=torch.int32)
 
     def __call__(self, digits: Tensor) -> Tensor:
-        """As of `Stored`, without overwriting them."""
+        """As of `Stored`."""
         return torch.ops.onednn.qlinear_pointwise.default(
             digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )  # fmt: skip
@@ -59,28 +61,29 @@ class Digits:
 
     def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype, product: type[Stored | Packed]):
         self.n_digits = N_DIGITS[precision]
-        self.multiply = product(matrix, self.n_digits * n_rows)
-        self.n_bytes = self.multiply.n_bytes
-        places = 256.0 ** torch.arange(self.n_digits)
-        self.places = places[None]
+        n_rows_of_digits = self.n_digits * n_rows
+        n_columns = max(1, _MAX_PRODUCTS // n_rows_of_digits)
+        columns = zip(*(part.split(n_columns) for part in matrix), strict=True)
+        self.products = [product(Int8Matrix(*part), n_rows_of_digits) for part in columns]
+        self.n_bytes = sum(part.n_bytes for part in self.products)
+        places = 256.0 ** torch.arange(self.n_digits, dtype=torch.float64)
+        self.steps_of_largest = 127 * places.sum().item()  # of the largest input every digit is 127
+        self.places = (places / self.steps_of_largest).float()[None]
         # From 2^52 to 2^53 the last bit of a float64 counts ones: a number added to this is rounded to a whole one, and
         # its digits, each plus _ZERO, are the low bytes of the sum.
-        self.start = 2.0**52 + _ZERO * places.double().sum()
-        # x / step may be larger by the rounding of a float32 step.
-        self.steps_of_largest = 127 * places.sum().item() * (1 - 2**-20)
-        self.smallest_step = torch.tensor(torch.finfo(torch.float32).tiny)  # that of a row of zeros
+        self.start = 2.0**52 + _ZERO * places.sum()[None]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
         n_rows, n_inputs = x.shape
-        largest = x.float().abs().amax(1, keepdim=True)
-        step = torch.add(self.smallest_step, largest, alpha=1 / self.steps_of_largest)  # (r, 1)
-        whole = torch.addcdiv(self.start, x.double(), step).view(torch.uint8)  # (r, 8 K)
+        largest = x.float().abs().amax(1, keepdim=True)  # (r, 1)
+        # In float64. Of a row of zeros NaN, whose bytes are multiplied by 0 below.
+        whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
         digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
-        products = self.multiply(digits).view(n_rows, self.n_digits, -1)
-        places = (step * self.places)[:, None]  # (r, 1, digits)
-        product = torch.bmm(places, products) if bias is None else torch.baddbmm(bias.float(), places, products)
-        return product.squeeze(1).to(x.dtype)
+        places = (largest * self.places)[:, None]  # (r, 1, digits)
+        joined = [torch.bmm(places, multiply(digits).view(n_rows, self.n_digits, -1)) for multiply in self.products]
+        product = (joined[0] if len(joined) == 1 else torch.cat(joined, 2)).squeeze(1)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
 
 @functools.cache

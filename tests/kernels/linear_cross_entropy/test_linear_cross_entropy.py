@@ -8,7 +8,6 @@ import pytest
 import torch
 from accuracy import DTYPES, LAYOUTS, forward, gradients, max_error, random
 from fastgpt_kernels import reference
-from fastgpt_kernels.operations.linear_cross_entropy import tiles
 from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,8 +90,9 @@ def test_random_arguments(
     # The interpreter takes milliseconds for each tile of a row.
     largest = (40, 40, 300) if operations is reference else (16, 40, 200)
     n_rows, n_channels, n_vocabulary = data.draw(st.tuples(*(st.integers(1, n) for n in largest)))
-    if label_smoothing:
-        # Of a single token all gradients are 0, and 1 - 0.3 - 0.7 leaves a rounding error that nothing measures.
+    if label_smoothing or dtype.itemsize < 4:
+        # Of a single token all gradients are 0, and nothing measures the rounding error that 1 - 0.3 - 0.7 leaves, or,
+        # in half precision on a GPU, that of a product which is added without being rounded.
         n_vocabulary += 1
     n_chunk_rows = data.draw(st.integers(1, n_rows + 4))
     inputs, labels = make_inputs(n_rows, n_channels, n_vocabulary, dtype=dtype, layout=layout, ignored=ignored)
@@ -104,10 +104,7 @@ def test_random_arguments(
 
 @every_reduction
 @pytest.mark.parametrize("terms", [{}, TERMS["both"]], ids=["", "more terms"])
-def test_gradients_are_those_of_finite_differences(
-    operations: Any, terms: dict[str, float], reduction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiles, "LINEAR_CROSS_ENTROPY_LANES", 32)
+def test_gradients_are_those_of_finite_differences(operations: Any, terms: dict[str, float], reduction: str) -> None:
     inputs, labels = make_inputs(5, 3, 7, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(of(operations, labels, reduction=reduction, **terms), inputs)
