@@ -47,9 +47,27 @@ def load(folder: Path) -> list[Result]:
 
 
 def benchmarks(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Benchmarks of whole models by step and part; the one of `fastgpt bench` has the name ""."""
+    """Benchmarks of whole models with exact weights by step and part; that of `fastgpt bench` has the name ""."""
     found = {f"{step}, {part}": inner for step, part, inner in _parts(content) if "results" in inner}
-    return ({"": content} if "results" in content else {}) | found
+    return {name: _exact(inner) for name, inner in (({"": content} if "results" in content else {}) | found).items()}
+
+
+def _exact(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A benchmark without the contenders whose weights are rounded."""
+    rounded = {row["contender"] for row in content["results"] if "logit_error" in row}
+    return {
+        **content,
+        "results": [row for row in content["results"] if row["contender"] not in rounded],
+        "ratios": [row for row in content["ratios"] if row["baseline"] not in rounded],
+    }
+
+
+def int8(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Benchmarks with int8 weights, by the model's name and the tokens."""
+    if not content.get("int8_ratios"):
+        return {}
+    options = content["options"]
+    return {f"{Path(options['model']).name}, {options['batch']} x {options['prompt_tokens']} tokens": content}
 
 
 def operations(content: Mapping[str, Any]) -> dict[str, list[Row]]:

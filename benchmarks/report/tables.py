@@ -15,7 +15,7 @@ from fastgpt.doctor import versions
 from fastgpt.text import DTYPES
 
 from ..peers.contenders import CPU_PEERS
-from .records import Result, Row, benchmarks, cold_starts, curve, forwards, lookups, operations, products, traffic
+from .records import Result, Row, benchmarks, cold_starts, curve, forwards, int8, lookups, operations, products, traffic
 
 RESULTS = Path("benchmarks/results")
 _BASELINES = {
@@ -120,6 +120,7 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
         ("Peak memory", lambda content: curve(content, "memory"), _memory_table),
         ("Time of a token", lambda content: curve(content, "latency"), _latency_table),
         ("Bytes, counted and not measured,", traffic, _traffic_table),
+        ("int8 weights", int8, _int8_table),
         ("Cold start", cold_starts, _cold_start_table),
         ("Prompt lookup", lookups, _lookup_table),
         ("Forwards of several tokens", forwards, _forward_table),
@@ -162,6 +163,25 @@ def _traffic_table(rows: Sequence[Row]) -> str:
     table = [[f"`{source}`", *(_gigabytes(bytes_of.get((name, source))) for name in sums)] for source in shown]
     table.append(["all, with what is below a thousandth", *map(_gigabytes, sums.values())])
     return markdown_table(["what reads and writes", "fastgpt, GB", "transformers sdpa, GB"], table)
+
+
+def _int8_table(content: Mapping[str, Any]) -> str:
+    """fastgpt in floats and everyone in int8: speeds, and how far the logits are from those of the float weights."""
+    table = []
+    for row in content["results"]:
+        if row["contender"] != OURS and "logit_error" not in row:
+            continue
+        ratios = [
+            plotting.with_quartiles(entry)
+            for ours in ("fastgpt-int8", "fastgpt-int8-head")
+            for entry in content["int8_ratios"]
+            if (entry["workload"], entry["contender"], entry["baseline"]) == (row["workload"], ours, row["contender"])
+        ]
+        errors = [f"{row[name]:.2g}" if name in row else "-" for name in ("logit_error", "kl_divergence")]
+        speed = f"{row['tokens_per_s']['median']:,.0f}"
+        table.append([row["workload"], row["contender"], speed, *errors, *(ratios or ["-", "-"])])
+    headings = ["tokens/s", "error of logits", "KL divergence, nats", "fastgpt-int8 is", "fastgpt-int8-head is"]
+    return markdown_table(["workload", "contender", *headings], table)
 
 
 def _gigabytes(n_bytes: int | None) -> str:

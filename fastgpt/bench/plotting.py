@@ -98,9 +98,14 @@ def ratio_text(result: Mapping[str, Any], workload: str, contender: str) -> str:
     """How many times as fast ours is, with the quartiles of each round's ratio; empty for ours."""
     for ratio in result["ratios"]:
         if (ratio["workload"], ratio["baseline"]) == (workload, contender):
-            paired = ratio["paired"]
-            return f"{ratio['ratio']:.2f}x ({paired['quartile_1']:.2f} - {paired['quartile_3']:.2f})"
+            return with_quartiles(ratio)
     return ""
+
+
+def with_quartiles(ratio: Mapping[str, Any]) -> str:
+    """A ratio of medians, and in brackets the quartiles of each round's."""
+    paired = ratio["paired"]
+    return f"{ratio['ratio']:.2f}x ({paired['quartile_1']:.2f} - {paired['quartile_3']:.2f})"
 
 
 def _dropout(result: Mapping[str, Any]) -> str:
