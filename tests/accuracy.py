@@ -95,11 +95,16 @@ N_MORE_DRAWS = 3
 
 
 def drawn_again(x: Tensor, seed: int) -> Tensor:
-    """The same values in another order along the last axis: another draw from the same distribution."""
+    """The same values in another order along the last axis: another draw from the same distribution.
+
+    With an even seed the last two axes are exchanged in memory. torch then adds up products in another order, and on
+    some processors errs twice as much or half as much.
+    """
     if x.ndim == 0:
         return x
     order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
-    return x.detach()[..., order.to(x.device)]
+    drawn = x.detach()[..., order.to(x.device)]
+    return drawn.mT.contiguous().mT if seed % 2 == 0 and x.ndim > 1 else drawn
 
 
 def assert_parity(

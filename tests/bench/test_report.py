@@ -130,7 +130,7 @@ def test_int8_has_a_table_of_its_own(checkout: Path) -> None:
         content["ratios"] += [{"workload": "decode", "baseline": name, "ratio": 9.0, "paired": paired}]
     ratio = {"contender": "fastgpt-int8", "baseline": "engine-int8", "ratio": 2.0, "paired": paired}
     content["int8_ratios"] = [{"workload": workload} | ratio for workload in ("prefill", "decode")]
-    assert records.benchmarks(content)[""] == without | {"int8_ratios": content["int8_ratios"]}
+    assert records.benchmarks(content)[""] == {**without, "int8_ratios": content["int8_ratios"]}
     (name, rows), *others = records.int8(content).items()
     assert (name, others) == ("gpt2, 1 x 512 tokens", [])
     table = tables._int8_table(rows).splitlines()[2:]

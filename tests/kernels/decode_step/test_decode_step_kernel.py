@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, drawn_again, max_error
 from fastgpt_kernels.common.activations import ACTIVATIONS
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step import kernels as decode_step_kernels
@@ -197,11 +197,16 @@ def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: tor
     x, bias = torch.randn(n_rows, n_in).to(dtype), torch.randn(n_out).to(dtype)
     matrix = Int8Matrix.nearest(torch.randn(n_in, n_out) * torch.logspace(-2, 1, n_out))
     step = DecodeStep(view_weights(fastgpt.GPT2LMHeadModel(tiny_config()).to(DEVICE, dtype)), n_rows, 8)  # type: ignore[arg-type]
+    floats, draws = matrix.to_float(torch.float64), [drawn_again(x, seed) for seed in range(8)]
     for activation in ("none", "gelu_new"):
         act = ACTIVATIONS.get(activation, lambda y: y)
-        truth = act(multiply(x.double(), matrix.to_float(torch.float64), bias.double()))
-        eager = act(multiply(x, matrix, bias))
-        assert_as_accurate(step._multiply(x, matrix, bias, activation), eager, truth)
+        truth, eager = act(multiply(x.double(), floats, bias.double())), act(multiply(x, matrix, bias))
+        eager_error = max(
+            max_error(act(multiply(draw, stored, bias)), act(multiply(draw.double(), floats, bias.double())))
+            for draw in draws
+            for stored in (floats.to(dtype), floats.to(dtype).contiguous())
+        )
+        assert_as_accurate(step._multiply(x, matrix, bias, activation), eager, truth, eager_error=eager_error)
 
 
 # --- contexts and sequences -----------------------------------------------------------------------------------------
