@@ -77,7 +77,7 @@ class Digits:
         """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
         n_rows, n_inputs = x.shape
         largest = x.float().abs().amax(1, keepdim=True)  # (r, 1)
-        # In float64. Of a row of zeros NaN, whose bytes are multiplied by 0 below.
+        # `start` makes this float64. A row of zeros divides 0 by 0: the bytes of its NaN are multiplied by 0 below.
         whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
         digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
         places = (largest * self.places)[:, None]  # (r, 1, digits)
