@@ -23,6 +23,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def in_torch() -> Iterator[None]:
+    """A GPU's own products are not these."""
+    with fastgpt.backend("torch"):
+        yield
+
+
+@pytest.fixture
 def route(caplog) -> Any:
     """A function that says where the calls since its last use went."""
     caplog.set_level(logging.DEBUG, logger="fastgpt")

@@ -1,0 +1,25 @@
+"""Helpers of the tests of a decode step's products on a CPU."""
+
+import pytest
+from fastgpt_kernels.operations.decode_step.reference import multiply
+from torch import Tensor
+
+from fastgpt.generate import products
+from fastgpt.generate.products import Cost, Rows
+
+
+def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make one way the cheapest wherever it can be taken."""
+
+    def costs(matrices: list[Tensor], n_rows: int, rows: Rows) -> dict[str, Cost]:
+        return {
+            way: Cost(0.0, 1.0 if way == name else 2.0, copies=way == "packed")
+            for way in products.ways(matrices[0], n_rows, rows)
+        }
+
+    monkeypatch.setattr(products, "costs", costs)
+
+
+def exact(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in float64."""
+    return multiply(x.double(), matrix.double(), None if bias is None else bias.double())
