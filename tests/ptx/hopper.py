@@ -33,6 +33,7 @@ class Hopper:
     program: Any
     base: Any
     stamps: Any
+    warp_of_program: Any
     loose_products: Any
     product_groups: Any
     loose_stores: Any
@@ -72,8 +73,10 @@ class Hopper:
     def mbarrier_init(self, address, count, mask, site):
         self._touch(address, mask, True, site)
         for _, program, place in self._each(address, mask, site):
-            self.pool.mbarriers[program, place] = SimpleNamespace(count=count, left=count, bytes=0, phase=0, copies=[],
-                                                                   was_asked=False)  # fmt: skip
+            # arrived, complete: deliveries of the present phase, and of those before it.
+            self.pool.mbarriers[program, place] = SimpleNamespace(
+                count=count, left=count, bytes=0, phase=0, copies=[], was_asked=False, arrived=[], complete=[]
+            )
 
     def mbarrier_inval(self, address, mask, site):
         self._touch(address, mask, True, site)
@@ -97,6 +100,7 @@ class Hopper:
     def _turn(barrier) -> None:
         if barrier.left == 0 and barrier.bytes == 0:
             barrier.left, barrier.phase = barrier.count, barrier.phase ^ 1
+            barrier.complete, barrier.arrived = barrier.complete + barrier.arrived, []
 
     def mbarrier_test(self, address, parity, mask, site):
         """Whether the phase with this parity has completed."""
@@ -116,11 +120,12 @@ class Hopper:
                 continue
             for places, data in barrier.copies:
                 self.pool.shared.view(8, 2)[places >> 4] = data
-                self.pool.shared.settle(places, 16)
+                barrier.arrived.append(self.pool.shared.deliver(program, places, 16))
                 barrier.bytes -= 16 * places.size
             barrier.copies, barrier.was_asked = [], False
             self._turn(barrier)
             result[same] = (barrier.phase != 0) != (parity[same] != 0)
+            self.pool.shared.wait(barrier.complete, self.warp_of_program[same[result[same]]])
         self.waits_in_vain = not result[lanes].all()
         return result
 
@@ -314,6 +319,7 @@ class Hopper:
         flat, chunks = places + base, chunks + base
         shared = self.pool.shared
         shared.read(chunks, 16, np.full(chunks.size, self.stamps[lane] | WARPS), self.sites[site])
+        shared.check_waited(chunks, 16, self.stamps[lane : lane + 128 : 32], self.sites[site])
         self._fenced(chunks, 16, site)
         touched.append(flat)
         if element == 4:

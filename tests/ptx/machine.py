@@ -167,6 +167,8 @@ class Pool:
         if not complete.any():
             return
         self.epoch[complete] += 1
+        if self.options.races and self.shared.deliveries is not None:
+            self.shared.deliveries.barrier(np.flatnonzero(complete).tolist())
         if self.order is not None:
             for program in self.numbers[complete].tolist():
                 self.order.barrier(program)

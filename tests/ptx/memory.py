@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .deliveries import Deliveries
 from .stamps import NEVER, Accessed, between, named
 
 _STORED_TWICE = "shared stores of what another warp stores too"
@@ -211,6 +212,7 @@ class SharedMemory:
             self.accessed = Accessed(self.bytes.size >> self.shift)
             self.pending = np.zeros(self.bytes.size >> self.shift, np.int16)
             self.n_pending = 0
+            self.deliveries: Deliveries | None = None
 
     def view(self, size: int, count: int) -> np.ndarray:
         key = size, count
@@ -231,6 +233,7 @@ class SharedMemory:
             return
         units, stamps = self.units(places, n_bytes), stamps[:, None]
         self._check_pending("read of a copy under way", places, units, instruction)
+        self._check_waited("read", places, units, stamps, instruction)
         wrote, early = self.accessed.read(units, stamps)
         if (unwritten := wrote == NEVER).any():
             bad = int(places[np.flatnonzero(unwritten.any(1))[0]])
@@ -245,6 +248,7 @@ class SharedMemory:
             return
         units, stamps = self.units(places, n_bytes), stamps[:, None]
         self._check_pending("write where a copy is under way", places, units, instruction)
+        self._check_waited("overwritten", places, units, stamps, instruction)
         wrote, early, had_read, early_read = self.accessed.write(units, stamps)
         if unchanged is not None and early.any():
             # As triton does where warps hold copies of a value: harmless, but work done twice.
@@ -273,13 +277,37 @@ class SharedMemory:
             self.n_pending -= units.size
             self.accessed.writes[units] = stamps[:, None]
 
-    def settle(self, places, n_bytes) -> None:
-        """Note that a copy has arrived: all who tested its barrier may read it."""
+    def deliver(self, program, places, n_bytes) -> int:
+        """Note that a tensor copy has arrived, for the warps that wait for it. Returns the number of the delivery."""
+        if not self.races:
+            return 0
+        units = self.units(places, n_bytes)
+        self.pending[units] -= 1
+        self.n_pending -= units.size
+        self.accessed.settle(units)
+        if self.deliveries is None:
+            self.deliveries = Deliveries(self.pending.size)
+        return self.deliveries.arrive(program, units)
+
+    def wait(self, numbers, warps) -> None:
+        """Note that warps of a program have waited for deliveries."""
+        if self.deliveries is not None and numbers:
+            self.deliveries.wait(numbers, warps)
+
+    def check_waited(self, places, n_bytes, stamps, instruction) -> None:
+        """Check that the thread of each stamp has waited for what lies at all places."""
         if self.races:
-            units = self.units(places, n_bytes)
-            self.pending[units] -= 1
-            self.n_pending -= units.size
-            self.accessed.settle(units)
+            for stamp in stamps:
+                self._check_waited("read", places, self.units(places, n_bytes), stamp[None, None], instruction)
+
+    def _check_waited(self, done, places, units, stamps, instruction) -> None:
+        if self.deliveries is None:
+            return
+        early = self.deliveries.not_waited_for(units, stamps)
+        if early.any():
+            bad = int(places[np.flatnonzero(early.any(1))[0]])
+            self.report.note(f"tensor copy {done} by a warp that has not waited for it", instruction,
+                             f"byte {bad % self.n_bytes}", int(early.any(1).sum()))  # fmt: skip
 
     def _check_pending(self, kind, places, units, instruction) -> None:
         if self.n_pending and (flying := self.pending[units]).any():

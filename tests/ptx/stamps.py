@@ -61,6 +61,15 @@ def epoch_of(stamp: Any) -> Any:
     return stamp >> _EPOCH & 0xFFFFF
 
 
+def warp_of(stamp: Any) -> Any:
+    return stamp >> _WARP & 63
+
+
+def several_warps(stamp: Any) -> Any:
+    """Whether a stamp is of several warps, and so of none in particular."""
+    return (stamp & WARPS) >= (WARPS & ~LANES)
+
+
 def thread_of(stamp: Any) -> Any:
     """The bits that tell threads apart."""
     return stamp & _THREAD
