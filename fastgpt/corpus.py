@@ -55,7 +55,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, progress: Progress | N
         n_done += len(piece)
         if progress is not None:
             progress("tokenising", n_done, len(text))
-    return torch.tensor(ids)
+    return torch.tensor(ids, device="cpu")
 
 
 def pieces(text: str, n_characters: int) -> Iterator[str]:

@@ -104,10 +104,14 @@ _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is active: only torch's own operations have rules for them."""
+    """Whether only torch's own operations can run: an autograd.Function raises, or has no rule.
+
+    Under torch.func, forward-mode differentiation, and gradients enabled in inference mode, which records nothing.
+    """
     if torch.compiler.is_compiling():  # Dynamo traces them itself.
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    records_in_vain = torch.is_grad_enabled() and torch.is_inference_mode_enabled()
+    return records_in_vain or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Callable:

@@ -228,7 +228,7 @@ def _use(directory: Path, architecture: str) -> Iterator[CheckpointError]:
         model, _, problems = model_class.load_with_problems(directory)
         found = list(problems)
         if not found:
-            model(torch.zeros(1, 1, dtype=torch.int64))
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
         yield from found
     except CheckpointError as error:
         yield error

@@ -194,8 +194,9 @@ def make_tokens(options: BenchmarkOptions, shape: accounting.Shape) -> Tensor:
         raise ValueError(
             f"{n_tokens} tokens do not fit in the context of {options.model}, which is {shape.n_positions}"
         )
-    generator = torch.Generator().manual_seed(options.seed)
-    return torch.randint(shape.vocab_size, (options.batch, options.prompt_tokens), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    size = options.batch, options.prompt_tokens
+    return torch.randint(shape.vocab_size, size, generator=generator, device="cpu")
 
 
 def _check_parity(

@@ -182,7 +182,7 @@ def _pad_left(prompts: Sequence[Tensor | Sequence[int]], pad_id: int, device: to
 
 def _token_ids(number: int, prompt: Tensor | Sequence[int]) -> Tensor:
     try:
-        ids = torch.as_tensor(prompt)
+        ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"prompt {number} holds no token ids but {shown(prompt)}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex()):

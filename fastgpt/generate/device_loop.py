@@ -114,7 +114,7 @@ class Mailbox:
 
     def __init__(self, tokens: Tensor):
         self._tokens, self._n_sent = tokens, 0
-        self._slots = torch.empty(2, len(tokens), dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._slots = torch.empty(2, len(tokens), dtype=tokens.dtype, device="cpu", pin_memory=tokens.is_cuda)
         self._events: Any = [torch.cuda.Event(), torch.cuda.Event()] if tokens.is_cuda else None
 
     def send(self) -> int:

@@ -130,7 +130,7 @@ class DeviceLookupGeneration(DeviceGeneration):
         tokens, n_past = [self.index.tokens[-1], *proposed], self.n_tokens - 1
         first_position = self._last_position + self.n_tokens - self.request.ids.shape[1]
         places = [range(first, first + len(tokens)) for first in (first_position, n_past)]
-        state = torch.tensor([tokens, *map(list, places)], pin_memory=work.state.is_cuda)
+        state = torch.tensor([tokens, *map(list, places)], device="cpu", pin_memory=work.state.is_cuda)
         work.state[:3, : len(tokens)].copy_(state, non_blocking=True)
 
     def _choose(self, work: Workspace, logits: Tensor) -> list[int]:
@@ -147,7 +147,7 @@ class DeviceLookupGeneration(DeviceGeneration):
             raise ValueError(NAN_LOGITS)
         self.index.extend([token])
         self.n_tokens += 1
-        return torch.tensor([token])
+        return torch.tensor([token], device="cpu")
 
     def _goes_on(self) -> bool:
         """Whether the row needs another token. Raises ValueError when it does and its context is full."""

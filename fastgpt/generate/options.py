@@ -141,7 +141,7 @@ def device_options(
             option[name] = max(options[name], option[name])
         options |= option
     if do_sample and "seed" not in options:
-        options |= {"seed": int(torch.randint(2**63 - 1, ())), "n_continuations": n_rows}
+        options |= {"seed": int(torch.randint(2**63 - 1, (), device="cpu")), "n_continuations": n_rows}
     if "seed" in options:
         options["seed"] = dropout.seed_tensor(options["seed"], device)
     try:

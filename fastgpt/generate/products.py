@@ -164,7 +164,7 @@ def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
     # oneDNN takes the dtypes for which the processor has instructions, and says so by an error.
     with suppress(AttributeError, RuntimeError):
-        Packed(torch.ones(16, 16, dtype=matrix.dtype), n_rows)
+        Packed(torch.ones(16, 16, dtype=matrix.dtype, device="cpu"), n_rows)
         if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
             found["oneDNN"] = OneDNN
         found["packed"] = lambda matrix: Packed(matrix, n_rows)
@@ -203,7 +203,8 @@ def is_slow(dtype: torch.dtype) -> bool:
         return False
     seconds = {}
     for kind in (dtype, torch.float32):
-        x, matrix, times = torch.ones(16, 256, dtype=kind), torch.ones(256, 256, dtype=kind), []
+        x, times = torch.ones(16, 256, dtype=kind, device="cpu"), []
+        matrix = x.new_ones(256, 256)
         for _ in range(4):
             start = time.perf_counter()
             torch.mm(x, matrix)
@@ -265,8 +266,9 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     if isinstance(first, Tensor):
         rows = Rows(first.dtype, first.dtype)
     assert rows is not None  # `ways` needs it for an int8 matrix
-    x = torch.randn(n_rows, n_inputs, generator=torch.Generator().manual_seed(0)).to(rows.dtype)
-    bias = torch.zeros(n_outputs, dtype=rows.dtype)
+    x = torch.empty(n_rows, n_inputs, dtype=rows.dtype, device="cpu")
+    x.normal_(generator=torch.Generator("cpu").manual_seed(0))
+    bias = x.new_zeros(n_outputs)
     is_exact = _exactness(samples[0], x.to(rows.precision))
     prepared: dict[str, list[Prepared]] = {}
     prepare_s, multiply_s = {}, {}

@@ -43,7 +43,7 @@ class Packed:
         values, self.scale = matrix
         self.n_bytes = values.nbytes
         self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [n_rows, values.shape[1]])
-        self.zero_points = torch.zeros(len(values), dtype=torch.int32)
+        self.zero_points = torch.zeros(len(values), dtype=torch.int32, device=values.device)
 
     def __call__(self, digits: Tensor) -> Tensor:
         """As of `Stored`."""
@@ -66,7 +66,7 @@ class Digits:
         columns = zip(*(part.split(n_columns) for part in matrix), strict=True)
         self.products = [product(Int8Matrix(*part), n_rows_of_digits) for part in columns]
         self.n_bytes = sum(part.n_bytes for part in self.products)
-        places = 256.0 ** torch.arange(self.n_digits, dtype=torch.float64)
+        places = 256.0 ** torch.arange(self.n_digits, dtype=torch.float64, device=matrix.values.device)
         self.steps_of_largest = 127 * places.sum().item()  # of the largest input every digit is 127
         self.places = (places / self.steps_of_largest).float()[None]
         # From 2^52 to 2^53 the last bit of a float64 counts ones: a number added to this is rounded to a whole one, and
@@ -92,9 +92,10 @@ def is_exact(product: type[Stored | Packed]) -> bool:
 
     Without instructions such as VNNI oneDNN adds pairs of products in 16 bits, where the largest have no room.
     """
-    largest = Int8Matrix(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
+    ones = torch.ones(1, 64, dtype=torch.float32, device="cpu")
+    largest = Int8Matrix(ones.new_full((16, 64), 127, dtype=torch.int8), ones[0, :16])
     try:
-        sums = Digits(largest, 1, torch.float32, product)(torch.ones(1, 64), None)
+        sums = Digits(largest, 1, torch.float32, product)(ones, None)
     except (AttributeError, RuntimeError):
         return False
     return bool(sums.sub(64 * 127).abs().max() < 1)

@@ -37,7 +37,7 @@ def fault(device: torch.device) -> str | None:
 
 
 def _output(device: torch.device) -> torch.Tensor:
-    return torch.zeros(1, device=device)
+    return torch.zeros(1, dtype=torch.float32, device=device)
 
 
 def _try_to_launch(device: torch.device) -> str | None:

@@ -98,7 +98,9 @@ def _checked_labels(labels: Tensor, n_vocabulary: int, ignore_index: int) -> tup
     A loss times its factor has gradients of NaN too.
     """
     in_range = (labels >= 0) & (labels < n_vocabulary)
-    factor = torch.where(in_range | (labels == ignore_index), 1.0, float("nan"))
+    # In float32, because a choice of two numbers has torch's default dtype.
+    ones = torch.ones_like(labels, dtype=torch.float32)
+    factor = ones.masked_fill(~(in_range | (labels == ignore_index)), float("nan"))
     return torch.where(in_range, labels, 0), factor
 
 
