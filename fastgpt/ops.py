@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import fastgpt_kernels
 import torch
 from fastgpt_kernels import KernelUnavailableError, reference
+from fastgpt_kernels.common.precision import autocast_dtype
 from fastgpt_kernels.operations.attention import packed
 from fastgpt_kernels.operations.attention import reference as formula
 from torch import Tensor, nn
@@ -127,9 +128,7 @@ def implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Call
 
 def _computes_in(x: Tensor) -> torch.dtype:
     """The dtype of a product of x: under autocast not x's own."""
-    device_type = x.device.type
-    is_cast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device_type) if is_cast else x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def _is_supported(operation: str, x: Tensor) -> bool:

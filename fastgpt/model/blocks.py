@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastgpt_kernels.common.precision import autocast_dtype
 from torch import Tensor, nn
 from transformers import GPT2Config
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -140,11 +141,11 @@ def _dtype_read_by(module: nn.Module, kind: type[nn.Module], product: str, x: Te
     The norm then writes it at once: a pass over memory less, and another one in backward. None where the norm's own
     dtype is read.
     """
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return None
     is_only_reader = is_plain(module, kind) and is_plain(getattr(module, product), Conv1D)
-    return torch.get_autocast_dtype(device_type) if is_only_reader else None
+    return dtype if is_only_reader else None
 
 
 @replaces(hf.GPT2Block)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastgpt_kernels.common.precision import autocast
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -100,7 +101,7 @@ def _values(logits: CompiledLogits) -> Tensor:
     if _is_traced(logits):
         return _product(logits)
     if logits._value is None:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), autocast(logits.device, None):
             logits._value = _product(logits)
     return _WithoutGradient.apply(logits._value.detach().requires_grad_()) if torch.is_grad_enabled() else logits._value
 

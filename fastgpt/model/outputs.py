@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastgpt_kernels.common.precision import autocast, autocast_dtype
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -47,7 +48,7 @@ class _Product:
             raise RuntimeError(
                 f"the hidden states were changed before output.logits was read: read it first, or {_CURE}"
             )
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), autocast(self.device, None):
             logits = F.linear(hidden_states.to(self.dtypes[0]), weight)
             for dtype in self.dtypes[1:]:
                 logits = logits.to(dtype)
@@ -137,9 +138,7 @@ def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> Trai
 
 def head_dtype(hidden_states: Tensor) -> torch.dtype:
     """The dtype of transformers' logits: the one of autocast where it is on."""
-    device_type, dtype = hidden_states.device.type, hidden_states.dtype
-    is_cast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
-    return torch.get_autocast_dtype(device_type) if is_cast else dtype
+    return autocast_dtype(hidden_states) or hidden_states.dtype
 
 
 class _Head(torch.autograd.Function):
@@ -156,7 +155,7 @@ class _Head(torch.autograd.Function):
         hidden_states, weight = ctx.saved_tensors
         dtype = dlogits.dtype
         dhidden = dweight = None
-        with torch.autocast(dlogits.device.type, enabled=False):
+        with autocast(dlogits.device, None):
             if ctx.needs_input_grad[0]:
                 dhidden = (dlogits @ weight.to(dtype)).to(hidden_states.dtype)
             if ctx.needs_input_grad[1]:

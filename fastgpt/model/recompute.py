@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from fastgpt_kernels.common.precision import autocast, autocast_dtype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,9 +47,8 @@ class _Recipe:
     def __init__(self, normalised: Tensor, x: Tensor, norm: nn.LayerNorm):
         self.layer_norm = ops.implementation("layer_norm", x)
         self.arguments = x.detach(), norm.weight.detach(), norm.bias.detach(), norm.eps
-        self.dtype, device_type = normalised.dtype, x.device.type
-        is_cast, to = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        self.autocast = partial(torch.autocast, device_type, to, is_cast)
+        self.dtype = normalised.dtype
+        self.autocast = partial(autocast, x.device, autocast_dtype(x))
 
     def follow(self, layout: tuple[Any, ...]) -> Tensor:
         """The tensor of this layout in the memory that the norm had written."""

@@ -1,7 +1,7 @@
-"""How products of float32 are computed: torch's setting for its own products on a GPU holds for the kernels' too."""
+"""How products are computed: torch's settings for its own products hold for the kernels' too."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +16,28 @@ def tf32_is_allowed() -> bool:
     `allow_tf32` raise where `fp32_precision` was set instead, while `fp32_precision` follows them.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts x in a product. None where it is off, and for float64, which it leaves alone.
+
+    The meta device has no autocast, and torch raises there.
+    """
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x as a product reads it under autocast."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """A context in which autocast on a device casts to a dtype, or is off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @contextmanager

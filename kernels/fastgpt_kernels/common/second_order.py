@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import autocast
+
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
 
@@ -32,7 +34,7 @@ def formula_gradients(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients of formula(*inputs) with their graph, for every input that requires one."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with autocast(grad.device, None):
         # Aliases, because one input may depend on another, but each gradient is of its own argument of the formula.
         aliases = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]

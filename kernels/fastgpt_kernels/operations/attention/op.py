@@ -17,7 +17,7 @@ from ...common import chip
 from ...common.arithmetic import LOG2_E
 from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import Launch, cdiv, eager_or_registered, launching
-from ...common.precision import product_precision
+from ...common.precision import as_autocast, product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import packed, tiles
 from .backward_kernels import (
@@ -52,9 +52,7 @@ def causal_attention(
     Source: FlashAttention-2, arXiv 2307.08691.
     """
     check_attention_arguments(q, k, v, key_padding_mask, dropout_p)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = map(as_autocast, (q, k, v))
     _check_kernel_arguments(q, k, v, key_padding_mask)
     if q.numel() == 0:
         return q.clone()

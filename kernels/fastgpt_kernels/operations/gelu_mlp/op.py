@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...common import chip
 from ...common.dropout import dropout_threshold, seed_tensor
 from ...common.launch import Launch, accumulator, cdiv, eager_or_registered, launching, triton_accumulator
-from ...common.precision import product_precision
+from ...common.precision import as_autocast, product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import (
@@ -55,9 +55,7 @@ def gelu_mlp(
     """
     tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
     check_mlp_arguments(*tensors, activation, residual, dropout_p)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    tensors = tuple(map(as_autocast, tensors))
     _check_kernel_arguments(tensors, residual)
     drop_seed = None
     if dropout_p > 0.0:

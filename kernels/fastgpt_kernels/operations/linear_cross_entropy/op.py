@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...common.launch import Launch, accumulator, is_watched, launching, triton_accumulator
+from ...common.precision import autocast_dtype
 from ...common.second_order import formula_gradients, twice_differentiable
 from . import tiles
 from .kernels import _linear_cross_entropy_kernel
@@ -59,9 +60,9 @@ def supports(hidden: Tensor) -> bool:
 
 def _logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """hidden's dtype, or under autocast the dtype of a product."""
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(hidden)
+    if dtype is not None and weight.dtype != torch.float64:
+        return dtype
     if hidden.dtype != weight.dtype:
         raise ValueError(
             f"linear_cross_entropy: hidden and weight must share one dtype, not {hidden.dtype}, {weight.dtype}"
