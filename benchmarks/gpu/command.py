@@ -10,6 +10,7 @@ interpreter: it proves the command, and its times say nothing.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,8 +49,11 @@ def environment(run: Run) -> Iterator[Part]:
 
 
 def _commit() -> str | None:
+    named = os.environ.get("FASTGPT_COMMIT")
+    if named or shutil.which("git") is None:
+        return named or None
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return os.environ.get("FASTGPT_COMMIT") or git.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def groups(extent: Extent) -> Iterator[dict[str, Step]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import fastgpt_kernels
 import pytest
 import torch
+from compilers import needs_launcher
 from paths import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -133,7 +133,7 @@ def test_host_time_is_that_of_the_engine_on_kernels(tmp_path: Path, monkeypatch:
     assert taken == {device_loop.DeviceGeneration}
 
 
-@pytest.mark.skipif(not shutil.which("gcc"), reason="the stub of a driver is built with gcc")
+@needs_launcher
 def test_host_time_of_operations_and_models(tmp_path: Path) -> None:
     file = tmp_path / "launches.json"
     command = [sys.executable, "-m", "benchmarks", "launches", "--out", str(file), "--calls", "20", "--rounds", "1"]

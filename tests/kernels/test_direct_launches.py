@@ -1,18 +1,17 @@
 """Direct launches tell a GPU's driver what triton's own tell it, and hooks still reach triton."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from compilers import needs_launcher
 from paths import ROOT
 
 SCRIPT = Path(__file__).with_name("direct_launches.py")
 
 
-@pytest.mark.skipif(not shutil.which("gcc"), reason="the stub of a driver is built with gcc")
+@needs_launcher
 def test_direct_launches_equal_triton_s_own() -> None:
     # In a process without the interpreter, where triton's own launcher is linked with a stub of the driver.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compilers import needs_inductor
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -340,6 +341,7 @@ def test_compiled_attention_is_ours(use_cache: bool, padded: bool) -> None:
         assert not any("scaled_dot_product" in name for name in names)
 
 
+@needs_inductor
 @torch.no_grad()
 def test_compile_with_inductor() -> None:
     _, ours = pair(tiny_config(n_layer=1))

@@ -46,10 +46,10 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("name", family())
 def test_family_equals_transformers(name: str) -> None:
-    """Full width and vocabulary, two layers: the same model runs once as transformers' and once patched."""
+    """Full width and vocabulary, a layer or two: the same model runs once as transformers' and once patched."""
     fields: dict[str, Any] = family()[name] | NO_DROPOUT | {"n_layer": 2}
-    if fields["n_embd"] > 2000:
-        fields["vocab_size"] = 1001  # the width is what is tested here; memory on small machines is not
+    if fields["n_embd"] > 2000:  # the width is what is tested here; memory on small machines is not
+        fields |= {"vocab_size": 1001, "n_layer": 1}
     torch.manual_seed(0)
     model = lively(transformers.GPT2LMHeadModel(GPT2Config(**fields))).train()
     ids = token_ids(2, 13, fields.get("vocab_size", 50257))
@@ -70,7 +70,7 @@ def test_family_equals_transformers(name: str) -> None:
     theirs, ours = results
     assert_same_within_rounding(ours[0], theirs[0])
     assert_same_within_rounding(ours[1], theirs[1])
-    assert len(ours[2]) == len(theirs[2]) == 3
+    assert len(ours[2]) == len(theirs[2]) == fields["n_layer"] + 1
     for our_state, their_state in zip(ours[2], theirs[2], strict=True):
         assert_same_within_rounding(our_state, their_state)
     assert_same_gradients(ours[3], theirs[3])
@@ -81,8 +81,8 @@ def test_family_equals_transformers(name: str) -> None:
     [
         {"n_embd": 128, "n_head": 2},
         {"n_embd": 160, "n_head": 2},
-        {"n_embd": 192, "n_head": 2},
-        {"n_embd": 256, "n_head": 2},
+        {"n_embd": 96, "n_head": 1},
+        {"n_embd": 128, "n_head": 1},
         {"n_embd": 66, "n_head": 2},
         {"n_inner": 100},
         {"scale_attn_weights": False},
@@ -103,7 +103,7 @@ def test_family_equals_transformers(name: str) -> None:
     ids=str,
 )
 def test_configuration_equals_transformers(changes: dict) -> None:
-    theirs, ours = pair(tiny_config(**changes, n_layer=3))
+    theirs, ours = pair(tiny_config(**changes))
     ids = token_ids(2, 21, max(2, theirs.config.vocab_size)) % theirs.config.vocab_size
     for model in (theirs, ours):
         model.train()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +9,7 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from compilers import needs_launcher
 from interpreter import releases
 from paths import ROOT
 
@@ -29,6 +29,9 @@ FAULTS: dict[str, tuple[dict[str, str], str, str]] = {
     "no triton": ({}, "triton is not installed", "pip install triton; Linux only, so under Windows use WSL"),
 }
 
+# Those that show where a launcher can be built.
+OF_A_LAUNCHER = {"no headers", "unwritable cache", "new GPU", "old driver", "no libcuda"}
+
 
 def machine(fault: str, tmp_path: Path, **variables: str) -> dict:
     """What fastgpt does on a machine with a GPU and a fault, in a process of its own."""
@@ -42,12 +45,12 @@ def machine(fault: str, tmp_path: Path, **variables: str) -> dict:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="a launcher is built with gcc")
+@needs_launcher
 def test_a_sound_machine_runs_kernels_and_says_nothing(tmp_path: Path) -> None:
     assert machine("none", tmp_path) == {"ran": ["triton"], "warnings": [], "by_name": None}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=needs_launcher if f in OF_A_LAUNCHER else ()) for f in FAULTS])
 def test_a_fault_is_said_once_and_torch_runs(fault: str, tmp_path: Path) -> None:
     variables, cause, cure = FAULTS[fault]
     found = machine(fault, tmp_path, **variables)
