@@ -17,6 +17,7 @@ import fastgpt_kernels
 import psutil
 import pytest
 import torch
+from compilers import HAS_CXX, WITHOUT_CXX
 from models import pair, tiny_config, token_ids
 from paths import ROOT
 
@@ -106,6 +107,8 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 @pytest.fixture(scope="module")
 def whole(cut_off: tuple[Path, dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """The result and the output of the same command once more."""
+    if not HAS_CXX:
+        pytest.skip(f"a part of the smoke step: {WITHOUT_CXX}")
     finished = command(*DRY, "--out", str(cut_off[0]))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads((cut_off[0] / "result.json").read_text()), finished.stdout
