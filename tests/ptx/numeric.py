@@ -85,7 +85,7 @@ def fma8(a, b, c):
     return np.where(np.isfinite(result), result, product + c)
 
 
-def _halves(x, is_bf16):
+def both_halves(x, is_bf16):
     """The two 16-bit numbers in each 32-bit word, in float64."""
     low, high = x.astype(u2), (x >> u4(16)).astype(u2)
     if is_bf16:
@@ -96,7 +96,7 @@ def _halves(x, is_bf16):
 def packed2(operation, is_bf16, *operands):
     """f16x2 and bf16x2: an operation on both halves of 32-bit words, in float64 and rounded once."""
     bits = f8_to_bf16 if is_bf16 else f2_bits
-    low, high = zip(*(_halves(x, is_bf16) for x in operands), strict=True)
+    low, high = zip(*(both_halves(x, is_bf16) for x in operands), strict=True)
     return pack(bits(operation(*low)), bits(operation(*high)))
 
 

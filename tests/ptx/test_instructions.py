@@ -56,6 +56,22 @@ def test_pairs_of_float32(opcode: str, operands: str, expected) -> None:
     np.testing.assert_array_equal(y, expected(x[:, :2], x[:, 2:]))
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+@pytest.mark.parametrize(
+    ("comparison", "expected"), [("le", np.less_equal), ("gt", np.greater), ("neu", np.not_equal), ("eq", np.equal)]
+)
+def test_pairs_of_halves_are_compared(kind: str, comparison: str, expected) -> None:
+    """One predicate for the low halves of two words and one for the high halves."""
+    x, y = results(
+        f".reg .pred %p<3>; .reg .b32 %q<3>; cvt.rn.{kind}.f32 %q1, %f2, %f1; cvt.rn.{kind}.f32 %q2, %f4, %f3; "
+        f"setp.{comparison}.{kind} %p1|%p2, %q1, %q2; "
+        "selp.f32 %f5, 0f3F800000, 0f00000000, %p1; selp.f32 %f6, 0f3F800000, 0f00000000, %p2;"
+    )
+    dtype = torch.float16 if kind == "f16x2" else torch.bfloat16
+    rounded = torch.from_numpy(x).to(dtype).double().numpy()
+    np.testing.assert_array_equal(y, expected(rounded[:, :2], rounded[:, 2:]))
+
+
 def test_extremes_of_three() -> None:
     x, y = results("max.f32 %f5, %f1, %f2, %f3; min.f32 %f6, %f1, %f2, %f3;")
     np.testing.assert_array_equal(y, np.stack([x[:, :3].max(1), x[:, :3].min(1)], 1))

@@ -54,6 +54,9 @@ class Bits(Writer):
         combined = next((p for p in parts[2:-1] if p in ("and", "or", "xor")), None)
         a, b = operands[1:3]
         x, y = self.temporary(), self.temporary()
+        if kind in ("f16x2", "bf16x2"):
+            self.compare_pairs(comparison, kind == "bf16x2", operands, x, y)
+            return
         if kind == "bf16":
             self.emit(
                 f"{x}, {y} = bf16_to_f4({self.get(a, 'u2', array=True)}), bf16_to_f4({self.get(b, 'u2', array=True)})"
@@ -64,21 +67,7 @@ class Bits(Writer):
             self.emit(f"{y} = {self.get(b, kind)}")
         if "ftz" in parts:
             self.emit(f"{x}, {y} = flush({x}), flush({y})")
-        is_float = kind[0] == "f"
-        unordered = is_float and comparison.endswith("u") and comparison != "u"
-        name = comparison[:-1] if unordered else comparison
-        if comparison == "num":
-            expression = f"({x} == {x}) & ({y} == {y})"
-        elif comparison == "nan":
-            expression = f"({x} != {x}) | ({y} != {y})"
-        elif name in _COMPARISONS:
-            expression = f"{x} {_COMPARISONS[name]} {y}"
-            if unordered:
-                expression = f"({expression}) | ({x} != {x}) | ({y} != {y})"
-            elif is_float and name == "ne":
-                expression = f"({expression}) & ({x} == {x}) & ({y} == {y})"
-        else:
-            self.fail()
+        expression = self.comparison(comparison, x, y, kind[0] == "f")
         symbol = {"and": "&", "or": "|", "xor": "^"}.get(combined)
         if isinstance(operands[0], Pair):
             value = self.temporary()
@@ -93,6 +82,33 @@ class Bits(Writer):
         if symbol:
             expression = f"({expression}) {symbol} {self.get(operands[3], 'p')}"
         self.put(operands[0], expression, "p")
+
+    def comparison(self, comparison, x, y, is_float):
+        """The expression that compares two temporaries."""
+        if comparison == "num":
+            return f"({x} == {x}) & ({y} == {y})"
+        if comparison == "nan":
+            return f"({x} != {x}) | ({y} != {y})"
+        unordered = is_float and comparison.endswith("u")
+        name = comparison[:-1] if unordered else comparison
+        if name not in _COMPARISONS:
+            self.fail()
+        expression = f"{x} {_COMPARISONS[name]} {y}"
+        if unordered:
+            return f"({expression}) | ({x} != {x}) | ({y} != {y})"
+        if is_float and name == "ne":
+            return f"({expression}) & ({x} == {x}) & ({y} == {y})"
+        return expression
+
+    def compare_pairs(self, comparison, is_bf16, operands, x, y):
+        """setp of f16x2 and bf16x2: a predicate for the low halves of two words, and one for the high halves."""
+        pair, a, b = operands
+        if not isinstance(pair, Pair):
+            self.fail()
+        for temporary, operand in ((x, a), (y, b)):
+            self.emit(f"{temporary} = both_halves({self.get(operand, 'u4', vote=False, array=True)}, {is_bf16})")
+        for half, target in enumerate((pair.first, pair.second)):
+            self.put(target, self.comparison(comparison, f"{x}[{half}]", f"{y}[{half}]", True), "p")
 
     def logic(self, symbol, parts, operands):
         target, a, b = operands
