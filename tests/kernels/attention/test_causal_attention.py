@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import LAYOUTS, assert_parity, gradients, max_error, random, relayout
+from accuracy import LAYOUTS, assert_as_accurate, assert_parity, gradients, max_error, random, relayout
 from fastgpt_kernels import reference
 from fuzz import cases
 from hypothesis import given
@@ -53,9 +53,10 @@ def test_as_accurate_as_eager(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_sees_itself(operations: Any, dtype: torch.dtype) -> None:
     inputs, upstream = make_inputs(2, 3, 1, 1, 8, dtype=dtype), random(2, 3, 1, 8, seed=5).to(dtype)
-    assert torch.equal(operations.causal_attention(*inputs), inputs[2])
     dq, dk, dv = gradients(operations.causal_attention, inputs, [upstream])
-    assert torch.equal(dv, upstream)
+    # Not bit by bit: with fused multiply-adds the exponent of the only weight is a rounding error in place of 0.
+    for found, expected in ((operations.causal_attention(*inputs), inputs[2]), (dv, upstream)):
+        assert_as_accurate(found, expected, expected.double())
     for zero in (dq, dk):
         assert max_error(zero, torch.zeros_like(zero)) <= 16 * torch.finfo(dtype).eps
 
