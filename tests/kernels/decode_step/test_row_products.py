@@ -49,7 +49,7 @@ def test_rows_are_not_rounded(dtype: torch.dtype, n_rows: int, is_transposed: bo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_in_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(4, 64, device=DEVICE).to(dtype), torch.randn(64, 32, device=DEVICE)
+    x, weight = torch.randn(4, 128, device=DEVICE).to(dtype), torch.randn(128, 32, device=DEVICE)
     for matrix in (weight.to(dtype), (20 * weight).to(torch.int8)):
         exact = x.double() @ matrix.double()
         assert (product(x, matrix, slices=8, is_transposed=False) - exact).abs().max() <= 1e-6 * exact.abs().max()
@@ -57,6 +57,6 @@ def test_rows_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_slices_differ_in_rounding_only() -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 64, device=DEVICE), torch.randn(64, 32, device=DEVICE).bfloat16()
+    x, weight = torch.randn(2, 128, device=DEVICE), torch.randn(128, 32, device=DEVICE).bfloat16()
     with_slices, without = (product(x, weight, slices, is_transposed=False) for slices in (8, 0))
     assert (with_slices - without).abs().max() <= 1e-6 * without.abs().max()
