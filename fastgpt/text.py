@@ -63,15 +63,22 @@ class Continuation:
 
 
 class _TimedStreamer(TextStreamer):
-    """Writes the prompt with its first new token, then each whole word; records the time of every token."""
+    """Writes the prompt with its first new token, then each whole word; records the time of every token.
+
+    New tokens are decoded after the prompt's last one, because some tokenizers drop the space before a text's first.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, write: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer)  # type: ignore[arg-type]
         self.prompt, self.write = prompt, write
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self.token_cache = value[0, -1:].tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache))
+            return
         if len(self.times) == 2 and self.write is not None:  # the first token shows that the call is valid
             self.write(self.prompt)
         super().put(value)
@@ -130,6 +137,14 @@ def load_model_and_tokenizer(
     return (quantize(model) if int8 else model).to(*place).eval(), tokenizer
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """The prompt's tokens (1, T), after those that the tokenizer puts before a text, without those that end one."""
+    ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
+    bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    ends = (end for end in range(len(bare), len(ids) + 1) if ids[end - len(bare) : end] == bare)
+    return torch.tensor([ids[: next(ends, None)]], device="cpu")
+
+
 def stream_text(
     prompt: str,
     name: str = "demo",
@@ -154,8 +169,8 @@ def stream_text(
     greedy = temperature == 0
     sampling.check_sampling_options(temperature=None if greedy else temperature, top_k=top_k, top_p=top_p)
     model, tokenizer = load_model_and_tokenizer(name, device, dtype, int8=int8)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    n_prompt, n_context = inputs["input_ids"].shape[1], model.config.n_positions
+    ids = encode_prompt(tokenizer, prompt).to(model.device)
+    n_prompt, n_context = ids.shape[1], model.config.n_positions
     if n_prompt == 0:
         raise ValueError("the prompt is empty: give at least one word to continue")
     if n_prompt >= n_context:
@@ -165,7 +180,8 @@ def stream_text(
     streamer = _TimedStreamer(tokenizer, prompt, write)
     start = time.perf_counter()
     sequence = model.generate(
-        **inputs,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=min(max_new_tokens, n_context - n_prompt),
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
@@ -177,7 +193,7 @@ def stream_text(
     first, last = streamer.times[1], streamer.times[-1]  # times[0] is the prompt itself
     return Continuation(
         prompt=prompt,
-        text=str(tokenizer.decode(sequence[n_prompt:])),
+        text=str(tokenizer.decode(sequence))[len(str(tokenizer.decode(ids[0]))) :],
         seed=seed,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from . import accounting
 from .checkpoint.headers import one_line
@@ -117,7 +117,8 @@ class RunTrainer(Trainer):
 
     def __init__(self, model: GPT2LMHeadModel, corpus: Corpus, **options: Any) -> None:
         data: dict[str, Any] = {"train_dataset": examples(corpus.training), "eval_dataset": corpus.validation}
-        super().__init__(model, **data, **options)
+        # All rows are of one length. Trainer's own collator asks for a padding token, which GPT-2's tokenizer lacks.
+        super().__init__(model, **data, data_collator=default_data_collator, **options)
         self.context = corpus.training.shape[1]
         self.flops_per_token = accounting.training_flops(accounting.shape_of(model), self.context) / self.context
         self.peak = accounting.peak_rate(torch.cuda.get_device_name() if self.args.bf16 else "")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -127,8 +128,9 @@ def _obstacles_in_call(
         yield "position_ids are not those of the prompt"
     if criteria.max_length is None:
         yield "no length was given at which to stop"
-    pad_id = _pad_id(config)
-    if not 0 <= pad_id < model.transformer.wte.num_embeddings:
+    pad_id, vocabulary = _pad_id(config), range(model.transformer.wte.num_embeddings)
+    # It only follows an end token. Both are 50256 by default, also in models that have fewer tokens.
+    if pad_id not in vocabulary and any(eos_id in vocabulary for eos_id in _eos_ids(criteria)):
         yield f"pad_token_id {pad_id} is outside the vocabulary"
 
 
@@ -140,6 +142,11 @@ def _is_left_padded(mask: Tensor, ids: Tensor) -> bool:
 def _pad_id(config: GenerationConfig) -> int:
     pad: Tensor | None = config._pad_token_tensor  # type: ignore[attr-defined]
     return 0 if pad is None else int(pad)
+
+
+def _eos_ids(criteria: StoppingCriteriaList) -> list[int]:
+    of_each = [it.eos_token_id.flatten().tolist() for it in criteria if isinstance(it, EosTokenCriteria)]
+    return list(chain.from_iterable(of_each))
 
 
 def log_mode(mode: GenerationMode) -> None:

@@ -81,6 +81,7 @@ def test_rows_stop_at_end_of_text_and_are_padded() -> None:
     [
         {"repetition_penalty": 1.4},
         {"min_new_tokens": 5, "eos_token_id": [3, 17, 29]},
+        {"min_new_tokens": 5, "eos_token_id": 50256, "pad_token_id": 50256},
         {"max_length": 20},
         {"do_sample": True, "seed": 5, "top_k": 20, "top_p": 0.9, "temperature": 1.3},
         {"do_sample": True, "seed": 5, "top_k": 0, "min_p": 0.02, "num_return_sequences": 2, "max_new_tokens": 5},

@@ -40,6 +40,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"attention_mask": torch.tensor([[1] * 7 + [0], [1] * 8])}, "hides more than padding on the left"),
         ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),
         ({"pad_token_id": 131, "eos_token_id": 130}, "pad_token_id 131 is outside"),
+        ({"pad_token_id": 131, "eos_token_id": 131}, None),
         ({"num_beams": 2}, "beam search was asked for"),
         ({"prompt_lookup_num_tokens": 3}, None),
         ({"synced_gpus": True}, "synced_gpus was given"),
