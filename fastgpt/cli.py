@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -359,6 +360,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = arguments[:n_options], arguments[n_options:]
     debug = "--debug" in options
     transformers.logging.set_verbosity_error()
+    if isinstance(sys.stdout, TextIOWrapper):  # What an encoding lacks is escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()

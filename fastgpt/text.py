@@ -137,6 +137,10 @@ def load_model_and_tokenizer(
     return (quantize(model) if int8 else model).to(*place).eval(), tokenizer
 
 
+# Whatever a checkpoint's own settings ask for.
+_ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     """The prompt's tokens (1, T), after those that the tokenizer puts before a text, without those that end one."""
     ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
@@ -187,6 +191,8 @@ def stream_text(
         pad_token_id=tokenizer.eos_token_id,
         seed=seed,
         prompt_lookup_num_tokens=prompt_lookup,
+        tokenizer=tokenizer,  # which the stop strings of a checkpoint's own settings need
+        **_ONE_TEXT,
         **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),
         **({} if greedy else {"top_k": top_k, "top_p": top_p}),
     )[0]

@@ -1,5 +1,6 @@
 """The command line: results on standard output, one-line errors on standard error, exit codes 0, 1 and 2."""
 
+import io
 import json
 import os
 import subprocess
@@ -39,6 +40,14 @@ def test_int8_rounds_the_weights(run, tmp_path) -> None:
     assert 0 < abs(losses[0] - losses[1]) < 0.1
 
 
+def test_characters_that_the_output_cannot_hold_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["generate", "Juli\u00e9t:", "--seed", "1", "--max-new-tokens", "3"])
+    assert output.buffer.getvalue().startswith(b"Juli\\xe9t:")  # type: ignore[attr-defined]
+
+
 def test_generate_json_holds_the_same_text(run) -> None:
     streamed = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20")
     result = run("generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json")
@@ -54,6 +63,24 @@ def test_generate_stops_at_the_end_of_the_context(run) -> None:
     result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "1000", "--json")
     fields = json.loads(result.out)
     assert fields["n_prompt_tokens"] + fields["n_new_tokens"] <= 256
+
+
+def test_settings_of_a_checkpoint_keep_it_to_one_text(run, tmp_path) -> None:
+    command = "generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json"
+    plain = json.loads(run(*command).out)
+    for part in fastgpt.load_demo():
+        part.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    searching = {"do_sample": True, "num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
+    file.write_text(json.dumps(searching | {"output_scores": True}))
+    found = json.loads(run(*command, "--model", str(tmp_path)).out)
+    assert (found["text"], found["n_new_tokens"]) == (plain["text"], plain["n_new_tokens"])
+    word = plain["text"].split()[2]
+    file.write_text(json.dumps({"stop_strings": [word]}))
+    stopped = json.loads(run(*command, "--model", str(tmp_path)).out)["text"]
+    assert word in stopped
+    assert plain["text"].startswith(stopped)
+    assert len(stopped) < len(plain["text"])
 
 
 def test_greedy_needs_no_seed(run) -> None:
