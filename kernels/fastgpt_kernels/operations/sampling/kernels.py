@@ -27,7 +27,7 @@ _LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _load_scores(row_logits_ptr, row_seen_ptr, tokens, in_row, penalty, HAS_PENALTY: tl.constexpr):
-    """The penalised scores of tokens, never NaN and -inf outside in_row, and where a logit is NaN."""
+    """The penalised scores of tokens, never NaN or -0 and -inf outside in_row, and where a logit is NaN."""
     score = tl.load(row_logits_ptr + tokens, mask=in_row, other=float("-inf")).to(tl.float32)
     if HAS_PENALTY:
         seen = tl.load(row_seen_ptr + tokens, mask=in_row, other=0) != 0
@@ -35,7 +35,8 @@ def _load_scores(row_logits_ptr, row_seen_ptr, tokens, in_row, penalty, HAS_PENA
         penalised = tl.where(score < 0.0, score * penalty, tl.div_rn(score, penalty))
         score = tl.where(seen, penalised, score)
     is_nan = score != score
-    return tl.where(is_nan, float("-inf"), tl.minimum(score, _LARGEST_FLOAT32)), is_nan
+    # The sum turns -0 into 0: scores that compare as equal have equal bits, whichever lane of a reduction is last.
+    return tl.where(is_nan, float("-inf"), tl.minimum(score, _LARGEST_FLOAT32) + 0.0), is_nan
 
 
 @triton.jit
