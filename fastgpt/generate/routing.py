@@ -35,7 +35,8 @@ logger = logging.getLogger("fastgpt")
 
 _PROCESSORS: set[type[LogitsProcessor]] = {*ON_DEVICE, RefuseNaN}
 _OTHER_ASSISTANTS = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
-_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_tensor"}
+# Only stop strings read the tokenizer, and they are a criterion.
+_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_tensor", "tokenizer"}
 
 
 class Handover(BaseStreamer):

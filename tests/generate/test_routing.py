@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from models import pair, tiny_config, token_ids
@@ -15,6 +16,8 @@ from fastgpt.model.compat import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 THE_ENGINE = "generate: the engine"
+WORDS = tokenizers.models.WordLevel({"the": 0, "end": 1}, unk_token="the")
+TOKENIZER = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(WORDS))
 
 
 class _Custom(transformers.LogitsProcessor):
@@ -30,6 +33,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"logits_processor": LogitsProcessorList([_Custom()])}, "logits processor _Custom"),
         ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
         ({"stopping_criteria": StoppingCriteriaList([lambda ids, _: ids[:, -1] == 3])}, "stopping criterion function"),
+        ({"stop_strings": ["end"], "tokenizer": TOKENIZER}, "stopping criterion StopStringCriteria"),
         ({"max_time": 60.0}, "stopping criterion MaxTimeCriteria"),
         ({"return_dict_in_generate": True, "output_scores": True}, "output_scores was asked for"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states was given"),
@@ -41,6 +45,7 @@ class _Custom(transformers.LogitsProcessor):
         ({"attention_mask": torch.tensor([[0, 1, 0] + [1] * 5, [1] * 8])}, "hides more than padding on the left"),
         ({"pad_token_id": 131, "eos_token_id": 130}, "pad_token_id 131 is outside"),
         ({"pad_token_id": 131, "eos_token_id": 131}, None),
+        ({"tokenizer": TOKENIZER}, None),
         ({"num_beams": 2}, "beam search was asked for"),
         ({"prompt_lookup_num_tokens": 3}, None),
         ({"synced_gpus": True}, "synced_gpus was given"),
