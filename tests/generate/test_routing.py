@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from models import pair, tiny_config, token_ids
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
@@ -16,8 +16,8 @@ from fastgpt.model.compat import CACHE
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 THE_ENGINE = "generate: the engine"
-WORDS = tokenizers.models.WordLevel({"the": 0, "end": 1}, unk_token="the")
-TOKENIZER = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(WORDS))
+LETTERS = ByteLevel.alphabet()
+TOKENIZER = transformers.GPT2Tokenizer(vocab={letter: i for i, letter in enumerate(sorted(LETTERS))}, merges=[])
 
 
 class _Custom(transformers.LogitsProcessor):
