@@ -159,8 +159,8 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The attention kernel writes their gradients where the backward of that product reads them.
     """
-    is_traced = torch.compiler.is_compiling() or is_transformed()
-    if not is_traced and implementation("causal_attention", qkv) is not reference.causal_attention:
+    has_backward = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or is_transformed())
+    if has_backward and implementation("causal_attention", qkv) is not reference.causal_attention:
         return packed.SplitHeads.apply(qkv)  # type: ignore[return-value]
     return formula.split_heads(qkv)
 

@@ -87,9 +87,7 @@ class GPT2Attention(hf.GPT2Attention):
 
         qkv = self.c_attn(hidden_states)
         qkv = qkv.view(B, T, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
-        # Views (B, H, T, D).
-        has_backward = torch.is_grad_enabled()
-        query, key, value = ops.split_heads(qkv) if has_backward else (x.transpose(1, 2) for x in qkv.unbind(2))
+        query, key, value = ops.split_heads(qkv)  # views (B, H, T, D)
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
         if past is not None:
