@@ -1,4 +1,4 @@
-"""What torch, accelerate and transformers do to a module gives on ours, and on a patched one, what it gives on theirs."""
+"""What torch and accelerate do to a module gives on ours, and on a patched one, what it gives on transformers'."""
 
 import copy
 from collections.abc import Callable

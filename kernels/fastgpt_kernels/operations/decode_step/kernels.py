@@ -67,11 +67,12 @@ def _attend_block(query, keys, values, is_seen, peak, total, mixed):
 
     query: (D,), multiplied by the scale of the scores and log2(e). is_seen: (n,), true for at least one key.
     """
-    scores = tl.where(is_seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+    products = rounded_product(keys.to(tl.float32), query[None, :])
+    scores = tl.where(is_seen, tl.sum(products, axis=1), float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=0))
     weights = tl.exp2(scores - new_peak)
     rescale = tl.exp2(peak - new_peak)
-    mixed = mixed * rescale + tl.sum(values.to(tl.float32) * weights[:, None], axis=0)
+    mixed = mixed * rescale + tl.sum(rounded_product(values.to(tl.float32), weights[:, None]), axis=0)
     return new_peak, total * rescale + tl.sum(weights, axis=0), mixed
 
 
@@ -261,7 +262,8 @@ def _decode_attention_kernel(
         offsets = cache_base + key_slots[:, None] * head_dim + dims[None, :]
         keys = tl.load(keys_ptr + offsets, mask=in_tile, other=0.0)
         values = tl.load(values_ptr + offsets, mask=in_tile, other=0.0)
-        scores = tl.where(in_split, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+        products = rounded_product(keys.to(tl.float32), query[None, :])
+        scores = tl.where(in_split, tl.sum(products, axis=1), float("-inf"))
         new_peaks = tl.maximum(peaks, scores)
         weights, rescale = tl.exp2(scores - new_peaks), tl.exp2(peaks - new_peaks)
         mixtures = mixtures * rescale[:, None] + values.to(tl.float32) * weights[:, None]

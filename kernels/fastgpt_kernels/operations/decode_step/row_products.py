@@ -10,6 +10,8 @@ is multiplied: sums of exact products in float32, as without tensor cores.
 import triton
 import triton.language as tl
 
+from ...common.arithmetic import rounded_product
+
 
 @triton.jit
 def _rows_times(x, weight, SLICES: tl.constexpr, IS_TRANSPOSED: tl.constexpr = False):
@@ -71,6 +73,6 @@ def _rows_times_without_tensor_cores(x, weight, IS_TRANSPOSED: tl.constexpr):
     y = tl.zeros((n_rows, n_out), dtype=tl.float32)
     for row in tl.static_range(n_rows):
         one_row = tl.sum(tl.where(row_index == row, x, 0.0), axis=0)
-        products = values * (one_row[None, :] if IS_TRANSPOSED else one_row[:, None])
+        products = rounded_product(values, one_row[None, :] if IS_TRANSPOSED else one_row[:, None])
         y = tl.where(row_index == row, tl.sum(products, axis=1 if IS_TRANSPOSED else 0)[None, :], y)
     return y

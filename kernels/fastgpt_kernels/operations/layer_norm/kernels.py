@@ -11,6 +11,8 @@ far from zero.
 import triton
 import triton.language as tl
 
+from ...common.arithmetic import rounded_product
+
 
 @triton.jit
 def _normalise(x, in_row, n_cols, eps):
@@ -20,7 +22,7 @@ def _normalise(x, in_row, n_cols, eps):
     # A second centring removes the rounding error of the mean: 1000x smaller error when |mean| >> std.
     correction = tl.sum(centered, axis=1) / n_cols
     centered = tl.where(in_row, centered - correction[:, None], 0.0)
-    variance = tl.sum(centered * centered, axis=1) / n_cols + eps
+    variance = tl.sum(rounded_product(centered, centered), axis=1) / n_cols + eps
     # Correctly rounded on purpose, because plain float32 square roots and divisions are approximate.
     rstd = 1.0 / tl.sqrt(variance) if variance.dtype == tl.float64 else tl.div_rn(1.0, tl.sqrt_rn(variance))
     return centered * rstd[:, None], rstd

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.arithmetic import LOG2_E, activation_and_derivative
+from ...common.arithmetic import LOG2_E, activation_and_derivative, rounded_product
 from ...common.launch import cdiv
 from . import tiles
 
@@ -64,7 +64,7 @@ def _norm(x, weight, bias, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
     It omits the second centring of `layer_norm`, because all programs would wait for it twice per layer.
     """
     centered = tl.where(_channels(BLOCK_C) < C, x - tl.sum(x) / C, 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered) / C + eps)
+    rstd = tl.rsqrt(tl.sum(rounded_product(centered, centered)) / C + eps)
     return centered * rstd * weight.to(tl.float32) + bias.to(tl.float32)
 
 
@@ -110,11 +110,12 @@ def _attend(
         offsets = head_offset + slots[:, None] * HEAD_DIM + dims[None, :]
         keys = tl.load(key_ptr + offsets, mask=in_split[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
         values = tl.load(value_ptr + offsets, mask=in_split[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
-        scores = tl.where(in_split, tl.sum(keys * query[None, :], axis=1), float("-inf"))
+        products = rounded_product(keys, query[None, :])
+        scores = tl.where(in_split, tl.sum(products, axis=1), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=0))
         weights = tl.exp2(scores - new_peak)
         shrink = tl.exp2(peak - new_peak)
-        mixed = mixed * shrink + tl.sum(values * weights[:, None], axis=0)
+        mixed = mixed * shrink + tl.sum(rounded_product(values, weights[:, None]), axis=0)
         total = total * shrink + tl.sum(weights, axis=0)
         peak = new_peak
 
