@@ -39,7 +39,7 @@ def _causal_attention_bwd_delta_kernel(
 
     out = _load_rows(out_ptr, q_pos, q_in, out_token_stride, HEAD_DIM, PADDED_DIM, True)
     dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    delta = tl.sum(rounded_product(out.to(tl.float32), dout.to(tl.float32)), axis=1)
     tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + q_pos, delta, mask=q_in)
 
 

@@ -85,9 +85,9 @@ def _layer_norm_bwd_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
 
         normalised, rstd = _normalise(x, in_row, n_cols, EPS)
-        dnormalised = dy * weight[None, :]
+        dnormalised = rounded_product(dy, weight[None, :])
         mean_d = tl.sum(dnormalised, axis=1) / n_cols
-        mean_dn = tl.sum(dnormalised * normalised, axis=1) / n_cols
+        mean_dn = tl.sum(rounded_product(dnormalised, normalised), axis=1) / n_cols
         dx = (dnormalised - mean_d[:, None] - normalised * mean_dn[:, None]) * rstd[:, None]
         if HAS_DSUM:
             dsum_offsets = rows[:, None] * dsum_row_stride + cols[None, :]
