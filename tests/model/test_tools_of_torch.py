@@ -40,7 +40,8 @@ def logits_and_tokens(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def traced(model: Any) -> Tensor:
-    return torch.jit.trace(LogitsOnly(model), (IDS,), strict=False)(IDS)
+    module: Any = torch.jit.trace(LogitsOnly(model), (IDS,), strict=False)
+    return module(IDS)
 
 
 def exported_for_any_length(model: Any) -> Tensor:
@@ -116,8 +117,8 @@ def offloaded(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def dispatched(model: Any, folder: Path) -> tuple[Tensor, Tensor]:
-    places = {"transformer": "cpu", "lm_head": "disk"}
-    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
+    places: dict[str, Any] = {"transformer": "cpu", "lm_head": "disk"}
+    accelerate.dispatch_model(model, places, main_device=torch.device("cpu"), offload_dir=str(folder))
     return logits_and_tokens(model)
 
 

@@ -46,7 +46,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A random model with one of them. Its configuration has the default end token 50256, as most have."""
     tokenizer = TOKENIZERS[request.param]()
     torch.manual_seed(0)
-    shape = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    shape: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
     GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.5)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
