@@ -117,8 +117,9 @@ def offloaded(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def dispatched(model: Any, folder: Path) -> tuple[Tensor, Tensor]:
-    places: dict[str, Any] = {"transformer": "cpu", "lm_head": "disk"}
-    accelerate.dispatch_model(model, places, main_device=torch.device("cpu"), offload_dir=str(folder))
+    places: Any = {"transformer": "cpu", "lm_head": "disk"}
+    options: dict[str, Any] = {"main_device": "cpu", "offload_dir": str(folder)}
+    accelerate.dispatch_model(model, places, **options)
     return logits_and_tokens(model)
 
 
