@@ -68,11 +68,14 @@ def _computed_once(x):
 def _rows_times_without_tensor_cores(x, weight, IS_TRANSPOSED: tl.constexpr):
     n_rows: tl.constexpr = x.shape[0]
     n_out: tl.constexpr = weight.shape[0] if IS_TRANSPOSED else weight.shape[1]
+    n_in: tl.constexpr = weight.shape[1] if IS_TRANSPOSED else weight.shape[0]
     row_index = tl.arange(0, n_rows)[:, None]
     values = weight.to(tl.float32)
     y = tl.zeros((n_rows, n_out), dtype=tl.float32)
     for row in tl.static_range(n_rows):
         one_row = tl.sum(tl.where(row_index == row, x, 0.0), axis=0)
-        products = rounded_product(values, one_row[None, :] if IS_TRANSPOSED else one_row[:, None])
+        row_values = one_row[None, :] if IS_TRANSPOSED else one_row[:, None]
+        # A longer axis has several elements for each of the 512 threads that a program has at most.
+        products = rounded_product(values, row_values) if n_in <= 512 else values * row_values
         y = tl.where(row_index == row, tl.sum(products, axis=1 if IS_TRANSPOSED else 0)[None, :], y)
     return y
