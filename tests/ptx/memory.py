@@ -212,7 +212,7 @@ class SharedMemory:
             self.accessed = Accessed(self.bytes.size >> self.shift)
             self.pending = np.zeros(self.bytes.size >> self.shift, np.int16)
             self.n_pending = 0
-            self.deliveries: Deliveries | None = None
+        self.deliveries: Deliveries | None = None  # stays None without races
 
     def view(self, size: int, count: int) -> np.ndarray:
         key = size, count

@@ -45,7 +45,7 @@ FIRST_WAITS = "@!%p2 bra $on; " + ALL_WAIT + " $on:"
 LOAD, STORE, BARRIER = "ld.shared.b32 %r5, [%r4];", "st.shared.b32 [%r4], %r1;", "bar.sync 0;"
 
 
-def execute(code: str, seed: int) -> tuple[set[str], torch.Tensor]:
+def execute(code: str, seed: int, **options: bool) -> tuple[set[str], torch.Tensor]:
     """What was noticed, and y."""
     program = translate.translate(parse.parse(TEXT.replace("CODE", code)))
     x, y = torch.arange(32, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
@@ -57,8 +57,8 @@ def execute(code: str, seed: int) -> tuple[set[str], torch.Tensor]:
         address=x.data_ptr(), element=4, shape=(32,), strides=(1,), box=(32,), swizzle=0, nan=False
     )
     place = PARAMETER_BASE + program.entry.parameters["x"][2]
-    options = machine.Options(warps=True, seed=seed)
-    machine.run_grid(program, (1, 1, 1), parameters, 1024, memory, report, options, descriptors={place: tensor})
+    chosen = machine.Options(seed=seed, **{"warps": True} | options)
+    machine.run_grid(program, (1, 1, 1), parameters, 1024, memory, report, chosen, descriptors={place: tensor})
     return report.kinds(), y
 
 
@@ -66,6 +66,13 @@ def execute(code: str, seed: int) -> tuple[set[str], torch.Tensor]:
 @pytest.mark.parametrize("seed", range(4))
 def test_warps_that_waited_read_what_was_copied(code: str, seed: int) -> None:
     found, y = execute(code + LOAD, seed)
+    assert found == set()
+    assert y.tolist() == 2 * list(range(32))
+
+
+@pytest.mark.parametrize("warps", [False, True])
+def test_without_races_copies_arrive_and_nothing_is_kept(warps: bool) -> None:
+    found, y = execute(ALL_WAIT + LOAD, 0, warps=warps, races=False)
     assert found == set()
     assert y.tolist() == 2 * list(range(32))
 
