@@ -27,7 +27,7 @@ _LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _load_scores(row_logits_ptr, row_seen_ptr, tokens, in_row, penalty, HAS_PENALTY: tl.constexpr):
-    """The penalised scores of tokens, never NaN or -0 and -inf outside in_row, and where a logit is NaN."""
+    """The penalised scores of tokens, and where a logit is NaN. No score is NaN or -0; outside in_row all are -inf."""
     score = tl.load(row_logits_ptr + tokens, mask=in_row, other=float("-inf")).to(tl.float32)
     if HAS_PENALTY:
         seen = tl.load(row_seen_ptr + tokens, mask=in_row, other=0) != 0
