@@ -6,6 +6,7 @@ the arguments are the same. Shapes: B batch, T tokens, C channels, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -27,8 +28,8 @@ from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.compiled_logits import compiled_logits
 from .model.int8 import Int8Linear
-from .model.loss import CausalLMLoss, fusable
-from .model.outputs import head_dtype, training_logits
+from .model.loss import CausalLMLoss, fusable, shifted
+from .model.outputs import head_dtype, with_logits
 from .model.patching import ATTENTION, forward_of, named, replaces, swap_classes
 from .model.plain import is_as_imported, is_plain
 
@@ -132,21 +133,24 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
         loss_function = self._fused_loss(kwargs)
         if loss_function is None:
             given = named(hf.GPT2LMHeadModel, args, kwargs)
-            shifted = given.get("shift_labels")
-            if shifted is None and isinstance(given.get("labels"), Tensor):
-                shifted = given["labels"][..., 1:]
-            if shifted is not None and fusable(self.loss_function):
-                check_labels(shifted, self.config.vocab_size, given.get("ignore_index", -100))
+            targets = given.get("shift_labels")
+            if targets is None and isinstance(given.get("labels"), Tensor):
+                targets = given["labels"][..., 1:]
+            if targets is not None and fusable(self.loss_function):
+                check_labels(targets, self.config.vocab_size, given.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
-        labels = kwargs.pop("labels")
+        labels, shift_labels = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
+        if shift_labels is None:
+            shift_labels = shifted(labels)
         outputs = self.transformer(input_ids, *args, **kwargs)
         hidden_states, weight = outputs.last_hidden_state, self.lm_head.weight  # (B, T, C), (V, C)
-        loss = loss_function.fused(hidden_states, weight, labels, **kwargs)
+        loss = loss_function.fused(hidden_states, weight, shift_labels, **kwargs)
         if torch.compiler.is_compiling():
             logits = compiled_logits(hidden_states, weight, head_dtype(hidden_states))
         else:
-            logits = training_logits(hidden_states, weight, loss)
+            options = kwargs | {"labels": None, "shift_labels": shift_labels, "vocab_size": weight.shape[0]}
+            loss, logits = with_logits(loss, hidden_states, weight, partial(loss_function, **options))
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,  # type: ignore[arg-type]

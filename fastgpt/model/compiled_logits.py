@@ -16,7 +16,9 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
-from .outputs import NO_PATH, WITHOUT_VALUES
+from .outputs import CURE, WITHOUT_VALUES
+
+NO_PATH = f"the gradient of this loss does not pass through output.logits: {CURE}"
 
 
 class CompiledLogits(Tensor):

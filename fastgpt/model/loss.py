@@ -53,7 +53,7 @@ class CausalLMLoss:
         **_: Any,
     ) -> Tensor:
         """From logits (B, T, V), with transformers' arguments."""
-        shift_labels = _shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        shift_labels = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = shift_labels.flatten().to(logits.device)
         logits = logits.view(-1, vocab_size)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -70,13 +70,11 @@ class CausalLMLoss:
         self,
         hidden_states: Tensor,
         weight: Tensor,
-        labels: Tensor,
+        shift_labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """From hidden_states (B, T, C) and the weight (V, C) of the head."""
-        shift_labels = _shifted(labels, -100) if shift_labels is None else shift_labels
+        """From hidden_states (B, T, C), the weight (V, C) of the head and the labels (B, T) of `shifted`."""
         is_sum = self.reduction == "mean" and num_items_in_batch is not None
         loss = ops.linear_cross_entropy(
             hidden_states.flatten(0, -2),
@@ -98,8 +96,8 @@ def fusable(loss_function: Callable) -> CausalLMLoss | None:
     return loss_function if isinstance(loss_function, CausalLMLoss) else None
 
 
-def _shifted(labels: Tensor | None, ignore_index: int) -> Tensor:
-    """Tokens < t predict t: the last position predicts nothing."""
+def shifted(labels: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """labels (B, T), each at the position that predicts it; the last position predicts nothing."""
     assert labels is not None
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 

@@ -6,8 +6,9 @@ shows that a weight has changed, because `.data`, fused optimisers and shared me
 Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from fastgpt_kernels.common.precision import autocast, autocast_dtype
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-_CURE = "pass logits_to_keep=0 to the model, which computes the loss from the logits as transformers does"
-NO_PATH = f"the gradient of this loss does not pass through output.logits: {_CURE}"
+CURE = "pass logits_to_keep=0 to the model, which computes the loss from the logits as transformers does"
 
 
 class _Product:
@@ -46,7 +46,7 @@ class _Product:
         hidden_states, weight = self.factors
         if hidden_states._version != self.version:
             raise RuntimeError(
-                f"the hidden states were changed before output.logits was read: read it first, or {_CURE}"
+                f"the hidden states were changed before output.logits was read: read it first, or {CURE}"
             )
         with torch.inference_mode(False), torch.no_grad(), autocast(self.device, None):
             logits = F.linear(hidden_states.to(self.dtypes[0]), weight)
@@ -55,22 +55,25 @@ class _Product:
         return logits
 
 
-class _GradientWanted:
-    """Hooks and retain_grad on logits, through which a fused loss has no gradient."""
+class _Waiting:
+    """Who waits for the gradient of the logits: hooks, retain_grad, or a call of autograd that names them."""
 
     def __init__(self) -> None:
-        self.retained = False
         self.hooks: dict[int, Callable] = {}
+        self.is_retained = self.is_named = False
+        self.logits: Tensor | None = None  # without their graph, while somebody waits
 
-    def refuse(self, *_: Any) -> None:
-        # FSDP's hooks only detect the start of backward, and it has another one on the loss for that.
-        if self.retained or not all(map(_is_of_torch, self.hooks.values())):
-            raise RuntimeError(NO_PATH)
+    def __bool__(self) -> bool:
+        return self.is_retained or self.is_named or not all(map(_only_sees_backward, self.hooks.values()))
 
 
-def _is_of_torch(hook: Callable) -> bool:
+def _only_sees_backward(hook: Callable) -> bool:
+    """Whether a hook is one that FSDP or Fabric sets on every output, which ignores the gradient."""
     function = getattr(hook, "func", hook)  # of a functools.partial
-    return (getattr(function, "__module__", None) or "").startswith("torch.")
+    return (getattr(function, "__module__", None) or "").startswith(_WATCHING)
+
+
+_WATCHING = ("torch.distributed.", "lightning.fabric.", "lightning_fabric.")
 
 
 class TrainingLogits(Tensor):
@@ -81,13 +84,13 @@ class TrainingLogits(Tensor):
     """
 
     _product: _Product
-    _wanted: _GradientWanted | None
+    _waiting: _Waiting | None
 
     @staticmethod
     def __new__(cls, product: _Product) -> "TrainingLogits":
         dtype = product.dtypes[-1]
         logits = Tensor._make_wrapper_subclass(cls, product.shape, dtype=dtype, device=product.device)  # type: ignore[attr-defined]
-        logits._product, logits._wanted = product, None
+        logits._product, logits._waiting = product, None
         return logits
 
     @property
@@ -101,14 +104,16 @@ class TrainingLogits(Tensor):
         if func not in WITHOUT_VALUES:
             return func(*tree_map_only(TrainingLogits, _plain, args), **tree_map_only(TrainingLogits, _plain, kwargs))
         if func in (torch.autograd.grad, torch.autograd.backward):
-            _refuse_gradients(*args, **kwargs)
+            with torch._C.DisableTorchFunctionSubclass(), _named(*args, **kwargs):
+                return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            wanted = args[0]._wanted if isinstance(args[0], TrainingLogits) else None
-            if wanted is not None and func is Tensor.register_hook:
-                wanted.hooks = args[0]._backward_hooks  # type: ignore[assignment] - a dict, which forgets a hook that is removed
-            elif wanted is not None and func is Tensor.retain_grad:
-                wanted.retained = True
+        waiting = args[0]._waiting if isinstance(args[0], TrainingLogits) else None
+        if waiting is not None and func in (Tensor.register_hook, Tensor.retain_grad):
+            # The dict of hooks forgets those that are removed.
+            waiting.hooks = args[0]._backward_hooks or {}
+            waiting.is_retained |= func is Tensor.retain_grad
+            waiting.logits = args[0].detach() if waiting else None
         return result
 
     @classmethod
@@ -121,19 +126,19 @@ class TrainingLogits(Tensor):
         return func(*args, **kwargs)
 
 
-def training_logits(hidden_states: Tensor, weight: Tensor, loss: Tensor) -> TrainingLogits:
-    """The result of transformers' head, F.linear(hidden_states, weight), but computed when it is read.
+def with_logits(
+    loss: Tensor, hidden_states: Tensor, weight: Tensor, loss_of_logits: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, TrainingLogits]:
+    """A fused loss, and the result of transformers' head, F.linear(hidden_states, weight), computed when it is read.
 
-    hidden_states: (B, T, C). weight: (V, C). loss: the fused loss, whose graph does not contain these logits: its
-    backward raises RuntimeError if somebody waits for their gradient.
+    hidden_states: (B, T, C). weight: (V, C). loss_of_logits: what transformers computes the loss with; it runs only if
+    somebody waits for the gradient of the loss with respect to the logits.
     """
     logits = _Head.apply(hidden_states, weight, _Product(hidden_states, weight, head_dtype(hidden_states)))
     if logits.grad_fn is not None and loss.grad_fn is not None:
-        logits._wanted = _GradientWanted()
-        node: Any = loss.grad_fn
-        node.metadata[_GradientWanted] = logits._wanted
-        node.register_prehook(logits._wanted.refuse)
-    return logits
+        logits._waiting = _Waiting()
+        loss = _ThroughLogits.apply(loss, logits, logits._waiting, loss_of_logits)
+    return loss, logits
 
 
 def head_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -147,11 +152,14 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, product: _Product) -> Tensor:
         ctx.save_for_backward(hidden_states, weight)
+        ctx.set_materialize_grads(False)
         return TrainingLogits(product)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dlogits,) = grads
+        if dlogits is None:
+            return None, None, None
         hidden_states, weight = ctx.saved_tensors
         dtype = dlogits.dtype
         dhidden = dweight = None
@@ -164,25 +172,49 @@ class _Head(torch.autograd.Function):
         return dhidden, dweight, None
 
 
+class _ThroughLogits(torch.autograd.Function):
+    """The fused loss, whose gradient takes the way through the logits where somebody waits for it there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, logits: Tensor, waiting: _Waiting, loss_of_logits: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.waiting, ctx.loss_of_logits = waiting, loss_of_logits
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dloss,) = grads
+        if not ctx.waiting:
+            return dloss, None, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"no second derivative passes through output.logits: {CURE}")
+        logits = ctx.waiting.logits
+        if logits._version > 0:
+            raise RuntimeError(f"output.logits was changed in place before the backward of its loss: {CURE}")
+        with torch.enable_grad(), autocast(logits.device, None):
+            logits = _plain(logits).detach().requires_grad_()
+            loss = ctx.loss_of_logits(logits)
+        return None, *torch.autograd.grad(loss, logits, dloss), None, None
+
+
 def _plain(logits: TrainingLogits) -> Tensor:
     """The values as a plain tensor that shares the graph and the memory of the logits."""
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
         return torch.ops.aten.alias.default(logits)
 
 
-def _refuse_gradients(outputs: Iterable[Any], inputs: Iterable[Any] | None = None, **_: Any) -> None:
-    """Raise if the inputs contain logits and the outputs their loss, because no graph connects the two."""
-    wanted = [x._wanted for x in inputs or () if isinstance(x, TrainingLogits) and x._wanted is not None]
-    waiting: list[Any] = [x.grad_fn if isinstance(x, Tensor) else x.node for x in outputs] if wanted else []
-    seen: set[Any] = {None}
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.metadata.get(_GradientWanted) in wanted:
-            raise RuntimeError(NO_PATH)
-        waiting += [following for following, _ in node.next_functions]
+@contextlib.contextmanager
+def _named(outputs: Any, inputs: Iterable[Any] | None = None, **_: Any) -> Iterator[None]:
+    """During a call of autograd, its inputs wait for their gradient."""
+    named = [(x, x._waiting) for x in inputs or () if isinstance(x, TrainingLogits) and x._waiting is not None]
+    try:
+        for logits, waiting in named:
+            waiting.is_named, waiting.logits = True, logits.detach()
+        yield
+    finally:
+        for _logits, waiting in named:
+            waiting.is_named = False
 
 
 # --- operations without values --------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from test_modeling import (  # noqa: F401
 from test_training_logits import (  # noqa: F401
     computed,
     test_every_container_holds_the_tensor,
+    test_gradient_of_the_loss_with_respect_to_the_logits,
     test_read_first_without_gradients,
 )
 

@@ -2,10 +2,10 @@
 
 import copy
 import io
-import itertools
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+import fastgpt
 from fastgpt.model import outputs
 
 
@@ -188,38 +189,118 @@ def test_data_cannot_be_replaced() -> None:
         output.logits.data = torch.zeros(2, 9, 131)
 
 
-def test_gradient_of_the_loss_with_respect_to_the_logits_is_refused() -> None:
-    """The fused loss has no path through the logits: asked for, that is said, and logits_to_keep=0 gives it."""
+def retained(output: Any, loss: Tensor) -> Tensor:
+    output.logits.retain_grad()
+    loss.backward()
+    return output.logits.grad
 
-    def retained(output: Any, loss: Tensor) -> Tensor:
-        output.logits.retain_grad()
-        loss.backward()
-        return output.logits.grad
 
-    def hooked(output: Any, loss: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        output.logits.register_hook(seen.append)
-        loss.backward()
-        return seen[0]
+def hooked(output: Any, loss: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    output.logits.register_hook(seen.append)
+    output.logits = None
+    loss.backward()
+    assert len(seen) == 1
+    return seen[0]
 
-    def asked(output: Any, loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, output.logits)[0]
 
-    def backward_to(output: Any, loss: Tensor) -> Tensor:
-        loss.backward(inputs=[output.logits])
-        return output.logits.grad
+def hooked_together(output: Any, loss: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    torch.autograd.graph.register_multi_grad_hook([output.logits], lambda grads: seen.extend(grads))
+    loss.backward()
+    return seen[0]
 
+
+def changed_by_a_hook(output: Any, loss: Tensor) -> Tensor:
+    output.logits.register_hook(lambda dlogits: 2 * dlogits)
+    return retained(output, loss)
+
+
+def asked(output: Any, loss: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, output.logits)[0]
+
+
+def backward_to(output: Any, loss: Tensor) -> Tensor:
+    loss.backward(inputs=[output.logits])
+    return output.logits.grad
+
+
+WAITING = [retained, hooked, hooked_together, changed_by_a_hook, asked, backward_to]
+
+
+@pytest.mark.parametrize("own_loss", [0.0, 0.5])
+@pytest.mark.parametrize("way", WAITING)
+def test_gradient_of_the_loss_with_respect_to_the_logits(way: Callable, own_loss: float, computed) -> None:
+    theirs, ours, *both = steps()
+    expected, gradient = [
+        way(step, step.loss + own_loss * step.logits.square().mean() if own_loss else step.loss) for step in both
+    ]
+    assert_same_within_rounding(gradient, expected, n_ulps=1024)
+    assert len(computed) == 1
+    if way not in (asked, backward_to):
+        assert_same_gradients(theirs, ours)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+def test_gradient_of_other_losses_with_respect_to_the_logits(options: dict[str, Any]) -> None:
     ids = token_ids(2, 9, 131)
-    for way, share in itertools.product((retained, hooked, asked, backward_to), (0.0, 0.5)):
-        theirs, ours = pair(tiny_config())
+    gradients = []
+    for how in ({"logits_to_keep": 0}, {}):
+        model = pair(tiny_config())[1].train()
+        model.loss_function = fastgpt.CausalLMLoss(**options)
+        output = model(ids, labels=ids, shift_labels=ids.flip(1), num_items_in_batch=torch.tensor(7), **how)
+        gradients.append(torch.autograd.grad(output.loss.square().sum(), output.logits)[0])
+    assert_same_within_rounding(gradients[1], gradients[0], n_ulps=1024)
 
-        def gradient(model: Any, way=way, share=share, **options) -> Tensor:
-            output = model.train()(ids, labels=ids, **options)
-            return way(output, output.loss + share * output.logits.square().mean() if share else output.loss)
 
-        with pytest.raises(RuntimeError, match="logits_to_keep=0"):
-            gradient(ours)
-        assert_same_within_rounding(gradient(ours, logits_to_keep=0), gradient(theirs), n_ulps=1024)
+def test_labels_that_changed_since() -> None:
+    gradients = []
+    for model in pair(tiny_config()):
+        ids = token_ids(2, 9, 131)
+        labels = ids.clone()
+        output = model.train()(ids, labels=labels)
+        labels.zero_()
+        gradients.append(torch.autograd.grad(output.loss, output.logits)[0])
+    assert_same_within_rounding(gradients[1], gradients[0], n_ulps=1024)
+
+
+def test_a_second_step_waits_for_nothing(computed) -> None:
+    """What was asked for in one call of autograd is not computed in the next."""
+    output = steps()[-1]
+    torch.autograd.grad(output.loss, output.logits, retain_graph=True)
+    output.logits.register_hook(lambda dlogits: pytest.fail("removed")).remove()
+    (dweight,) = torch.autograd.grad(output.loss, steps()[1].lm_head.weight, retain_graph=True, allow_unused=True)
+    assert dweight is None
+    assert len(computed) == 1
+
+
+def test_hooks_of_frameworks_compute_nothing(computed) -> None:
+    """FSDP and Lightning's Fabric hook every output to see that backward begins, and ignore the gradient."""
+
+    def watch(requires_backward: bool, *_: Any) -> None:
+        started.append(requires_backward)
+
+    for module in ("torch.distributed.fsdp._runtime_utils", "lightning.fabric.wrappers", "lightning_fabric.wrappers"):
+        started: list[bool] = []
+        watch.__module__ = module
+        theirs, ours, *both = steps()
+        for output in both:
+            for tensor in (output.loss, output.logits):
+                tensor.register_hook(partial(watch, False))
+            output.loss.backward()
+        assert len(started) == 4
+        assert_same_gradients(theirs, ours)
+    assert not computed
+
+
+def test_what_has_no_gradient_through_the_logits_is_refused() -> None:
+    output = steps()[-1]
+    with pytest.raises(RuntimeError, match=r"no second derivative.*logits_to_keep=0"):
+        torch.autograd.grad(output.loss, output.logits, create_graph=True)
+    output.logits.retain_grad()
+    output.logits.mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place.*logits_to_keep=0"):
+        output.loss.backward()
 
 
 def test_gradients_of_a_loss_on_the_logits() -> None:
