@@ -74,13 +74,15 @@ def gradient(model: Any) -> Any:
         hidden_states = model.transformer.h[1].output
         hidden_states = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
         with model.lm_head.output.sum().backward():
-            wanted = hidden_states.grad.save()
+            wanted: Any = hidden_states.grad
+            wanted = wanted.save()
     return wanted
 
 
 def generated_with_zeroed_mlp(model: Any) -> Any:
     with model.generate(PROMPT, max_new_tokens=6, do_sample=False) as steps:
-        tokens = list().save()
+        tokens: Any = list()  # noqa: C408 - nnsight adds `save` to what is called, not to what is written
+        tokens = tokens.save()
         for _ in steps.iter[:]:
             model.transformer.h[1].mlp.output[:] = 0
             tokens.append(model.lm_head.output[0, -1].argmax(-1))

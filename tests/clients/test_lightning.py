@@ -18,8 +18,9 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.model, self.losses = model, []
 
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        loss = self.model(input_ids=batch, labels=batch).loss
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+        (ids,) = batch
+        loss = self.model(input_ids=ids, labels=ids).loss
         self.losses.append(loss.item())
         return loss
 
@@ -33,7 +34,7 @@ def with_trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) ->
         accelerator="cpu", devices=1, max_steps=4, logger=False, enable_checkpointing=False, default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
-    trainer.fit(task, torch.utils.data.DataLoader([ids[0]] * 8, batch_size=2))
+    trainer.fit(task, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids.expand(8, -1)), batch_size=2))
     return task.losses
 
 
