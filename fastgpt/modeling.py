@@ -81,14 +81,16 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError(f"no tokens: input_ids has shape {tuple(input_ids.shape)}")
-        if input_ids is not None and not args and kwargs.get("position_ids") is None:
+        looks_up_positions = isinstance(self.wpe, PositionEmbedding) and kwargs.get("position_ids") is None
+        if input_ids is not None and not args and looks_up_positions:
             check_length(input_ids.shape[-1], self.wpe.weight.shape[0])
+        x = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         with self._masks_of_shared_layers():
-            if self._hides_nothing(args, kwargs):
+            if x is not None and self._hides_nothing(args, kwargs):
                 # On a GPU, looking for padding would wait for the device.
                 if input_ids is not None and not input_ids.is_cuda:
                     self.warn_if_padding_and_no_attention_mask(input_ids, None)
-                kwargs["attention_mask"] = nothing_hidden(self.wpe.weight)
+                kwargs["attention_mask"] = nothing_hidden(x)
             return hf.GPT2Model.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
     @contextmanager

@@ -161,6 +161,8 @@ def quantize(model: Model, *, head: bool = False) -> Model:
     """
     if not isinstance(model, PreTrainedModel) or model.config.model_type != "gpt2":
         raise TypeError(f"fastgpt.quantize takes a GPT-2, not {type(model).__name__}")
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise TypeError(f"fastgpt.quantize: the constructor of {type(model).__name__} must end with self.post_init()")
     if head and not hasattr(model, HEAD):
         raise ValueError(f"{type(model).__name__} has no head of tokens: quantize it without head=True")
     if has_int8_products(model.config):
