@@ -151,8 +151,9 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
         if torch.compiler.is_compiling():
             logits = compiled_logits(hidden_states, weight, head_dtype(hidden_states))
         else:
-            options = kwargs | {"labels": None, "shift_labels": shift_labels, "vocab_size": weight.shape[0]}
-            loss, logits = with_logits(loss, hidden_states, weight, partial(loss_function, **options))
+            options = {"vocab_size": len(weight), "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            loss_of_logits = partial(loss_function, labels=None, shift_labels=shift_labels, **options)
+            loss, logits = with_logits(loss, hidden_states, weight, loss_of_logits)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,  # type: ignore[arg-type]
