@@ -28,12 +28,12 @@ def text_files(path: Path) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    """The file's text with unchanged line ends.
+    """The file's text with unchanged line ends, without a byte order mark.
 
     Raises ValueError when there is no such file, it is not UTF-8, or it holds nothing but white space.
     """
     try:
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"no file {file}: give a text file in UTF-8") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -70,6 +70,13 @@ def test_a_text_starts_after_an_end_of_text_token() -> None:
     assert DEMO_TOKENIZER.decode(ids[1:]) == "ROMEO:\n" * 20_000
 
 
+def test_text_as_windows_writes_it(tmp_path: Path) -> None:
+    """Line ends belong to the text, a byte order mark does not."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbfROMEO:\r\nI go.\r\n")
+    assert corpus.read_text(file) == "ROMEO:\r\nI go.\r\n"
+
+
 def test_the_figures_belong_together() -> None:
     model, tokenizer = fastgpt.load_demo()
     text = "ROMEO:\nWhat light through yonder window breaks? " * 3
