@@ -13,8 +13,11 @@ Progress = Callable[[str, int, int], None]
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """A progress bar on a rich console while the block runs; none where nobody looks at the console."""
+    if not console.is_terminal:  # Before rich 15 a bar that shows nothing still writes an empty line.
+        yield lambda what, n_done, n_steps: None
+        return
     times = progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()
     columns = progress.TextColumn("{task.description}"), progress.BarColumn(), *times
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting")
         yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)
