@@ -141,7 +141,7 @@ def test_directory_without_weights(run, tmp_path) -> None:
         *(
             (["--wrong"], "--wrong"),
             (["generate", "hi", "--wrong"], "--wrong"),
-            (["generate"], "prompt"),
+            (["generate"], "Missing argument"),
             (["wrong"], "wrong"),
         ),
         (["generate", "hi", "--max-new-tokens", "no"], "--max-new-tokens"),
