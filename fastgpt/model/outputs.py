@@ -215,6 +215,7 @@ def _named(outputs: Any, inputs: Iterable[Any] | None = None, **_: Any) -> Itera
     finally:
         for _logits, waiting in named:
             waiting.is_named = False
+            waiting.logits = waiting.logits if waiting else None
 
 
 # --- operations without values --------------------------------------------------------------------------------------

@@ -321,13 +321,16 @@ def test_gradients_of_a_loss_on_the_logits() -> None:
 
 def test_memory_is_given_back() -> None:
     """Once the logits are read or dropped, nothing holds the copy of the weight, not even the graph of the loss."""
-    read, dropped = steps()[-1], steps()[-1]
-    copies = [weakref.ref(output.logits._product.factors[1]) for output in (read, dropped)]
+    read, dropped, asked = (steps()[-1] for _ in range(3))
+    held = [weakref.ref(output.logits._product.factors[1]) for output in (read, dropped)]
     read.logits.sum()
-    loss = dropped.loss
-    del dropped
-    assert [copied() for copied in copies] == [None, None]
-    loss.backward()
+    torch.autograd.grad(asked.loss, asked.logits, retain_graph=True)
+    held.append(weakref.ref(asked.logits._product.value))
+    losses = dropped.loss, asked.loss
+    del dropped, asked
+    assert [tensor() for tensor in held] == [None, None, None]
+    for loss in losses:
+        loss.backward()
 
 
 def test_float64_loss_is_transformers() -> None:
