@@ -13,7 +13,6 @@ r rows, K inputs, N outputs.
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -162,13 +161,27 @@ def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: InputSlices(matrix, n_slices)
         elif by_columns:
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
-    # oneDNN takes the dtypes for which the processor has instructions, and says so by an error.
-    with suppress(AttributeError, RuntimeError):
-        Packed(torch.ones(16, 16, dtype=matrix.dtype, device="cpu"), n_rows)
+    if packs(matrix.dtype):
         if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
             found["oneDNN"] = OneDNN
         found["packed"] = lambda matrix: Packed(matrix, n_rows)
     return found
+
+
+@functools.cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies packed matrices of a dtype on this processor, and about as exactly as torch does.
+
+    It needs the processor's instructions for the dtype and raises without them. On ARM it adds float16 in float16.
+    """
+    values = torch.empty(17, 1024, dtype=torch.float32, device="cpu")
+    x, columns = values.normal_(generator=torch.Generator("cpu").manual_seed(0)).to(dtype).split((1, 16))
+    matrix = columns.t()
+    try:
+        packed = Packed(matrix, 1)(x, None)
+    except (AttributeError, RuntimeError):
+        return False
+    return _exactness(matrix, x)(packed)
 
 
 def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
