@@ -96,7 +96,7 @@ def mean_loss(
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} token in the text, and the first only predicts: give a longer text")
     spans = list(windows(len(ids), context, stride))
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    total = 0.0
     weight = head_weight(model.lm_head, model.dtype)  # (V, C)
     for first in range(0, len(spans), batch):
         rows = spans[first : first + batch]
@@ -110,10 +110,10 @@ def mean_loss(
         hidden = model.transformer(inputs.to(model.device), use_cache=False).last_hidden_state  # (B, T, C)
         is_counted = labels != IGNORED
         losses = ops.linear_cross_entropy(hidden[is_counted], weight, labels[is_counted], reduction="none")
-        total += losses.sum(dtype=torch.float64)
+        total += losses.cpu().double().sum().item()
         if progress is not None:
             progress("scoring", first + len(rows), len(spans))
-    return total.item() / (len(ids) - 1)
+    return total / (len(ids) - 1)
 
 
 def perplexity(loss: float) -> float:

@@ -28,14 +28,15 @@ class Int8Matrix(NamedTuple):
         A column of zeros, or of numbers below 1e-36, has the scale 1 and is zero.
         Raises ValueError when the matrix holds NaN or Inf.
         """
-        columns = matrix.detach().double().t()
+        columns = _in_float64(matrix.detach()).t()
         largest = columns.abs().amax(1)
         if not largest.is_meta and not largest.isfinite().all():
             raise ValueError("a matrix that holds NaN or Inf has no int8 values")
         bits = (largest / _LARGEST).float().view(torch.int32)
         scale = ((bits + (1 << _DROPPED_BITS - 1)) & -(1 << _DROPPED_BITS)).view(torch.float32)
         scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
-        return cls((columns / scale[:, None]).round().to(torch.int8).contiguous(), scale)
+        values = (columns / scale[:, None]).round().to(torch.int8).contiguous()
+        return cls(values.to(matrix.device), scale.to(matrix.device))
 
     @property
     def shape(self) -> torch.Size:
@@ -49,3 +50,11 @@ class Int8Matrix(NamedTuple):
     def to_float(self, dtype: torch.dtype) -> Tensor:
         """The matrix (in, out) in a floating-point dtype, a view of (out, in); exact in float32 and float64."""
         return (self.values * self.scale[:, None]).to(dtype).t()
+
+
+def _in_float64(matrix: Tensor) -> Tensor:
+    """On its device, or on the CPU if that device has no float64, as Apple's GPUs."""
+    try:
+        return matrix.double()
+    except TypeError:
+        return matrix.cpu().double()
