@@ -76,12 +76,12 @@ class OnApple(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is Tensor.double or (kwargs or {}).get("dtype") == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})
         return result.as_subclass(Tensor) if func is Tensor.cpu else result
 
 
 def test_int8_values_are_those_of_another_device() -> None:
-    matrix = torch.randn(24, 40)
+    matrix: Any = torch.randn(24, 40)
     there, here = Int8Matrix.nearest(matrix.as_subclass(OnApple)), Int8Matrix.nearest(matrix)
     assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
 
@@ -90,7 +90,7 @@ def test_the_losses_of_a_text_are_added_on_the_cpu(monkeypatch) -> None:
     _, model = pair(tiny_config())
     ids = token_ids(1, 40, 131)[0]
     expected = mean_loss(model, ids)
-    loss = fastgpt.ops.linear_cross_entropy
+    loss: Any = fastgpt.ops.linear_cross_entropy
     there = lambda *arguments, **options: loss(*arguments, **options).as_subclass(OnApple)  # noqa: E731
     monkeypatch.setattr(fastgpt.ops, "linear_cross_entropy", there)
     assert mean_loss(model, ids) == expected
