@@ -21,7 +21,7 @@ def main(
 ) -> None:
     model, tokenizer = fastgpt.load_demo()
     # One long row of tokens, cut into windows of the model's context: no token is padding.
-    ids = tokenizer(text_file.read_text(), return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
     context = model.config.n_positions
     if len(ids) < context:
         raise typer.BadParameter(f"{text_file} has {len(ids)} tokens; one window takes {context}")

@@ -28,13 +28,14 @@ from .generate import options as sampling
 from .progress import progress_bar
 from .terminal import (
     Interrupted,
-    check_output,
+    check_outputs,
     check_text,
     notes,
     numbers,
     print_json,
     strict_json,
     tables,
+    words,
     write_now,
     wrong_usage,
 )
@@ -53,8 +54,10 @@ UsageError: Any = typer.BadParameter.__base__
 
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU when there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; without it the GPU, if there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; without it float32 on a CPU, bfloat16 on a GPU.")
+]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round the weights of the blocks to int8, in memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
 
@@ -77,7 +80,8 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens of this total probability.")
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed gives the same text.")
+        int | None,
+        typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed gives the same text; without it one is drawn."),
     ] = None,
     prompt_lookup: Annotated[
         int | None,
@@ -121,10 +125,15 @@ def bench(
     ] = False,
     workload: Annotated[str, typer.Option(help="prefill, decode, train; comma-separated.")] = "prefill,decode",
     batch: Annotated[str, typer.Option(help="Sequences at a time; comma-separated.")] = "1",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt or training sequence.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt or training sequence.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode adds.")] = 32,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16; comma-separated; without it float32 on a CPU, bfloat16 on a GPU."
+        ),
+    ] = None,
     baselines: Annotated[
         str, typer.Option(help="hf-eager, hf-sdpa, hf-compile; comma-separated.")
     ] = "hf-eager,hf-sdpa",
@@ -151,23 +160,24 @@ def bench(
                 baselines=baselines.split(","),
                 runs=runs,
             )
-            for name in (dtype.split(",") if dtype is not None else [None])
+            for name in (words(dtype) if dtype is not None else [None])
             for n_batch in numbers("--batch", batch)
         ]
     if profile_file is not None and len(series) > 1:
         raise typer.BadParameter("--profile takes one dtype and one batch size")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'fastgpt[bench]'")
-    for option, file in {"--json": json_file, "--plot": plot_file, "--profile": profile_file}.items():
-        check_output(option, file)
+    check_outputs({"--json": json_file, "--plot": plot_file, "--profile": profile_file})
     with progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
-    for result in results:
-        benchmark.render(result, tables())
-    if json_file is not None:
-        json_file.write_text(strict_json(benchmark.bring_together(results)) + "\n")
-    if plot_file is not None:
-        benchmark.plot(results, plot_file)
+    try:
+        if json_file is not None:
+            json_file.write_text(strict_json(benchmark.bring_together(results)) + "\n")
+        if plot_file is not None:
+            benchmark.plot(results, plot_file)
+    finally:  # A full disk does not cost the tables, nor a closed pipe the files.
+        for result in results:
+            benchmark.render(result, tables())
     if profile_file is not None:
         profiling.render(profiling.profile(series[0], profile_file), notes)
 
@@ -176,8 +186,14 @@ def bench(
 def evaluate(
     file: Annotated[Path, typer.Argument(help="The text, in UTF-8.")],
     model: Model = "demo",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a window; the model's whole context.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens from window to window; half a context.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window; without it the model's whole context."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens from window to window; without it half a window."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
@@ -209,19 +225,30 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run: the model, checkpoints, log.jsonl and loss.png.")],
     model: Model = "demo",
-    validation: Annotated[Path | None, typer.Option(help="Text to measure on; the end of the text.")] = None,
-    held_out: Annotated[float, typer.Option(help="The share of the text that its end is.")] = 0.05,
-    context: Annotated[int | None, typer.Option(help="Tokens of a sequence; the model's whole context.")] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure on; without it the end of the text."),
+    ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(help="Share of the text to measure on, from its end; without --validation."),
+    ] = 0.05,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence; without it the model's whole context."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Steps, in place of passes.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to train for, in place of --epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak; a cosine follows.")] = 1e-4,
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients are averaged for one step.")] = 1,
+    learning_rate: Annotated[
+        float, typer.Option(help="Its peak, after 5% of the steps; a cosine to 0 follows.")
+    ] = 1e-4,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
     every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations and checkpoints; a tenth of all.")
+        int | None, typer.Option(help="Steps between evaluations, each with a checkpoint; without it a tenth of all.")
     ] = None,
-    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    keep: Annotated[int, typer.Option(help="How many checkpoints stay, the newest.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the order of sequences and of dropout.")] = 0,
     recompute: Annotated[
         str, typer.Option(help="What backward computes again to save memory: nothing, norms or blocks.")
@@ -314,7 +341,8 @@ def verify(
             print(f"problem: {problem}")
         for warning in report.warnings:
             print(f"warning: {warning}")
-        verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+        n_problems = len(report.problems)
+        verdict = f"{n_problems} problem{'s' * (n_problems > 1)}" if report.problems else "sound"
         print(f"{directory}: {report.n_parameters:,} parameters, {', '.join(report.dtypes) or 'no weights'}, {verdict}")
     if report.problems:
         raise typer.Exit(1)
@@ -359,14 +387,16 @@ def main(arguments: list[str] | None = None) -> None:
     n_options = arguments.index("--") if "--" in arguments else len(arguments)  # after "--" all is text
     options, rest = arguments[:n_options], arguments[n_options:]
     debug = "--debug" in options
+    if sys.stdout is None:  # It was closed (>&-), so that nobody reads it.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
     transformers.logging.set_verbosity_error()
     if isinstance(sys.stdout, TextIOWrapper):  # What an encoding lacks is escaped, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
-        words = [word for word in options if word != "--debug"] + rest
-        code = app(words, prog_name="fastgpt", standalone_mode=False, obj=words)
+        said = [word for word in options if word != "--debug"] + rest
+        code = app(said, prog_name="fastgpt", standalone_mode=False, obj=said)
         sys.stdout.flush()
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "fastgpt"

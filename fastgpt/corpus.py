@@ -36,8 +36,14 @@ def read_text(file: Path) -> str:
         text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"no file {file}: give a text file in UTF-8") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as text in UTF-8: {error}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file} is a directory: give a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 from its byte {error.start} on: convert it (iconv -f ENCODING -t UTF-8)"
+        ) from None
     if not text.strip():
         raise ValueError(f"{file} is empty: give a file with text in it")
     return text

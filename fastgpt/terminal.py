@@ -22,10 +22,15 @@ class Interrupted(Exception):
 # --- what was typed -------------------------------------------------------------------------------------------------
 
 
+def words(text: str) -> list[str]:
+    """What commas separate, without spaces around it, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
 def numbers(option: str, text: str) -> list[int]:
     """The numbers of an option that are separated by commas. Raises BadParameter, typer's error of usage."""
     try:
-        return [int(number) for number in text.split(",")]
+        return [int(number) for number in words(text)]
     except ValueError:
         raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
 
@@ -47,16 +52,20 @@ def check_text(prompt: str) -> None:
         raise ValueError(f"the prompt is not UTF-8 from its character {error.start} on") from error
 
 
-def check_output(option: str, file: Path | None) -> None:
-    """Raise, before hours of work, when the result cannot be written to a file."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise typer.BadParameter(f"{option}: {file} is a directory")
-    if not file.parent.is_dir():
-        raise typer.BadParameter(f"{option}: there is no directory {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise typer.BadParameter(f"{option}: {file} cannot be written")
+def check_outputs(files: dict[str, Path | None]) -> None:
+    """Raise, before hours of work, when a result cannot be written to its file. files: by option."""
+    taken: dict[Path, str] = {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        if file.is_dir():
+            raise typer.BadParameter(f"{option}: {file} is a directory")
+        if not file.parent.is_dir():
+            raise typer.BadParameter(f"{option}: there is no directory {file.parent}")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise typer.BadParameter(f"{option}: {file} cannot be written")
+        if (other := taken.setdefault(file.resolve(), option)) != option:
+            raise typer.BadParameter(f"{option} and {other} would both write {file}: give each a file of its own")
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

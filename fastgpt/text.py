@@ -56,10 +56,14 @@ class Continuation:
     def summary(self) -> str:
         decode = f"{self.decode_tokens_per_s:,.0f} tokens/s" if self.decode_tokens_per_s else "-"
         return (
-            f"prefill {self.n_prompt_tokens} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
-            f"decode {self.n_new_tokens} tokens at {decode} "
+            f"prefill {_tokens(self.n_prompt_tokens)} at {self.prefill_tokens_per_s:,.0f} tokens/s, "
+            f"decode {_tokens(self.n_new_tokens)} at {decode} "
             f"({self.backend} path on {self.device}, {self.dtype}{' with int8 weights' * self.int8}, seed {self.seed})"
         )
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token{'s' * (n > 1)}"
 
 
 class _TimedStreamer(TextStreamer):

@@ -76,6 +76,8 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, progress: Progress |
     progress: called with a message before each long step. Raises CheckpointFileError when there is no such directory.
     """
     directory, tell = Path(directory), progress or (lambda message: None)
+    if directory.is_file():
+        raise CheckpointFileError(f"{directory}: is a file: give the directory that holds it and config.json")
     if not directory.is_dir():
         raise CheckpointFileError(f"{directory}: no such directory")
 

@@ -112,6 +112,7 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int, str
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch allocations"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Else it says on standard error when it starts and stops.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
         with record_function(_SECOND_CALL):

@@ -11,17 +11,22 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
+# float32 holds every logit of a model, up to 1e8, divided by this.
+LEAST_TEMPERATURE = 1e-30
+
 
 def check_sampling_options(
     *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
 ) -> None:
     """Raise ValueError, with the value and its range, for a number that describes no distribution.
 
-    temperature: > 0, where infinity makes all tokens equally likely. top_k: >= 0, where 0 keeps all tokens. top_p:
-    >= 0, where 0 keeps one token and 1 or more all. None leaves an option out; transformers checks what is no number.
+    temperature: at least `LEAST_TEMPERATURE`, where infinity makes all tokens equally likely. top_k: >= 0, where 0
+    keeps all tokens. top_p: >= 0, where 0 keeps one token and 1 or more all. None leaves an option out; transformers
+    checks what is no number.
     """
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature must be a number above 0, not {temperature} (for greedy, do not sample)")
+    if isinstance(temperature, int | float) and not temperature >= LEAST_TEMPERATURE:
+        least = "a number above 0" if not temperature > 0 else f"{LEAST_TEMPERATURE} or more"
+        raise ValueError(f"temperature must be {least}, not {temperature} (for greedy, do not sample)")
     if isinstance(top_k, int | float) and not top_k >= 0:
         raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k}")
     if isinstance(top_p, int | float) and not top_p >= 0:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -119,6 +121,13 @@ def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
     assert measure == "torch allocations"
     assert 2**20 <= growth < 2**20 + 1000
     assert machine.peak_growth(lambda: None, torch.device("cpu"))[0] == 0
+
+
+def test_counting_memory_says_nothing() -> None:
+    code = "import torch; from fastgpt.bench import machine; machine.peak_growth(list, torch.device('cpu'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of the resident set is read from /proc")

@@ -160,6 +160,8 @@ def test_absent_files(saved):
     assert_problems(saved, ("config.json",), ("pytorch_model.bin", "pickle"))
     with pytest.raises(CheckpointFileError, match="no such directory"):
         verify_checkpoint(saved / "elsewhere")
+    with pytest.raises(CheckpointFileError, match="is a file: give the directory"):
+        verify_checkpoint(saved / "pytorch_model.bin")
 
 
 def test_list_of_problems_ends(saved):

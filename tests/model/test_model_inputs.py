@@ -296,6 +296,7 @@ def test_labels_that_are_ignored_under_another_number() -> None:
         {"temperature": 0.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-38},
         {"top_p": -0.5},
         {"top_p": float("nan")},
         {"top_k": -1},

@@ -65,6 +65,17 @@ def test_generate_stops_at_the_end_of_the_context(run) -> None:
     assert fields["n_prompt_tokens"] + fields["n_new_tokens"] <= 256
 
 
+def test_one_of_a_kind_is_singular(run, tmp_path) -> None:
+    assert "prefill 1 token at" in (err := run("generate", "a", "--seed", "3", "--max-new-tokens", "1").err)
+    assert "decode 1 token at -" in err
+    file = tmp_path / "text.txt"
+    file.write_text("a")
+    assert ": 1 token in windows" in run("eval", str(file)).out
+    fastgpt.GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert run("verify", str(tmp_path)).out.endswith(" 1 problem\n")
+
+
 def test_settings_of_a_checkpoint_keep_it_to_one_text(run, tmp_path) -> None:
     command = "generate", "ROMEO:", "--seed", "3", "--max-new-tokens", "20", "--json"
     plain = json.loads(run(*command).out)
@@ -101,7 +112,8 @@ def test_prompt_lookup_gives_the_same_text_in_fewer_forwards(run, monkeypatch: p
 
 def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
     file = tmp_path / "result.json"
-    command = ["bench", "--model", "demo", "--dtype", "float32,bfloat16", "--batch", "1,2", "--workload", "prefill"]
+    lists = "--dtype", "float32, bfloat16", "--batch", "1, 2,1"
+    command = ["bench", "--model", "demo", *lists, "--workload", "prefill"]
     result = run(*command, "--prompt-tokens", "8", "--baselines", "hf-sdpa", "--runs", "5", "--json", str(file))
     assert result.code == 0
     written = json.loads(file.read_text())
@@ -148,6 +160,7 @@ def test_directory_without_weights(run, tmp_path) -> None:
         (["generate", "hi", "--prompt-lookup", "0"], "--prompt-lookup"),
         (["generate", "hi", "--temperature", "-1"], "temperature must be"),
         (["generate", "hi", "--temperature", "nan"], "not nan"),
+        (["generate", "hi", "--temperature", "1e-38"], "temperature must be 1e-30 or more"),
         (["generate", "hi", "--top-p", "1.5"], "--top-p"),
         (["generate", "hi", "--top-p", "nan"], "top"),
         (["generate", "hi", "--top-k", "-2"], "--top-k"),
@@ -157,7 +170,9 @@ def test_directory_without_weights(run, tmp_path) -> None:
         (["generate", "hi", "--device", "tpu9"], "tpu9"),
         (["doctor", "--device", "tpu9"], "tpu9"),
         (["generate", "h\udcff"], "not UTF-8"),
+        (["eval", "/"], "/ is a directory: give a text file"),
         (["bench", "--batch", "two"], "two"),
+        (["bench", "--prompt-tokens", "1"], "--prompt-tokens"),
         (["bench", "--batch", "1,0"], "batch must be 1 or more, not 0"),
         (["bench", "--workload", "sleep"], "sleep"),
         (["bench", "--baselines", "magic"], "magic"),
@@ -183,6 +198,31 @@ def test_bench_checks_where_results_go_before_it_runs(run, option: str, tmp_path
     monkeypatch.setattr("fastgpt.bench.run_series", lambda *_: pytest.fail("it ran"))
     for file in (tmp_path, tmp_path / "none" / "file"):
         assert_one_line_error(run("bench", "--model", "demo", option, str(file)), 2, option, str(file.parent))
+
+
+def test_bench_refuses_one_file_for_two_results(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fastgpt.bench.run_series", lambda *_: pytest.fail("it ran"))
+    files = "--json", str(tmp_path / "result"), "--plot", str(tmp_path / "." / "result")
+    assert_one_line_error(run("bench", "--model", "demo", *files), 2, "--json", "--plot", "result")
+
+
+def test_bench_writes_its_files_when_nobody_reads_its_tables(run, tmp_path, monkeypatch) -> None:
+    def render(*_) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("fastgpt.bench.run_series", lambda *_: [{"schema": 1}])
+    monkeypatch.setattr("fastgpt.bench.render", render)
+    file = tmp_path / "result.json"
+    assert run("bench", "--model", "demo", "--json", str(file)).code == 1
+    assert json.loads(file.read_text()) == {"schema": 1}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_bench_shows_its_tables_when_a_file_cannot_be_written(run, monkeypatch) -> None:
+    monkeypatch.setattr("fastgpt.bench.run_series", lambda *_: [{"schema": 1}])
+    monkeypatch.setattr("fastgpt.bench.render", lambda *_: print("a table"))
+    result = run("bench", "--model", "demo", "--json", "/dev/full")
+    assert (result.code, result.out) == (1, "a table\n")
 
 
 def test_what_follows_two_dashes_is_a_prompt(run) -> None:
@@ -242,6 +282,14 @@ def test_output_that_cannot_be_written() -> None:
     assert closed_pipe.stderr.read() == ""  # type: ignore[union-attr]
     assert full_disk.wait(120) == 1
     assert full_disk.stderr.read() == "error: [Errno 28] No space left on device\n"  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_standard_output() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "fastgpt", "params", "gpt2"]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("value", ["nonsense", ""])

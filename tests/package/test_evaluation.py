@@ -121,7 +121,7 @@ def test_the_command_prints_what_it_measured(run, tmp_path: Path) -> None:
         (None, [], 2, ["no file", "text.txt"]),
         (b"", [], 2, ["text.txt is empty"]),
         (b" \n", [], 2, ["text.txt is empty"]),
-        (b"caf\xe9 au lait", [], 2, ["text.txt", "UTF-8", "position 3"]),
+        (b"caf\xe9 au lait", [], 2, ["text.txt", "UTF-8", "byte 3", "iconv"]),
         (b"some text", ["--stride", "300"], 2, ["stride", "[1, 256]", "300"]),
         (b"some text", ["--context", "257"], 2, ["context", "256", "257"]),
         (b"some text", ["--context", "0"], 2, ["--context"]),
