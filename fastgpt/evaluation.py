@@ -41,7 +41,7 @@ class Evaluation:
     tokens_per_s: float
 
     def result(self) -> str:
-        tokens = f"{self.n_tokens:,} token{'s' * (self.n_tokens > 1)}"
+        tokens = f"{self.n_tokens:,} token{'s' * (self.n_tokens != 1)}"
         return (
             f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per "
             f"byte: {tokens} in windows of {self.context}, stride {self.stride}"

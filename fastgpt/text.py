@@ -63,7 +63,7 @@ class Continuation:
 
 
 def _tokens(n: int) -> str:
-    return f"{n} token{'s' * (n > 1)}"
+    return f"{n} token{'s' * (n != 1)}"
 
 
 class _TimedStreamer(TextStreamer):
