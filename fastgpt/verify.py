@@ -111,12 +111,10 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, progress: Progress |
         except CheckpointError as error:
             warnings.append(error)
 
-    is_copy = "lm_head.weight" if config is None or config.tie_word_embeddings else None
-    weights = [
-        tensor
-        for name, tensor in by_model_name(checkpoint).items()
-        if name != is_copy and not re.search(OLD_BUFFER, name)
-    ]
+    stored = by_model_name(checkpoint)
+    is_tied = config is None or config.tie_word_embeddings
+    copies = {"lm_head.weight"} if is_tied and "wte.weight" in stored else set()
+    weights = [tensor for name, tensor in stored.items() if name not in copies and not re.search(OLD_BUFFER, name)]
     return CheckpointReport(
         directory=str(directory),
         files=hashes,

@@ -180,9 +180,20 @@ def missing(stored: Collection[str], config: PreTrainedConfig, architecture: str
                 yield name
 
 
+def is_table_of_head(stored: Collection[str], config: PreTrainedConfig, architecture: str) -> bool:
+    """Whether the token table is tied to a head that alone is stored, as `safetensors.torch.save_model` does.
+
+    architecture: "" for a class of a user, which may have such a head.
+    """
+    has_head = not architecture or "lm_head.weight" in head_shapes(architecture, config)
+    return config.tie_word_embeddings and has_head and "lm_head.weight" in stored and "wte.weight" not in stored
+
+
 def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str) -> Iterator[CheckpointError]:
     """Tensors that are missing from the body or an int8 head, or stored twice."""
-    stored = by_model_name(checkpoint)
+    stored = set(by_model_name(checkpoint))
+    if is_table_of_head(stored, config, architecture):
+        stored.add("wte.weight")
     for name in checkpoint.tensors:
         if name.startswith(PREFIX) and name.removeprefix(PREFIX) in checkpoint.tensors:
             yield CheckpointError(f"{checkpoint.source}: stores {shown(name)} a second time, without {PREFIX!r}")

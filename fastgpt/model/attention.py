@@ -26,9 +26,11 @@ def attend(
     """Attention under any mask from `attention_mask` or a user.
 
     query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: (B, Tk) bool over the keys, combined with the causal mask; a
-    complete mask with four axes, bool (True = attend) or additive; or None, where is_causal says whether it is causal.
-    Returns (B, H, Tq, D).
+    complete mask with four axes, bool (True = attend) or additive; or None or `nothing_hidden`, where is_causal says
+    whether it is causal. Returns (B, H, Tq, D).
     """
+    # Our blocks have replaced `nothing_hidden` by None, but a block may have a forward of its own.
+    mask = None if is_nothing_hidden(mask) else mask
     if is_causal if mask is None else mask.ndim == 2:
         return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)

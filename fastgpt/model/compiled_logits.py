@@ -35,7 +35,9 @@ class CompiledLogits(Tensor):
     @staticmethod
     def __new__(cls, hidden_states: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> "CompiledLogits":
         shape = (*hidden_states.shape[:-1], weight.shape[0])
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtypes[-1], device=hidden_states.device)  # type: ignore[attr-defined]
+        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtypes[-1], device=hidden_states.device)  # type: ignore[attr-defined]
+        torch._C._set_throw_on_mutable_data_ptr(logits)  # as for the logits of an eager step
+        return logits
 
     def __init__(self, hidden_states: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]):
         self._hidden_states, self._weight, self._dtypes = hidden_states, weight, dtypes

@@ -91,6 +91,8 @@ class TrainingLogits(Tensor):
         dtype = product.dtypes[-1]
         logits = Tensor._make_wrapper_subclass(cls, product.shape, dtype=dtype, device=product.device)  # type: ignore[attr-defined]
         logits._product, logits._waiting = product, None
+        # Code in C++ that asks for the memory without a call of torch gets torch's error in place of address 0.
+        torch._C._set_throw_on_mutable_data_ptr(logits)
         return logits
 
     @property

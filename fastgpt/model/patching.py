@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -109,7 +110,12 @@ def _swap_classes(model: nn.Module, undo: "Undo", *, to_fastgpt: bool) -> int:
             swaps += [(part, after)] if part is not None and type(part) is before else []
 
     for module, new_class in swaps:
+        forward = type(module).forward
         _set(module, "__class__", new_class, undo)
+        # Wrappers, such as accelerate's for models on several devices, keep the method that they wrap on the module.
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward:
+                _set(module, name, MethodType(new_class.forward, module), undo)
     return len(swaps)
 
 

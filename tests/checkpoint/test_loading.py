@@ -8,11 +8,12 @@ import torch
 import transformers
 from checkpoints import KEY, load, refused, refused_within_a_second, rewrite, same_tensors
 from models import HEADS, tiny_config
+from safetensors.torch import load_file, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 import fastgpt
-from fastgpt.checkpoint.fit import body_shapes, head_shapes, not_finite
+from fastgpt.checkpoint.fit import PREFIX, body_shapes, head_shapes, not_finite
 from fastgpt.checkpoint.headers import CheckpointFileError
 
 pytestmark = pytest.mark.usefixtures("nothing_global_changes")
@@ -58,6 +59,29 @@ def test_language_model_loads_into_every_head(head, pristine, language_model):
     assert all(not name.startswith("transformer.") for name in info["missing_keys"])
     body = model if head == "GPT2Model" else model.transformer
     assert same_tensors(body.state_dict(), language_model.transformer.state_dict())
+
+
+class OfAUser(fastgpt.GPT2LMHeadModel):
+    """A class that the checks of headers do not know."""
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "GPT2DoubleHeadsModel", "OfAUser"])
+def test_bug_the_tied_table_stored_as_the_head_alone_was_refused(head, prefix, saved, language_model):
+    """`safetensors.torch.save_model` keeps the first name of a shared tensor, in alphabetical order."""
+    save_model(language_model, str(saved / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(saved / "model.safetensors")
+    rewrite(saved / "model.safetensors", lambda t: t.update({k.replace(PREFIX, prefix): t.pop(k) for k in [*t]}))
+    model = OfAUser.from_pretrained(saved) if head == "OfAUser" else load(saved, head)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert same_tensors(model.transformer.state_dict(), language_model.transformer.state_dict())
+
+
+def test_the_head_alone_is_no_table_of_an_untied_model_or_of_one_without_a_head(saved, language_model):
+    save_model(language_model, str(saved / "model.safetensors"))
+    for head in set(HEADS) - {"GPT2LMHeadModel", "GPT2DoubleHeadsModel"}:
+        refused(saved, "'wte.weight'", head=head)
+    refused(saved, "'wte.weight'", config=tiny_config(tie_word_embeddings=False))
 
 
 def test_sharded(sharded, language_model):

@@ -100,6 +100,14 @@ def test_masks_and_a_copy_of_the_tied_head_are_no_parameters(saved):
     assert report.n_parameters == n_parameters
 
 
+def test_a_table_stored_as_the_tied_head_alone_is_counted(saved):
+    n_parameters = verify_checkpoint(saved).n_parameters
+    rewrite(saved / "model.safetensors", lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    report = verify_checkpoint(saved)
+    assert report.problems == report.warnings == []
+    assert report.n_parameters == n_parameters
+
+
 def test_every_problem_is_found(saved):
     def damage(tensors):
         del tensors["transformer.h.0.ln_1.weight"]

@@ -15,6 +15,7 @@ from functorch.compile import make_boxed_func
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.dlpack import to_dlpack
 
 import fastgpt
 from fastgpt.model.compiled_logits import NO_PATH, CompiledLogits
@@ -101,6 +102,15 @@ def test_the_kernel_computes_the_loss(graphs: Graphs) -> None:
         torch.compile(ours, fullgraph=True, backend=graphs.backend)(ids, labels=ids).loss.backward()
     assert "fastgpt_kernels.linear_cross_entropy_sum.default" in graphs.names
     assert not any(shape[-1:] == (N_VOCAB,) and shape.numel() == N_ROWS * N_VOCAB for shape in graphs.shapes)
+
+
+def test_bug_memory_of_the_logits_was_at_address_0() -> None:
+    _, ours, ids = models()
+    logits = torch.compile(ours, fullgraph=True, backend="aot_eager")(ids, labels=ids).logits
+    assert type(logits) is CompiledLogits
+    with pytest.raises(RuntimeError, match="data pointer"):
+        to_dlpack(logits)
+    assert torch.equal(torch.from_dlpack(logits.detach()), logits)
 
 
 def test_a_loss_inside_of_the_graph_reaches_the_weights() -> None:

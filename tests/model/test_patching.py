@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+from types import MethodType
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from models import assert_same_within_rounding, lively, pair, tiny_config, token_ids
 from torch import nn
 
@@ -58,6 +61,56 @@ def test_patch_of_a_model_that_contains_gpt2() -> None:
     assert type(model.decoder.transformer.h[0]) is modeling.GPT2Block
     assert classes(model.encoder) == encoder_classes
     assert_same_within_rounding(model(pixel_values=pixels, decoder_input_ids=ids).logits, expected)
+
+
+def dispatched(model: Any, folder: Any) -> Any:
+    """accelerate's hooks for models on several devices, which keep each module's forward on the module."""
+    body, last = ("wte", "wpe", "drop", "h.0"), ("h.1", "ln_f")
+    places: Any = {f"transformer.{part}": "cpu" for part in body} | {f"transformer.{part}": "disk" for part in last}
+    return accelerate.dispatch_model(model, places | {"lm_head": "cpu"}, main_device="cpu", offload_dir=folder)  # type: ignore[arg-type]
+
+
+def unhooked(model: Any, folder: Any) -> Any:
+    """What accelerate leaves when it removes its hooks: the forward of each module, set on the module."""
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    return remove_hook_from_submodules(model) or model
+
+
+def wrapped(model: Any, _: Any) -> Any:
+    """Closures around the forwards of blocks and attention, which nothing can exchange."""
+    for block in model.transformer.h:
+        for module in (block, block.attn):
+            forward = module.forward
+            module.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("change", [dispatched, unhooked, wrapped])
+def test_patch_of_a_model_whose_forwards_lie_on_its_modules(change: Any, tmp_path: Any) -> None:
+    theirs, _ = pair(tiny_config())
+    ids, options = token_ids(2, 9, 131), {"max_new_tokens": 5, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def results() -> list[Any]:
+        forwards = [theirs(ids).logits, theirs(ids, attention_mask=mask).logits]
+        return [*forwards, theirs.generate(ids, **options), theirs.generate(ids, attention_mask=mask, **options)]
+
+    expected, model = results(), change(theirs, tmp_path)
+    for changed, is_ours in ((fastgpt.patch, True), (fastgpt.unpatch, False), (fastgpt.patch, True)):
+        changed(model)
+        held = [vars(module).get("_old_forward", vars(module).get("forward")) for module in model.modules()]
+        makers = {method.__func__.__module__.partition(".")[0] for method in held if isinstance(method, MethodType)}
+        assert ("fastgpt" in makers) == (is_ours and change is not wrapped)
+        for found, wanted in zip(results(), expected, strict=True):
+            assert_same_within_rounding(found.float(), wanted.float())
+
+
+def test_unpatch_of_a_model_that_was_dispatched_as_ours(tmp_path: Any) -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    model = fastgpt.unpatch(dispatched(ours, tmp_path))
+    assert_same_within_rounding(model(ids).logits, theirs(ids).logits)
 
 
 def test_patch_refuses_what_it_cannot_patch() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.dlpack import from_dlpack, to_dlpack
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 import fastgpt
@@ -187,6 +188,16 @@ def test_data_cannot_be_replaced() -> None:
     output = steps()[-1]
     with pytest.raises(AttributeError, match="data"):
         output.logits.data = torch.zeros(2, 9, 131)
+
+
+def test_memory_that_is_asked_for_without_a_call_of_torch() -> None:
+    """`to_dlpack` and extensions in C++ read address 0, where the process ended."""
+    output = steps()[-1]
+    with pytest.raises(RuntimeError, match="data pointer"):
+        to_dlpack(output.logits)
+    assert torch.equal(torch.from_dlpack(output.logits.detach()), output.logits)
+    plain = to_dlpack(output.logits.detach().clone() + 0)
+    assert torch.equal(from_dlpack(plain), output.logits)
 
 
 def retained(output: Any, loss: Tensor) -> Tensor:
