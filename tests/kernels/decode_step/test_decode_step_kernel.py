@@ -165,6 +165,18 @@ def test_configurations(changes: dict[str, Any], n_rows: int) -> None:
     assert_case(make_case(torch.float32, [2, 0, 0, 1, 4][:n_rows], **changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_embd": 2, "n_head": 2}, {"n_embd": 32, "n_head": 4}, {"n_embd": 64, "n_head": 1}, {"n_inner": 20}],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+def test_bug_a_slice_too_narrow_for_tensor_cores(dtype: torch.dtype, int8: bool, changes: dict[str, Any]) -> None:
+    """Eight slices of fewer than 128 columns have fewer than the 16 that a product on tensor cores takes."""
+    n_ulps = 2 if int8 else 1
+    assert_case(make_case(dtype, [1, 0], n_tokens=6, n_steps=1, int8=int8, int8_head=int8, **changes), n_ulps=n_ulps)
+
+
 # --- int8 weights ---------------------------------------------------------------------------------------------------
 
 

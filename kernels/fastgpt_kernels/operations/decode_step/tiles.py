@@ -14,6 +14,9 @@ _DECODE_PART_COLS = 1024
 _DECODE_PROGRAMS, DECODE_BLOCK_KEYS, DECODE_ATTENTION_WARPS, DECODE_ATTENTION_STAGES = 128, 32, 4, 2
 _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
 
+# The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
+_TENSOR_CORE_COLS = 16
+
 
 class DecodeTile(NamedTuple):
     """A program's share of a product: all rows, block_cols of the inner axis, block_out columns of the weights.
@@ -72,6 +75,7 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
         # By count: with twice the columns, half as many programs repeat the norm.
         block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
         n_slices, num_stages = num_warps, 2 if is_wide or n_rows > 4 else 3
+        block_cols = max(block_cols, _TENSOR_CORE_COLS * n_slices)  # Narrower ones are masked.
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         block_out = 64
     return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
