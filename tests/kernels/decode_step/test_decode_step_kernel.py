@@ -287,6 +287,11 @@ def test_repeats_are_bitwise_equal_in_any_order_of_programs(n_rows: int) -> None
             assert torch.equal(decode(case, filled_cache(case, 48)), expected)
 
 
+@pytest.mark.parametrize(("n_row_heads", "expected"), [(1, 32), (2, 32), (4, 32), (12, 10), (25, 5), (200, 1)])
+def test_bug_the_splits_of_few_heads_take_minutes_to_compile(n_row_heads: int, expected: int) -> None:
+    assert decode_step_tiles.decode_splits(n_row_heads, 8192, "sm_90") == expected
+
+
 def test_splits_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(torch.float32, [0])
     for n_splits in (1, 2, 7):

@@ -13,6 +13,8 @@ _DECODE_PART_COLS = 1024
 # Programs that use the memory's bandwidth, and keys that a program of attention reads at a time: not timed.
 _DECODE_PROGRAMS, DECODE_BLOCK_KEYS, DECODE_ATTENTION_WARPS, DECODE_ATTENTION_STAGES = 128, 32, 4, 2
 _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
+# The next product merges all splits in an unrolled loop: of one head in 128, triton 3.7.1 compiled 93 s and spilled.
+_DECODE_MAX_SPLITS = 32
 
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
@@ -103,7 +105,8 @@ def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
 def decode_splits(n_row_heads: int, n_slots: int, architecture: str) -> int:
     """How many programs share the keys of one head of one row."""
     n_blocks = -(-n_slots // DECODE_BLOCK_KEYS)
-    return max(1, min(3 if architecture == "cpu" else _DECODE_PROGRAMS // n_row_heads, n_blocks))
+    most = 3 if architecture == "cpu" else min(_DECODE_PROGRAMS // n_row_heads, _DECODE_MAX_SPLITS)
+    return max(1, min(most, n_blocks))
 
 
 def decode_head_programs(device: torch.device) -> int:
