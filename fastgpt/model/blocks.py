@@ -100,7 +100,7 @@ class GPT2Attention(hf.GPT2Attention):
         attended = attend(
             query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
         )
-        attended = attended.transpose(1, 2).reshape(B, T, C)
+        attended = attended.transpose(1, 2).reshape(B, T, C).contiguous()  # with heads of one channel it is not dense
         return self.resid_dropout(self.c_proj(attended)), None
 
 

@@ -3,7 +3,7 @@
 The interpreter stores bfloat16 as bit patterns and computes on the patterns. Here every operation converts them to
 float32, computes, and rounds the result to the nearest, ties to even. The interpreter leaves matrix products to NumPy,
 whose order of addition depends on the tile's shape and the processor. Here they are a chain of multiply-adds, as on a
-GPU, so that two tiles compute the same score.
+GPU, so that two tiles compute the same score. Of an inner axis too short for a GPU, they raise as its compiler does.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
+# The shortest inner axis of a product that triton compiles for NVIDIA's GPUs, in 16 bits and more.
+SHORTEST_INNER_AXIS = 16
 ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_dot", "create_clampf", "create_rsqrt", "create_erf")
 
 
@@ -122,3 +124,5 @@ def repair() -> None:
     for name in ARITHMETIC:
         mock.patch.object(InterpreterBuilder, name, _in_float32(getattr(InterpreterBuilder, name))).start()
     mock.patch.object(ReduceOps, "apply_impl", reduce_values).start()
+    limits = {"min_dot_size": lambda left, right: (1, 1, SHORTEST_INNER_AXIS)}
+    mock.patch.dict(interpreter.interpreter_builder.codegen_fns, limits).start()

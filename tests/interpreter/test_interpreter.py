@@ -241,6 +241,11 @@ def test_dot_computes_on_values(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), x.double() @ x.double(), rtol=0, atol=1e-5)
 
 
+def test_dot_refuses_an_inner_axis_that_no_gpu_takes() -> None:
+    with pytest.raises(InterpreterError, match="K >= 16"):
+        _dot_kernel[(1,)](torch.ones(8, 8), torch.empty(8, 8), BLOCK=8, PRECISION="ieee")  # pyright: ignore
+
+
 def test_dot_in_tf32_errs_as_a_gpu_does() -> None:
     x, out = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)), torch.empty(32, 32)
     _dot_kernel[(1,)](x, out, BLOCK=32, PRECISION="tf32")  # pyright: ignore

@@ -76,6 +76,21 @@ def test_family_equals_transformers(name: str) -> None:
     assert_same_gradients(ours[3], theirs[3])
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("attn_pdrop", [0.0, 0.1])
+def test_bug_heads_of_one_channel_are_not_dense(attn_pdrop: float, is_padded: bool) -> None:
+    """As in sshleifer/tiny-gpt2: torch reshapes their output without a copy, and Conv1D cannot view it as rows."""
+    theirs, ours = pair(tiny_config(n_embd=2, n_head=2, attn_pdrop=attn_pdrop))
+    ids, mask = token_ids(3, 9, 131), torch.ones(3, 9, dtype=torch.int64)
+    mask[1, :4] = 0 if is_padded else 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    assert_same_within_rounding(ours(**inputs).loss, theirs(**inputs).loss)
+    loss = ours.train()(**inputs).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(ours).values())
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -19,6 +19,9 @@ class Chip(NamedTuple):
     n_multiprocessors: int
 
 
+# Variants of a chip, configured as it is: with the same matrix units, triton has the same faults.
+_VARIANT_OF = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}
+
 _assumed: Chip | None = None
 
 
@@ -44,7 +47,7 @@ def _chip_of(device: torch.device) -> Chip:
         return Chip(device.type, 1)
     properties = torch.cuda.get_device_properties(device)
     name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Chip(name, properties.multi_processor_count)
+    return Chip(_VARIANT_OF.get(name, name), properties.multi_processor_count)
 
 
 def chip(device: torch.device) -> Chip:
@@ -53,7 +56,7 @@ def chip(device: torch.device) -> Chip:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture that kernels are compiled for: sm_90, gfx942, or cpu, which is the interpreter."""
+    """The architecture that kernels are configured for: sm_90, gfx942, or cpu, which is the interpreter."""
     return chip(device).architecture
 
 

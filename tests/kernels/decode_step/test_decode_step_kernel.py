@@ -165,6 +165,18 @@ def test_configurations(changes: dict[str, Any], n_rows: int) -> None:
     assert_case(make_case(torch.float32, [2, 0, 0, 1, 4][:n_rows], **changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_embd": 2, "n_head": 2}, {"n_embd": 32, "n_head": 4}, {"n_embd": 64, "n_head": 1}, {"n_inner": 20}],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+def test_bug_a_slice_too_narrow_for_tensor_cores(dtype: torch.dtype, int8: bool, changes: dict[str, Any]) -> None:
+    """Eight slices of fewer than 128 columns have fewer than the 16 that a product on tensor cores takes."""
+    n_ulps = 2 if int8 else 1
+    assert_case(make_case(dtype, [1, 0], n_tokens=6, n_steps=1, int8=int8, int8_head=int8, **changes), n_ulps=n_ulps)
+
+
 # --- int8 weights ---------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +285,11 @@ def test_repeats_are_bitwise_equal_in_any_order_of_programs(n_rows: int) -> None
                 assert torch.equal(decode(case, filled_cache(case, 48)), expected)
         else:
             assert torch.equal(decode(case, filled_cache(case, 48)), expected)
+
+
+@pytest.mark.parametrize(("n_row_heads", "expected"), [(1, 32), (2, 32), (4, 32), (12, 10), (25, 5), (200, 1)])
+def test_bug_the_splits_of_few_heads_take_minutes_to_compile(n_row_heads: int, expected: int) -> None:
+    assert decode_step_tiles.decode_splits(n_row_heads, 8192, "sm_90") == expected
 
 
 def test_splits_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

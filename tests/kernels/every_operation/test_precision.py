@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import fastgpt_kernels
@@ -11,6 +12,7 @@ from accuracy import forward, gradients, random
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import chip
 from fastgpt_kernels.common.precision import float32_products, product_precision
+from fastgpt_kernels.operations.attention.tiles import attention_tile
 from interpreter import DEVICE, INTERPRETING
 from records import FORMS, RECORDS, call
 from torch import Tensor
@@ -93,6 +95,23 @@ def test_amd_gpus_are_not_asked_for_it(architecture: str, expected: str) -> None
     high()
     with chip.assume(chip.Chip(architecture, 1)):
         assert product_precision(torch.zeros(1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 7), "sm_86"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 1), "sm_120")],
+)  # fmt: skip
+def test_bug_float32_is_rounded_on_variants_of_a_chip(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 and 3.7 round float32 attention to tf32 on sm_103 and sm_110 too, in tiles of 64 queries."""
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = chip._chip_of.__wrapped__(torch.device("cuda", 0))
+    assert found == chip.Chip(expected, 7)
+    assert attention_tile("fwd", 64, 4, found.architecture, False, "ieee").block_q == (32 if major in (10, 11) else 64)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -148,6 +148,12 @@ def test_stream_of_another_dtype_is_promoted(operations: Any, dropout_p: float) 
     assert max_error(out, formula(*exact, dropout_p=dropout_p)) < 0.05
 
 
+def test_bug_a_wide_stream_is_rounded(operations: Any) -> None:
+    *inputs, residual = make_inputs(20, 16, n_hidden=32, has_residual=True)
+    out = operations.gelu_mlp(*(tensor * 0 for tensor in inputs), residual=residual.double() / 3)
+    assert torch.equal(out, residual.double() / 3)
+
+
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 

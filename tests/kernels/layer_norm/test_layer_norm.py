@@ -167,6 +167,15 @@ def test_bug_layer_norm_cancels_at_large_mean(operations: Any, mean: float) -> N
         assert_parity(from_square_of_the_mean, layer_norm_formula, [x, weight, bias], slack=16)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("eps", [0, 0.0, 1e-60])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 5])
+def test_bug_rows_past_the_end_without_eps(operations: Any, n_rows: int, eps: float) -> None:
+    """1e-60 is zero in float32."""
+    assert_layer_norm_parity(operations, make_inputs(n_rows, 24), eps=eps, slack=4)
+    assert_layer_norm_parity(operations, make_sum_inputs(n_rows, 24), eps=eps, slack=4)
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 63, 64, 65, 257])
 def test_bug_weight_gradient_misses_rows(operations: Any, n_rows: int) -> None:
     """Partial sums of dweight and dbias sized unlike the grid; in integers, where every row shows."""

@@ -13,6 +13,11 @@ _DECODE_PART_COLS = 1024
 # Programs that use the memory's bandwidth, and keys that a program of attention reads at a time: not timed.
 _DECODE_PROGRAMS, DECODE_BLOCK_KEYS, DECODE_ATTENTION_WARPS, DECODE_ATTENTION_STAGES = 128, 32, 4, 2
 _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
+# The next product merges all splits in an unrolled loop: of one head in 128, triton 3.7.1 compiled 93 s and spilled.
+_DECODE_MAX_SPLITS = 32
+
+# The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
+_TENSOR_CORE_COLS = 16
 
 
 class DecodeTile(NamedTuple):
@@ -72,6 +77,7 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
         # By count: with twice the columns, half as many programs repeat the norm.
         block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
         n_slices, num_stages = num_warps, 2 if is_wide or n_rows > 4 else 3
+        block_cols = max(block_cols, _TENSOR_CORE_COLS * n_slices)  # Narrower ones are masked.
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         block_out = 64
     return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
@@ -99,7 +105,8 @@ def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
 def decode_splits(n_row_heads: int, n_slots: int, architecture: str) -> int:
     """How many programs share the keys of one head of one row."""
     n_blocks = -(-n_slots // DECODE_BLOCK_KEYS)
-    return max(1, min(3 if architecture == "cpu" else _DECODE_PROGRAMS // n_row_heads, n_blocks))
+    most = 3 if architecture == "cpu" else min(_DECODE_PROGRAMS // n_row_heads, _DECODE_MAX_SPLITS)
+    return max(1, min(most, n_blocks))
 
 
 def decode_head_programs(device: torch.device) -> int:

@@ -197,7 +197,7 @@ def _gelu_mlp_fwd_out_kernel(
                     residual_ref, row, quarter_col, n_rows, n_cols, residual_row_stride,
                     BLOCK_ROWS, QUARTER, DESCRIPTORS,
                 )  # fmt: skip
-                out += residual.to(ACCUMULATOR)
+                out += residual  # in the wider dtype of the two
             _store_tile(out_ref, out, row, quarter_col, n_rows, n_cols, BLOCK_ROWS, QUARTER, DESCRIPTORS)
 
 

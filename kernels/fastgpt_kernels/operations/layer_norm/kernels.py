@@ -85,6 +85,8 @@ def _layer_norm_bwd_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=in_row, other=0.0).to(ACCUMULATOR)
 
         normalised, rstd = _normalise(x, in_row, n_cols, EPS)
+        if EPS < 1e-37:  # Rows past the end may be 0 / 0, which the sum of dweight must not see.
+            normalised = tl.where(in_row, normalised, 0.0)
         dnormalised = rounded_product(dy, weight[None, :])
         mean_d = tl.sum(dnormalised, axis=1) / n_cols
         mean_dn = tl.sum(rounded_product(dnormalised, normalised), axis=1) / n_cols
