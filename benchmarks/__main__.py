@@ -25,6 +25,9 @@ COMMANDS = {
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
     if name not in COMMANDS:
         print(f"unknown benchmark {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

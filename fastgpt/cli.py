@@ -301,7 +301,8 @@ def train(
         )
     if outcome.step < outcome.n_steps:
         again = shlex.join(["fastgpt", *invocation.obj, *([] if resume else ["--resume"])])
-        raise Interrupted(f"interrupted and saved at step {outcome.step} of {outcome.n_steps}; to go on: {again}")
+        message = f"interrupted and saved at step {outcome.step} of {outcome.n_steps}; to go on: {again}"
+        raise Interrupted(message, code=128 + (outcome.signal or 0))
     print(f"validation loss {outcome.loss:.4f}: written to {out}; try: fastgpt generate 'Once' --model {out}")
 
 
@@ -354,14 +355,18 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="First time every operation against torch, for `auto` to follow.")
     ] = False,
-    model: Annotated[str, typer.Option(help="With --measure: a preset's name, or a directory.")] = "gpt2",
+    model: Annotated[
+        str | None, typer.Option(help="With --measure: a preset's name, or a directory; without it gpt2.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
     with wrong_usage():
         place, _ = settle_place(device)
+    if model is not None and not measure:
+        raise typer.BadParameter("--model is what --measure times: give both")
     if measure:
-        _measure(model, place)
+        _measure(model or "gpt2", place)
     diagnosis = checks.diagnose(device)
     if as_json:
         print_json(diagnosis)
@@ -402,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = error.ctx.command_path if error.ctx else "fastgpt"
         _fail(f"{error.format_message()} (see {command} --help)", code=2)
     except Interrupted as interrupted:
-        _fail(str(interrupted), code=130)
+        _fail(str(interrupted), interrupted.code)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", code=130)
     except BrokenPipeError:

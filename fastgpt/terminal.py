@@ -16,7 +16,11 @@ notes = Console(stderr=True, highlight=False)
 
 
 class Interrupted(Exception):
-    """Ctrl-C ended a command, which says how to go on."""
+    """A signal ended a command, which says how to go on. code: the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 # --- what was typed -------------------------------------------------------------------------------------------------

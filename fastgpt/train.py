@@ -72,7 +72,7 @@ class Settings:
 
     def of_the_result(self) -> dict[str, Any]:
         """The settings on which the result depends."""
-        return {name: value for name, value in asdict(self).items() if name != "recompute"}
+        return {name: value for name, value in asdict(self).items() if name not in ("keep", "recompute")}
 
     def n_steps(self, n_sequences: int) -> int:
         per_epoch = math.ceil(math.ceil(n_sequences / self.batch) / self.accumulate)
@@ -122,11 +122,12 @@ def _norms_computed_again(model: GPT2LMHeadModel, is_asked: bool) -> Iterator[No
 
 
 class Outcome(NamedTuple):
-    """step: where a run has ended, of n_steps. loss: on the validation text, in nats per token."""
+    """Of a run. loss: on the validation text, in nats per token. signal: what ended it before its last step."""
 
     step: int
     n_steps: int
     loss: float
+    signal: int | None
 
 
 def fine_tune(
@@ -202,4 +203,4 @@ def fine_tune(
         trainer.save_whole(out)
     draw_curve(history, out / CURVE)
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    return Outcome(trainer.state.global_step, n_steps, losses[-1])
+    return Outcome(trainer.state.global_step, n_steps, losses[-1], interrupt.signal)

@@ -85,26 +85,34 @@ class LogFile(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Lets Ctrl-C end a run after the step that it is in, with a checkpoint; a second one ends it at once."""
+    """Lets Ctrl-C, or the SIGTERM of a scheduler, end a run after the step that it is in, with a checkpoint.
+
+    A second one ends it at once. signal: which of them came.
+    """
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.signal: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        previous = signal.signal(signal.SIGINT, self._ask)
+        previous = {number: signal.signal(number, self._ask) for number in _AT_ONCE}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
-    def _ask(self, *_: Any) -> None:
-        self.is_asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _ask(self, number: int, _: Any) -> None:
+        self.signal = number
+        for each, handler in _AT_ONCE.items():
+            signal.signal(each, handler)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.is_asked:
+        if self.signal is not None:
             control.should_save = control.should_training_stop = True
+
+
+_AT_ONCE = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------

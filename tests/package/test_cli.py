@@ -169,6 +169,7 @@ def test_directory_without_weights(run, tmp_path) -> None:
         (["generate", "hi", "--device", "meta"], "meta"),
         (["generate", "hi", "--device", "tpu9"], "tpu9"),
         (["doctor", "--device", "tpu9"], "tpu9"),
+        (["doctor", "--model", "demo"], "--measure"),
         (["generate", "h\udcff"], "not UTF-8"),
         (["eval", "/"], "/ is a directory: give a text file"),
         (["bench", "--batch", "two"], "two"),

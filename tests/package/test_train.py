@@ -172,12 +172,14 @@ def test_killed_while_it_saves_and_resumed_equals_the_whole_run(inputs, whole: P
     assert_same_model(out, whole)
 
 
-@pytest.mark.parametrize(("step", "recompute"), [(2, "norms"), (5, "blocks")])
-def test_ctrl_c_saves_and_says_how_to_go_on(
-    step: int, recompute: str, inputs, whole: Path, run, tmp_path: Path, monkeypatch
+@pytest.mark.parametrize(
+    ("step", "recompute", "number", "code"), [(2, "norms", signal.SIGINT, 130), (5, "blocks", signal.SIGTERM, 143)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    step: int, recompute: str, number: int, code: int, inputs, whole: Path, run, tmp_path: Path, monkeypatch
 ) -> None:
-    """And whatever backward computes again, the result keeps every bit."""
-    out, handler = tmp_path / "with space", signal.getsignal(signal.SIGINT)  # of a background job it is none
+    """Ctrl-C, or a scheduler's. And whatever backward computes again, the result keeps every bit."""
+    out, handler = tmp_path / "with space", signal.getsignal(number)  # of a background job SIGINT has none
     train, asked = trainer.RunTrainer.train, []
 
     def and_note(self: Any, **named: Any) -> Any:
@@ -188,11 +190,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.RunTrainer, "train", and_note)
-        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        at_step(patch, step, lambda: signal.raise_signal(number))
         result = run("train", *inputs, "--out", str(out), "--recompute", recompute)
     assert asked == [{name: name == recompute for name in ("norms", "blocks")}]
-    assert result.code == 130
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert result.code == code
+    assert signal.getsignal(number) is handler
     message = result.err.splitlines()[-1]
     assert message.startswith(f"error: interrupted and saved at step {step} of 8; to go on: fastgpt train ")
     assert not (out / "model.safetensors").exists()
@@ -219,6 +221,7 @@ def test_a_finished_run_is_resumed_by_saving_it_again(inputs, whole: Path, run, 
 def test_a_run_is_resumed_with_its_own_options(inputs, whole: Path, run, tmp_path: Path) -> None:
     other_rate = run("train", *inputs, "--out", str(whole), "--resume", "--learning-rate", "0.02")
     assert_one_line_error(other_rate, 1, "learning_rate 0.01, not 0.02")
+    assert run("train", *inputs, "--out", str(whole), "--resume", "--keep", "1").code == 0
     other = tmp_path / "other.txt"
     other.write_text("other words " * 2000)
     assert_one_line_error(run("train", str(other), *inputs[1:], "--out", str(whole), "--resume"), 1, "began with text")
