@@ -260,6 +260,15 @@ def test_a_model_is_compared_with_its_twin_once(in_inference: None, monkeypatch:
     assert routing.why_not_model(model) is None
 
 
+def test_the_proof_of_a_model_holds_in_inference_mode_and_outside(in_inference: None, monkeypatch) -> None:
+    model = model_of()
+    assert routing.why_not_model(model) is None
+    monkeypatch.setattr(twin, "differences", None)  # a second comparison would raise
+    for is_inference in (True, False, True):
+        with torch.inference_mode(is_inference):
+            assert routing.why_not_model(model) is None
+
+
 def test_a_model_that_differs_needs_one_twin_until_its_configuration_changes(in_inference: None, monkeypatch) -> None:
     model, build, n_built = model_of(), twin._twin, []
     monkeypatch.setattr(twin, "_twin", lambda config: [build(config), n_built.append(1)][0])
