@@ -266,7 +266,7 @@ def test_the_proof_of_a_model_holds_in_inference_mode_and_outside(in_inference: 
     monkeypatch.setattr(twin, "differences", None)  # a second comparison would raise
     for is_inference in (True, False, True):
         with torch.inference_mode(is_inference):
-            assert routing.why_not_model(model) is None
+            assert twin.difference(model) is None
 
 
 def test_a_model_that_differs_needs_one_twin_until_its_configuration_changes(in_inference: None, monkeypatch) -> None:
