@@ -56,12 +56,12 @@ def _check_place(workload: str, ids: Tensor, dtype: torch.dtype) -> None:
         raise ValueError("runs here only on a CPU, in float32, for prefill and decode")
 
 
-def _quantized(*, head: bool) -> MakeWork:
-    """fastgpt with int8 weights in the blocks, and in the head if that is asked for."""
+def _quantized(**options: bool) -> MakeWork:
+    """fastgpt with int8 weights. options: of `fastgpt.quantize`."""
 
     def make(workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> Work:
         _check_place(workload, ids, dtype)
-        model = fastgpt.quantize(contender(OURS, base, ids.device, dtype), head=head)
+        model = fastgpt.quantize(contender(OURS, base, ids.device, dtype), **options)
         with torch.no_grad():
             accuracy = int8_accuracy(model(ids, use_cache=False).logits, base, ids)
         is_decode = workload == "decode"
@@ -114,10 +114,11 @@ CPU_PEERS: dict[str, MakeWork] = {
     "ctranslate2": _contender(partial(Remote, CTranslate2)),
     "onnxruntime": _contender(partial(Remote, OnnxRuntime)),
 }
-# With int8 weights; those of the other engines have them in the head too.
+# With int8 weights; the other engines have them in the head too, and round rows to int8.
 OUR_INT8: dict[str, MakeWork] = {
-    "fastgpt-int8": _quantized(head=False),
+    "fastgpt-int8": _quantized(),
     "fastgpt-int8-head": _quantized(head=True),
+    "fastgpt-int8-rows": _quantized(head=True, activations=True),
 }
 INT8_PEERS: dict[str, MakeWork] = {
     "ctranslate2-int8": _contender(partial(Remote, CTranslate2Int8), rounds=True),

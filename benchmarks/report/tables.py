@@ -168,19 +168,20 @@ def _traffic_table(rows: Sequence[Row]) -> str:
 def _int8_table(content: Mapping[str, Any]) -> str:
     """fastgpt in floats and everyone in int8: speeds, and how far the logits are from those of the float weights."""
     table = []
+    ours = list(dict.fromkeys(entry["contender"] for entry in content["int8_ratios"]))
     for row in content["results"]:
         if row["contender"] != OURS and "logit_error" not in row:
             continue
         ratios = [
             plotting.with_quartiles(entry)
-            for ours in ("fastgpt-int8", "fastgpt-int8-head")
+            for name in ours
             for entry in content["int8_ratios"]
-            if (entry["workload"], entry["contender"], entry["baseline"]) == (row["workload"], ours, row["contender"])
+            if (entry["workload"], entry["contender"], entry["baseline"]) == (row["workload"], name, row["contender"])
         ]
         errors = [f"{row[name]:.2g}" if name in row else "-" for name in ("logit_error", "kl_divergence")]
         speed = f"{row['tokens_per_s']['median']:,.0f}"
-        table.append([row["workload"], row["contender"], speed, *errors, *(ratios or ["-", "-"])])
-    headings = ["tokens/s", "error of logits", "KL divergence, nats", "fastgpt-int8 is", "fastgpt-int8-head is"]
+        table.append([row["workload"], row["contender"], speed, *errors, *(ratios or ["-"] * len(ours))])
+    headings = ["tokens/s", "error of logits", "KL divergence, nats", *(f"{name} is" for name in ours)]
     return markdown_table(["workload", "contender", *headings], table)
 
 

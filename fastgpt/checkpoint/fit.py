@@ -90,6 +90,11 @@ def has_int8_head(config: PreTrainedConfig) -> bool:
     return has_int8_products(config) and bool(_quantization(config).get("head"))
 
 
+def has_int8_activations(config: PreTrainedConfig) -> bool:
+    """Whether the inputs of those products may be rounded to int8 too."""
+    return has_int8_products(config) and bool(_quantization(config).get("activations"))
+
+
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
     given = getattr(config, "quantization_config", None)
     return given if isinstance(given, dict) else getattr(given, "__dict__", {})

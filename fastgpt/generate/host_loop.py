@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
+from ..checkpoint.fit import has_int8_activations
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
 
@@ -77,10 +79,15 @@ class Generation:
         yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
         weights = view_weights(model)
         # After the first token, because choosing the way of a product takes time.
-        products = Products(weights, len(request.ids), n_steps=self._n_free, precision=self.model.dtype)
+        products = self._products(weights, len(request.ids))
         while self._goes_on():
             newest = self._sequences[:, self.n_tokens - 1]
             yield self._append(decode_one_token(weights, self.cache, newest, self._positions(1)[:, 0], products))
+
+    def _products(self, weights: DecodeWeights, n_rows: int) -> Products:
+        """Those of the steps to come."""
+        precision = torch.int8 if has_int8_activations(self.model.config) else self.model.dtype
+        return Products(weights, n_rows, self._n_free, precision)
 
     @property
     def _n_free(self) -> int:

@@ -17,7 +17,6 @@ from .decoding import decode_tokens, prefill, view_weights
 from .device_loop import DeviceGeneration, Mailbox
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
-from .products import Products
 from .workspace import Workspace, sample
 
 # The longest run of tokens that is looked up, unless `max_matching_ngram_size` is given.
@@ -73,7 +72,7 @@ class LookupGeneration(Generation):
     def _generate(self, model: GPT2LMHeadModel) -> Iterator[Tensor]:
         request, weights = self.request, view_weights(model)
         yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
-        products = Products(weights, 1 + self.n_proposed, n_steps=self._n_free, precision=self.model.dtype)
+        products = self._products(weights, 1 + self.n_proposed)
         while self._goes_on():
             proposed = self.index.propose(min(self.n_proposed, self._n_free - 1))
             tokens = torch.tensor([[self.index.tokens[-1], *proposed]], device=request.ids.device)

@@ -136,7 +136,10 @@ Way = Callable[[Any], Prepared]
 
 
 class Rows(NamedTuple):
-    """The rows of a product with an int8 matrix. dtype: theirs. precision: the dtype to which they may be rounded."""
+    """The rows of a product with an int8 matrix. dtype: theirs. precision: the dtype to which they may be rounded.
+
+    That may be int8 where the processor's instructions for it are exact.
+    """
 
     dtype: torch.dtype
     precision: torch.dtype
@@ -181,16 +184,19 @@ def packs(dtype: torch.dtype) -> bool:
         packed = Packed(matrix, 1)(x, None)
     except (AttributeError, RuntimeError):
         return False
-    return _exactness(matrix, x)(packed)
+    return _exactness(matrix, x, dtype)(packed)
+
+
+_DIGITS = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
 
 
 def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
     in_digits: dict[str, Way] = {
         name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
-        for name, product in {"digits": digits.Stored, "packed digits": digits.Packed}.items()
+        for name, product in _DIGITS.items()
         if rows.precision in digits.N_DIGITS and digits.is_exact(product)
     }
-    if "digits" in in_digits and rows.precision == torch.float32:
+    if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
         return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.
     copies = ways(torch.empty(matrix.shape, dtype=rows.dtype, device="meta"), n_rows)
     found: dict[str, Way] = {
@@ -282,7 +288,10 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     x = torch.empty(n_rows, n_inputs, dtype=rows.dtype, device="cpu")
     x.normal_(generator=torch.Generator("cpu").manual_seed(0))
     bias = x.new_zeros(n_outputs)
-    is_exact = _exactness(samples[0], x.to(rows.precision))
+    if rows.precision == torch.int8:
+        is_exact = _exactness(samples[0], digits.rounded(x), rows.dtype)
+    else:
+        is_exact = _exactness(samples[0], x.to(rows.precision), rows.precision)
     prepared: dict[str, list[Prepared]] = {}
     prepare_s, multiply_s = {}, {}
     for name, way in ways(samples[0], n_rows, rows).items():
@@ -307,12 +316,12 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     }
 
 
-def _exactness(matrix: Matrix, x: Tensor) -> Callable[[Tensor], bool]:
-    """What tells whether a product of x and a matrix is nearly as exact as torch's in x's dtype, by some columns."""
+def _exactness(matrix: Matrix, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], bool]:
+    """What tells whether a product of x and a matrix is nearly as exact as torch's in a dtype, by some columns."""
     some = slice(None, None, max(1, matrix.shape[1] // 256))
     part = _columns(matrix, some)
     exact = multiply(x.double(), part if isinstance(part, Int8Matrix) else part.double(), None)
-    allowed = _MAX_ERROR * (multiply(x, part, None) - exact).square().mean() ** 0.5
+    allowed = _MAX_ERROR * (multiply(x.to(dtype), part, None) - exact).square().mean() ** 0.5
     return lambda product: bool((product[:, some] - exact).square().mean() ** 0.5 <= allowed)
 
 
@@ -333,9 +342,10 @@ def fastest(known: dict[str, Cost], n_steps: int) -> str:
 class Products:
     """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
 
-    n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model. Where the
-    weights are on a CPU and the steps many, the way of each matrix is chosen: `chosen` names it by the shape (K, N). It
-    may hold copies of the matrices, n_bytes in all, as long as this object lives.
+    n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model, or int8 if
+    the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, the way
+    of each matrix is chosen: `chosen` names it by the shape (K, N). It may hold copies of the matrices, n_bytes in all,
+    as long as this object lives.
     """
 
     def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int, precision: torch.dtype | None = None):
@@ -345,14 +355,17 @@ class Products:
         if weights.wte.device.type != "cpu":
             return
         dtype = weights.wte.dtype
+        if precision is None or (precision == torch.int8 and not digits.is_exact(digits.Stored)):
+            precision = dtype
+        rows = Rows(dtype, precision)
         for matrices in _by_shape(weights):
-            name = _choose(matrices, n_rows, n_steps, Rows(dtype, precision or dtype))
+            name = _choose(matrices, n_rows, n_steps, rows)
             if name is None:
                 continue
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
             for matrix in matrices:
-                prepared = ways(matrix, n_rows, Rows(dtype, precision or dtype))[name](matrix)
+                prepared = ways(matrix, n_rows, rows)[name](matrix)
                 self._prepared[_place(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
 

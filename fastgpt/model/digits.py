@@ -1,4 +1,5 @@
-"""Products of float rows and int8 weights on a CPU in its int8 instructions, as accurate as those of the float rows.
+"""Products of float rows and int8 weights on a CPU in its int8 instructions, as accurate as those of the float rows or,
+where that is asked for, of rows rounded to int8.
 
 A row is written in base 256, as rows of bytes: x = step * sum of 256^i * digit_i. Their products with int8 values are
 sums of whole numbers, which the processor adds without rounding, 64 at a time with AVX512 where it adds 16 floats. Four
@@ -14,8 +15,9 @@ import torch
 from fastgpt_kernels.common.int8 import Int8Matrix
 from torch import Tensor
 
-# By the dtype of the rows: what the digits round off the largest input is at most 2^-7 of what the dtype does.
-N_DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
+# By the dtype whose accuracy is asked for. What the digits round off the largest input is at most 2^-7 of what that
+# dtype does; int8 is the one digit itself, with a scale for each row.
+N_DIGITS = {torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 # What a byte holds for the digit 0: digits are from -128 to 127.
 _ZERO = 128
 # The products of digits that are in memory at a time: more fall out of the caches, and every call allocates them anew.
@@ -30,10 +32,19 @@ class Stored:
     def __init__(self, matrix: Int8Matrix, n_rows: int):
         self.matrix = matrix
 
-    def __call__(self, digits: Tensor) -> Tensor:
-        """The product of digits, each plus _ZERO, and a matrix. digits: (r, K) uint8. Returns (r, N)."""
-        signed = digits.bitwise_xor(_ZERO).view(torch.int8)
-        return torch._int_mm(signed, self.matrix.values.t()) * self.matrix.scale
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
+        """The product of rows and a matrix. digits: (r * n, K) uint8, n of each row, plus _ZERO. places: (r, n)
+        float32, by which to multiply the digits of a row before they are added. Returns (r, N)."""
+        return _joined(torch._int_mm(_signed(digits), self.matrix.values.t()) * self.matrix.scale, places)
+
+
+class Transposed(Stored):
+    """The same product of the transposes: for a single row it may be twice as fast."""
+
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
+        product = torch._int_mm(self.matrix.values, _signed(digits).t()).float()  # (N, r * n)
+        of_rows = product.unflatten(1, places.shape).transpose(0, 1)  # (r, N, n)
+        return torch.bmm(of_rows, places[:, :, None]).squeeze(2).mul_(self.matrix.scale)
 
 
 class Packed:
@@ -45,21 +56,35 @@ class Packed:
         self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [n_rows, values.shape[1]])
         self.zero_points = torch.zeros(len(values), dtype=torch.int32, device=values.device)
 
-    def __call__(self, digits: Tensor) -> Tensor:
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
         """As of `Stored`."""
-        return torch.ops.onednn.qlinear_pointwise.default(
+        product = torch.ops.onednn.qlinear_pointwise.default(
             digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )  # fmt: skip
+        return _joined(product, places)
+
+
+def _signed(digits: Tensor) -> Tensor:
+    return digits.bitwise_xor(_ZERO).view(torch.int8)
+
+
+def _joined(product: Tensor, places: Tensor) -> Tensor:
+    """(r, N) of the products (r * n, N) of the digits."""
+    if places.shape[1] == 1:
+        return product.mul_(places)
+    return torch.bmm(places[:, None], product.unflatten(0, places.shape)).squeeze(1)
+
+
+Product = Stored | Packed
 
 
 class Digits:
     """The product of float rows, written in digits, and an int8 matrix.
 
-    precision: the dtype whose accuracy is asked for, a key of N_DIGITS. product: that of the digits, `Stored` or
-    `Packed`.
+    precision: the dtype whose accuracy is asked for, a key of N_DIGITS. product: that of the digits.
     """
 
-    def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype, product: type[Stored | Packed]):
+    def __init__(self, matrix: Int8Matrix, n_rows: int, precision: torch.dtype, product: type[Product]):
         self.n_digits = N_DIGITS[precision]
         n_rows_of_digits = self.n_digits * n_rows
         n_columns = max(1, _MAX_PRODUCTS // n_rows_of_digits)
@@ -76,18 +101,29 @@ class Digits:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
         n_rows, n_inputs = x.shape
-        largest = x.float().abs().amax(1, keepdim=True)  # (r, 1)
+        largest = _largest(x)
         # `start` makes this float64. A row of zeros divides 0 by 0: the bytes of its NaN are multiplied by 0 below.
         whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
         digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
-        places = (largest * self.places)[:, None]  # (r, 1, digits)
-        joined = [torch.bmm(places, multiply(digits).view(n_rows, self.n_digits, -1)) for multiply in self.products]
-        product = (joined[0] if len(joined) == 1 else torch.cat(joined, 2)).squeeze(1)
+        places = largest * self.places
+        joined = [multiply(digits, places) for multiply in self.products]
+        product = joined[0] if len(joined) == 1 else torch.cat(joined, 1)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
 
+def _largest(x: Tensor) -> Tensor:
+    """(r, 1) float32: of each row."""
+    return torch.linalg.vector_norm(x.float(), torch.inf, 1, keepdim=True)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The rows whose products one digit gives: rounded to int8, with a scale for each. Returns float64."""
+    largest = _largest(x).clamp(min=torch.finfo(torch.float32).tiny)
+    return (127 * x.double() / largest).round() * (largest / 127)
+
+
 @functools.cache
-def is_exact(product: type[Stored | Packed]) -> bool:
+def is_exact(product: type[Product]) -> bool:
     """Whether this torch has that product of bytes, and it does not overflow on this processor.
 
     Without instructions such as VNNI oneDNN adds pairs of products in 16 bits, where the largest have no room.

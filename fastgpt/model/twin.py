@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
-from ..checkpoint.fit import has_int8_head, has_int8_products
+from ..checkpoint.fit import has_int8_activations, has_int8_head, has_int8_products
 from . import plain
 from .int8 import Int8Linear, replace_products
 from .patching import ATTENTION, replacement
@@ -99,7 +99,7 @@ def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
     with torch.device("meta"):
         twin = replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
     if has_int8_products(config):
-        replace_products(twin, head=has_int8_head(config))
+        replace_products(twin, head=has_int8_head(config), activations=has_int8_activations(config))
     return twin
 
 

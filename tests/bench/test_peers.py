@@ -159,6 +159,7 @@ def test_fastgpt_with_int8_weights_is_a_contender(base: GPT2LMHeadModel, workloa
     ids = token_ids(1, 9, base.config.vocab_size)
     works = [make(workload, base, ids, 4, torch.float32) for make in peers.OUR_INT8.values()]
     assert works[0].held_bytes() > works[1].held_bytes() - 2 * base.lm_head.weight.numel() > 0
+    assert works[1].held_bytes() == works[2].held_bytes()
     for work in works:
         assert work.seconds() > 0
         assert 0 < work.accuracy["logit_error"] < peers.MAX_INT8_ERROR

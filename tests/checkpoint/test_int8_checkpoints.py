@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.quantizers import auto
 
 import fastgpt
+from fastgpt.model.int8 import Int8Linear
 from fastgpt.verify import verify_checkpoint
 
 
@@ -28,12 +29,13 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     [*product(HEADS, [False]), ("GPT2LMHeadModel", True), ("GPT2DoubleHeadsModel", True)],
 )
 def test_a_saved_model_is_loaded_bitwise(head: str, int8_head: bool, tmp_path: Path) -> None:
-    ours = fastgpt.quantize(pair(tiny_config(), head)[1], head=int8_head)
+    ours = fastgpt.quantize(pair(tiny_config(), head)[1], head=int8_head, activations=int8_head)
     ours.save_pretrained(tmp_path)
     for family in (fastgpt, transformers):
         again = getattr(family, head).from_pretrained(tmp_path)
         assert type(again) is getattr(family, head)
         assert same(again.state_dict(), ours.state_dict())
+        assert {part.rounds_input for part in again.modules() if isinstance(part, Int8Linear)} == {int8_head}
     in_bfloat16 = getattr(fastgpt, head).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert same(in_bfloat16.state_dict(), ours.to(torch.bfloat16).state_dict())
     assert verify_checkpoint(tmp_path).problems == []

@@ -48,7 +48,8 @@ def test_every_way_gives_the_product_of_int8_weights(
         assert_as_accurate(way(matrix)(x, bias), eager, true, eager_error=eager_error)
 
 
-BYTES = {"digits": digits.Stored, "packed digits": digits.Packed}
+BYTES = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
+FLOATS = [dtype for dtype in digits.N_DIGITS if dtype.is_floating_point]
 each_exact_product = pytest.mark.parametrize(
     "name",
     [
@@ -59,7 +60,7 @@ each_exact_product = pytest.mark.parametrize(
 
 
 @each_exact_product
-@pytest.mark.parametrize("dtype", digits.N_DIGITS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("n_rows", [1, 33])
 @pytest.mark.parametrize("most", [2**20, 1000], ids=["", "sliced"])
 def test_digits_are_as_exact_as_the_rows(
@@ -81,6 +82,27 @@ def test_digits_are_as_exact_as_the_rows(
         scale = true.abs().amax(1, keepdim=True).clamp(min=1e-30)  # each row by itself
         relative, eager = ((value / scale).float() for value in (product, eager))
         assert_as_accurate(relative, eager, true / scale, factor=1.0)
+
+
+@each_exact_product
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_one_digit_is_the_row_rounded_to_int8(n_rows: int, dtype: torch.dtype, name: str) -> None:
+    """Each row by its own largest input, so that it does not depend on those beside it; a row of zeros stays zero."""
+    torch.manual_seed(n_rows)
+    matrix, bias = Int8Matrix.nearest(torch.randn(768, 96)), torch.randn(96, dtype=dtype)
+    x = (torch.randn(n_rows, 768) * torch.logspace(-2, 1, n_rows)[:, None]).to(dtype)
+    x[-1, 5], x[0] = 300, 0 if n_rows > 1 else x[0]
+    largest = x.float().double().abs().amax(1, keepdim=True)
+    rows = (127 * x.double() / largest).round().nan_to_num() * largest / 127
+    true = rows @ matrix.to_float(torch.float64) + bias.double()
+    product = digits.Digits(matrix, n_rows, torch.int8, BYTES[name])(x, bias)
+    assert product.dtype == dtype
+    error = (product.double() - true).abs() / true.abs().amax(1, keepdim=True)
+    assert error.max() <= 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    alone = digits.Digits(matrix, 1, torch.int8, BYTES[name])(x[-1:].contiguous(), bias)
+    assert torch.equal(alone, product[-1:])
+    assert torch.allclose(digits.rounded(x), rows, rtol=1e-6, atol=0)
 
 
 @each_exact_product
@@ -118,6 +140,35 @@ def test_a_way_that_errs_is_not_taken(monkeypatch) -> None:
     in_bfloat16 = {"rounded": lambda matrix: products.Int8Values(matrix, torch.bfloat16)}
     monkeypatch.setattr(products, "ways", lambda *_: found | in_bfloat16)
     assert products._measure([matrix], 2, rows).keys() == found.keys()
+
+
+@pytest.mark.skipif(not digits.is_exact(digits.Stored), reason="bytes overflow here")
+@pytest.mark.parametrize("n_steps", [2, products.MIN_STEPS])
+@torch.no_grad()
+def test_steps_round_their_rows_where_the_model_may(n_steps: int, monkeypatch) -> None:
+    """As its blocks do, in all that generate: with the same tokens as from forwards without a cache."""
+    ours = fastgpt.quantize(pair(tiny_config())[1], head=True, activations=True)
+    ids = token_ids(2, 9, 131)
+    made, digits_of = set(), digits.Digits.__init__
+    monkeypatch.setattr(digits.Digits, "__init__", lambda *call: made.add(call[3]) or digits_of(*call))
+    options = {"max_new_tokens": n_steps + 1, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for rows, more in ((ids, {}), (ids[:1], {"prompt_lookup_num_tokens": 3})):
+        tokens = ours.generate(rows, **options, **more)
+        assert made == {torch.int8}
+        for _ in range(n_steps + 1):
+            rows = torch.cat((rows, ours(rows, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        assert torch.equal(tokens, rows)
+
+
+@torch.no_grad()
+def test_no_row_is_rounded_where_bytes_overflow(monkeypatch) -> None:
+    monkeypatch.setattr(products, "_measured", {})
+    monkeypatch.setattr(digits, "is_exact", lambda product: False)
+    exact, ours = (fastgpt.quantize(pair(tiny_config())[1], activations=rounds) for rounds in (False, True))
+    ids = token_ids(2, 9, 131)
+    assert torch.equal(ours(ids).logits, exact(ids).logits)
+    chosen = Products(engine.view_weights(ours), 1, products.MIN_STEPS, precision=torch.int8)
+    assert not any("digits" in name for name in chosen.chosen.values())
 
 
 @each_exact_product

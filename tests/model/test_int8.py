@@ -114,7 +114,7 @@ def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype, head: bool) 
 
 
 @pytest.mark.skipif(not digits.is_exact(digits.Stored), reason="bytes overflow here")
-@pytest.mark.parametrize("dtype", digits.N_DIGITS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_few_rows_are_multiplied_by_the_values_as_they_lie(dtype: torch.dtype, has_bias: bool, monkeypatch) -> None:
     """Beside float64, as accurate as by a float copy, which is made for more rows and where gradients are asked for."""
@@ -144,6 +144,36 @@ def test_few_rows_are_multiplied_by_the_values_as_they_lie(dtype: torch.dtype, h
         with torch.no_grad():
             tangent = torch.func.jvp(product, (x,), (x.flip(1),))[1]
         assert_same_within_rounding(tangent, eager.flip(1) - (0 if bias is None else bias), n_ulps=64)
+
+
+@pytest.mark.skipif(not digits.is_exact(digits.Stored), reason="bytes overflow here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_are_rounded_where_that_is_asked_for_and_no_gradient_is(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    product = Int8Linear(Int8Matrix.nearest(torch.randn(96, 50)), None, rounds_input=True)
+    x = torch.randn(150, 2, 96).to(dtype)
+    assert product(x).equal(x @ product.matrix.to_float(dtype))
+    with torch.no_grad():
+        found = product(x)
+        alone = product(x[7:8, 1])
+    assert (found.shape, found.dtype) == ((150, 2, 50), dtype)
+    assert alone.equal(found[7:8, 1])
+    rounded = digits.rounded(x.flatten(0, 1)) @ product.matrix.to_float(torch.float64)
+    n_ulps = 8 if dtype.itemsize < 8 else 2**32  # the products of bytes are added in float32
+    assert_same_within_rounding(found.flatten(0, 1), rounded.to(dtype), n_ulps)
+    assert found.double().sub((x @ product.matrix.to_float(dtype)).double()).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_activations_of_a_model_that_is_quantised_already() -> None:
+    ours = fastgpt.quantize(pair(tiny_config())[1], head=True)
+    before, ids = copy.deepcopy(ours), token_ids(2, 9, 131)
+    assert fastgpt.quantize(fastgpt.quantize(ours, activations=True)) is ours
+    assert {(part.rounds_input) for part in ours.modules() if isinstance(part, Int8Linear)} == {True}
+    assert vars(ours.config.quantization_config).items() >= {"head": True, "activations": True}.items()
+    assert all(map(torch.equal, before.state_dict().values(), ours.state_dict().values()))
+    difference = (ours(ids).logits - before(ids).logits).abs().max() / before(ids).logits.std()
+    assert (0.001 < difference < 0.1) == digits.is_exact(digits.Stored)
 
 
 def test_gradients_flow_through_but_not_into_the_weights() -> None:
