@@ -11,6 +11,7 @@ r rows, K inputs, N outputs.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
@@ -276,7 +277,7 @@ def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> 
 
 
 def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict[str, Cost]:
-    # Two, because the processor's caches might hold one. Of the head, which is large and the only one, two quarters.
+    # Of the head, which is large and the only one, two quarters.
     first, samples = matrices[0], (matrices[0], matrices[-1])
     if len(matrices) == 1 and (isinstance(first, Int8Matrix) or not first.is_contiguous()):
         quarter = -(-first.shape[1] // 4)
@@ -299,16 +300,20 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
         products = [way(sample) for sample in samples]
         prepare_s[name], multiply_s[name] = (time.perf_counter() - start) / len(samples), []
         if is_exact(products[0](x, bias)):
+            if not products[0].n_bytes:
+                products += map(way, matrices[1:-1])
             prepared[name] = products
+    places = itertools.count()
     for turn in range(_TURNS):
         quickest = min((seconds for timed in multiply_s.values() for seconds in timed), default=float("inf"))
-        for name, (first_of_way, other) in prepared.items():
+        for name, products in prepared.items():
             if turn and min(multiply_s[name]) > _HOPELESS * quickest:
                 continue
-            # The processor then has the way's code in its caches, as in a step, but not the next matrix.
-            first_of_way(x, bias)
+            # As in a step, the processor has the way's code in its near caches, and of the matrix nothing: the way
+            # before, which may have read the same memory, multiplied another one.
+            products[next(places) % len(products)](x, bias)
             start = time.perf_counter()
-            other(x, bias)
+            products[next(places) % len(products)](x, bias)
             multiply_s[name].append(time.perf_counter() - start)
     return {
         name: Cost(prepare_s[name], median(multiply_s[name]), products[0].n_bytes > 0)

@@ -209,3 +209,20 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
     alive.clear()
     assert n_made > 0
     assert len(gone) == n_made
+
+
+def test_bug_ways_were_timed_on_a_matrix_that_the_way_before_had_brought_into_the_caches(monkeypatch) -> None:
+    """In a step it is always another matrix."""
+    matrices = [torch.randn(8, 16) for _ in range(12)]
+    read: list[int] = []
+
+    class Noted(products.AsStored):
+        def __call__(self, x, bias):
+            read.append(next(place for place, matrix in enumerate(matrices) if matrix is self.matrix))
+            return super().__call__(x, bias)
+
+    monkeypatch.setattr(products, "ways", lambda *_: {name: Noted for name in ("one", "two", "three")})
+    assert products._measure(matrices, 1, None).keys() == {"one", "two", "three"}
+    assert len(set(read)) == 12
+    for place in range(4, len(read)):
+        assert read[place] not in read[place - 4 : place]
