@@ -196,6 +196,7 @@ def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
         name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
         for name, product in _DIGITS.items()
         if rows.precision in digits.N_DIGITS and digits.is_exact(product)
+        if n_rows == 1 or product is not digits.Transposed
     }
     if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
         return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.

@@ -32,19 +32,23 @@ class Stored:
     def __init__(self, matrix: Int8Matrix, n_rows: int):
         self.matrix = matrix
 
-    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
-        """The product of rows and a matrix. digits: (r * n, K) uint8, n of each row, plus _ZERO. places: (r, n)
-        float32, by which to multiply the digits of a row before they are added. Returns (r, N)."""
-        return _joined(torch._int_mm(_signed(digits), self.matrix.values.t()) * self.matrix.scale, places)
+    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
+        """The product of rows and a matrix. whole: (r, 8 K) uint8, of which the first n of every 8 are the digits of an
+        input, each plus _ZERO. places: (r, n) float32, by which the digits of a row count. Returns (r, N)."""
+        digits = _by_place(_signed(whole), places)
+        return _joined(torch._int_mm(digits, self.matrix.values.t()) * self.matrix.scale, places)
 
 
 class Transposed(Stored):
-    """The same product of the transposes: for a single row it may be twice as fast."""
+    """The same product of the transposes, for a single row: its digits are read where they lie, too."""
 
-    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
-        product = torch._int_mm(self.matrix.values, _signed(digits).t()).float()  # (N, r * n)
-        of_rows = product.unflatten(1, places.shape).transpose(0, 1)  # (r, N, n)
-        return torch.bmm(of_rows, places[:, :, None]).squeeze(2).mul_(self.matrix.scale)
+    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
+        (_, n_inputs), n_digits = self.matrix.values.shape, places.shape[1]
+        columns = _signed(whole).as_strided((n_inputs, n_digits), (8, 1))
+        sums = torch._int_mm(self.matrix.values, columns)  # (N, n)
+        if n_digits == 1:
+            return sums.t() * (self.matrix.scale * places)
+        return torch.mm(places, sums.float().t()).mul_(self.matrix.scale)
 
 
 class Packed:
@@ -56,16 +60,28 @@ class Packed:
         self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [n_rows, values.shape[1]])
         self.zero_points = torch.zeros(len(values), dtype=torch.int32, device=values.device)
 
-    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
+    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
         """As of `Stored`."""
+        digits = _by_place(whole, places)
         product = torch.ops.onednn.qlinear_pointwise.default(
             digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )  # fmt: skip
         return _joined(product, places)
 
 
-def _signed(digits: Tensor) -> Tensor:
-    return digits.bitwise_xor(_ZERO).view(torch.int8)
+Product = Stored | Packed
+
+
+def _signed(whole: Tensor) -> Tensor:
+    return whole.bitwise_xor(_ZERO).view(torch.int8)
+
+
+def _by_place(whole: Tensor, places: Tensor) -> Tensor:
+    """(r * n, K): the digits of a row's inputs that count the same, one row for each place."""
+    n_rows, n_digits = places.shape
+    n_inputs = whole.shape[1] // 8
+    digits = whole.as_strided((n_rows, n_digits, n_inputs), (8 * n_inputs, 1, 8))
+    return digits.contiguous().view(-1, n_inputs)
 
 
 def _joined(product: Tensor, places: Tensor) -> Tensor:
@@ -73,9 +89,6 @@ def _joined(product: Tensor, places: Tensor) -> Tensor:
     if places.shape[1] == 1:
         return product.mul_(places)
     return torch.bmm(places[:, None], product.unflatten(0, places.shape)).squeeze(1)
-
-
-Product = Stored | Packed
 
 
 class Digits:
@@ -100,13 +113,11 @@ class Digits:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
-        n_rows, n_inputs = x.shape
         largest = _largest(x)
         # `start` makes this float64. A row of zeros divides 0 by 0: the bytes of its NaN are multiplied by 0 below.
         whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
-        digits = whole.as_strided((n_rows, self.n_digits, n_inputs), (8 * n_inputs, 1, 8)).reshape(-1, n_inputs)
         places = largest * self.places
-        joined = [multiply(digits, places) for multiply in self.products]
+        joined = [multiply(whole, places) for multiply in self.products]
         product = joined[0] if len(joined) == 1 else torch.cat(joined, 1)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 

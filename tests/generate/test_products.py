@@ -221,7 +221,7 @@ def test_bug_ways_were_timed_on_a_matrix_that_the_way_before_had_brought_into_th
             read.append(next(place for place, matrix in enumerate(matrices) if matrix is self.matrix))
             return super().__call__(x, bias)
 
-    monkeypatch.setattr(products, "ways", lambda *_: {name: Noted for name in ("one", "two", "three")})
+    monkeypatch.setattr(products, "ways", lambda *_: dict.fromkeys(("one", "two", "three"), Noted))
     assert products._measure(matrices, 1, None).keys() == {"one", "two", "three"}
     assert len(set(read)) == 12
     for place in range(4, len(read)):
