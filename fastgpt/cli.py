@@ -300,7 +300,8 @@ def train(
             progress=progress,
         )
     if outcome.step < outcome.n_steps:
-        again = shlex.join(["fastgpt", *invocation.obj, *([] if resume else ["--resume"])])
+        said = invocation.obj if resume else [invocation.obj[0], "--resume", *invocation.obj[1:]]  # before any "--"
+        again = shlex.join(["fastgpt", *said])
         message = f"interrupted and saved at step {outcome.step} of {outcome.n_steps}; to go on: {again}"
         raise Interrupted(message, code=128 + (outcome.signal or 0))
     print(f"validation loss {outcome.loss:.4f}: written to {out}; try: fastgpt generate 'Once' --model {out}")

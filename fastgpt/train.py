@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import is_bf16_available
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
 
-from .checkpoint.headers import read_json
+from .checkpoint.headers import one_line, read_json
 from .corpus import Corpus
 from .curve import draw_curve
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
-from .trainer import Interrupt, LogFile, Report, RunTrainer, last_checkpoint
+from .trainer import Interrupt, LogFile, Report, RunTrainer, TrainingError, last_checkpoint
 
 fcntl: types.ModuleType | None
 try:
@@ -208,7 +208,10 @@ def fine_tune(
         history = trainer.state.log_history
         if trainer.state.global_step == n_steps:
             trainer.save_whole(out)
-        draw_curve(history, out / CURVE)
+        try:
+            draw_curve(history, out / CURVE)
+        except OSError as error:
+            raise TrainingError(f"{out / CURVE} could not be drawn: {one_line(error)}; all else is saved") from error
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return Outcome(trainer.state.global_step, n_steps, losses[-1], interrupt.signal)
 

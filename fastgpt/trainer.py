@@ -179,7 +179,10 @@ class RunTrainer(Trainer):
             logs["tokens_per_s"] = self.n_tokens / (time.perf_counter() - self.started)
             if self.peak is not None:
                 logs["mfu"] = logs["tokens_per_s"] * self.flops_per_token / self.peak
-        super().log(logs, *more, **named)
+        try:
+            super().log(logs, *more, **named)
+        except OSError as error:  # of LogFile
+            raise TrainingError(f"the log could not be written: {one_line(error)}; {self._kept()}") from error
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()

@@ -192,7 +192,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.RunTrainer, "train", and_note)
         at_step(patch, step, lambda: signal.raise_signal(number))
-        result = run("train", *inputs, "--out", str(out), "--recompute", recompute)
+        result = run("train", *inputs[1:], "--out", str(out), "--recompute", recompute, "--", inputs[0])
     assert asked == [{name: name == recompute for name in ("norms", "blocks")}]
     assert result.code == code
     assert signal.getsignal(number) is handler
@@ -367,6 +367,25 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     assert message.startswith(f"error: {out / 'checkpoint-4'} could not be saved: ")
     assert message.endswith(f"the last good checkpoint is {out / 'checkpoint-2'}")
     assert not (out / "checkpoint-4").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("log.jsonl", "the log could not be written: [Errno 28] No space left on device; the last good checkpoint is "),
+        ("loss.png", "loss.png could not be drawn: [Errno 28] No space left on device; all else is saved"),
+    ],
+)
+def test_bug_a_full_disk_is_an_error_without_a_name(
+    file: str, words: str, inputs, run, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    at_step(monkeypatch, 3, lambda: [(out / file).unlink(missing_ok=True), (out / file).symlink_to("/dev/full")])
+    result = run("train", *inputs, "--out", str(out))
+    assert result.code == 1
+    assert words in result.err.splitlines()[-1]
+    assert (out / "model.safetensors").exists() == (file == "loss.png")
 
 
 @pytest.mark.parametrize(
