@@ -108,6 +108,7 @@ def test_prompt_lookup_gives_the_same_text_in_fewer_forwards(run, monkeypatch: p
     assert run(*command, "--prompt-lookup", "5").out == plain.out
     assert max(sizes) == 6
     assert len(sizes) < 39
+    assert run(*command, "--prompt-lookup", str(10**30)).out == plain.out
 
 
 def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
