@@ -37,8 +37,8 @@ def last_checkpoint(out: Path) -> Path | None:
 
 def _newest_first(out: Path) -> list[Path]:
     """The checkpoints that are whole."""
-    steps = {folder: _step_of(folder) for folder in out.glob("checkpoint-*")}
-    return sorted((folder for folder in steps if steps[folder] is not None), key=steps.__getitem__, reverse=True)
+    steps = {folder: step for folder in out.glob("checkpoint-*") if (step := _step_of(folder)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def _step_of(checkpoint: Path) -> int | None:
