@@ -9,7 +9,6 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ from .terminal import (
     notes,
     numbers,
     print_json,
+    settle_streams,
     strict_json,
     tables,
     words,
@@ -300,7 +300,8 @@ def train(
             progress=progress,
         )
     if outcome.step < outcome.n_steps:
-        again = shlex.join(["fastgpt", *invocation.obj, *([] if resume else ["--resume"])])
+        said = invocation.obj if resume else [invocation.obj[0], "--resume", *invocation.obj[1:]]  # before any "--"
+        again = shlex.join(["fastgpt", *said])
         message = f"interrupted and saved at step {outcome.step} of {outcome.n_steps}; to go on: {again}"
         raise Interrupted(message, code=128 + (outcome.signal or 0))
     print(f"validation loss {outcome.loss:.4f}: written to {out}; try: fastgpt generate 'Once' --model {out}")
@@ -392,11 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
     n_options = arguments.index("--") if "--" in arguments else len(arguments)  # after "--" all is text
     options, rest = arguments[:n_options], arguments[n_options:]
     debug = "--debug" in options
-    if sys.stdout is None:  # It was closed (>&-), so that nobody reads it.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    settle_streams()
     transformers.logging.set_verbosity_error()
-    if isinstance(sys.stdout, TextIOWrapper):  # What an encoding lacks is escaped, as on standard error.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()

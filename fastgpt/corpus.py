@@ -61,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, progress: Progress | N
         n_done += len(piece)
         if progress is not None:
             progress("tokenising", n_done, len(text))
-    return torch.tensor(ids, device="cpu")
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def pieces(text: str, n_characters: int) -> Iterator[str]:

@@ -123,13 +123,14 @@ def _path(gpu: str) -> Path:
 
 def check_writable() -> None:
     """Raise OSError, before minutes of work, where no table can be written."""
-    folder = _folder()
+    folder, cure = _folder(), "set XDG_CACHE_HOME to a folder of yours"
+    if not folder.is_absolute():  # Without a home folder it begins with "~", which would be made here.
+        raise OSError(f"no table can be written to {folder}, which is no absolute path: {cure}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        cure = "set XDG_CACHE_HOME to a folder of yours"
         raise OSError(f"no table can be written to {folder} ({error.strerror}): {cure}") from error
 
 

@@ -184,6 +184,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             and "ignore_index" not in options
             and is_as_imported(hf.GPT2LMHeadModel)
             and is_plain(self.lm_head, nn.Linear)
+            and len(self.lm_head.weight) == self.config.vocab_size  # of any other transformers computes no loss
             and self.lm_head.weight.dtype != torch.float64  # whose loss transformers computes in float32
         )
         return fusable(self.loss_function) if is_fused else None

@@ -115,13 +115,16 @@ def is_transformed() -> bool:
     return records_in_vain or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def implementation(operation: str, x: Tensor, has_dropout: bool = False) -> Callable:
-    """The function that runs an operation on x now: a kernel's or the reference's."""
+def implementation(operation: str, x: Tensor, *others: Tensor, has_dropout: bool = False) -> Callable:
+    """The function that runs an operation on x now: a kernel's or the reference's.
+
+    others: more inputs that the kernel must support.
+    """
     if is_transformed():
         return getattr(reference, operation)
     needs_kernel = has_dropout and operation == "causal_attention"
     name, _ = explain(operation, x.device, None if needs_kernel else _computes_in(x))
-    if name == "triton" and (_selected == "triton" or _is_supported(operation, x)):
+    if name == "triton" and (_selected == "triton" or all(_is_supported(operation, one) for one in (x, *others))):
         return fastgpt_kernels.kernel(operation)
     return getattr(reference, operation)
 
@@ -150,7 +153,8 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `fastgpt_kernels.reference.add_layer_norm`."""
-    chosen = implementation("add_layer_norm", residual if x is None else x)
+    inputs = (residual,) if x is None else (x, residual)
+    chosen = implementation("add_layer_norm", *inputs)
     return chosen(x, residual, weight, bias, eps, dtype)
 
 
@@ -167,7 +171,7 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """See `fastgpt_kernels.reference.causal_attention`."""
-    return implementation("causal_attention", q, options.get("dropout_p", 0.0) > 0.0)(q, k, v, **options)
+    return implementation("causal_attention", q, has_dropout=options.get("dropout_p", 0.0) > 0.0)(q, k, v, **options)
 
 
 def gelu_mlp(

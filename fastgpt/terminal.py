@@ -5,7 +5,8 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def check_outputs(files: dict[str, Path | None]) -> None:
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def settle_streams() -> None:
+    """Make the standard streams take what the commands write; a result that cannot be written raises OSError."""
+    if sys.stdout is None:  # It was closed (>&-), so that nobody reads it.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    if isinstance(sys.stdout, TextIOWrapper):  # What an encoding lacks is escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, _Notes):
+        sys.stderr = _Notes(sys.stderr)  # type: ignore[assignment]
+
+
+class _Notes:
+    """Standard error that drops what cannot be written, as on a full disk: no result depends on a note."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def tables() -> Console:

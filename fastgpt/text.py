@@ -194,7 +194,7 @@ def stream_text(
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         seed=seed,
-        prompt_lookup_num_tokens=prompt_lookup,
+        prompt_lookup_num_tokens=None if prompt_lookup is None else min(prompt_lookup, n_context),
         tokenizer=tokenizer,  # which the stop strings of a checkpoint's own settings need
         **_ONE_TEXT,
         **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),

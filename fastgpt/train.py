@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +19,18 @@ import torch
 from accelerate.utils import is_bf16_available
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
 
+from .checkpoint.headers import one_line, read_json
 from .corpus import Corpus
 from .curve import draw_curve
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
-from .trainer import Interrupt, LogFile, Report, RunTrainer, last_checkpoint
+from .trainer import Interrupt, LogFile, Report, RunTrainer, TrainingError, last_checkpoint
+
+fcntl: types.ModuleType | None
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 LOG, CURVE, OPTIONS = "log.jsonl", "loss.png", "options.json"
 RECOMPUTE = "nothing", "norms", "blocks"
@@ -96,12 +104,37 @@ def check_folder(out: Path, resume: bool) -> None:
         raise ValueError(f"--out {out} is not empty: give another folder, or --resume to go on with the run in it")
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder of a run for this process while the block runs, where the system has locks.
+
+    Raises ValueError when another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes into {out}: wait for its end, or give another folder") from None
+        except OSError:  # A file system without locks.
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
 def _check_options(out: Path, options: dict[str, Any]) -> None:
     """Raise ValueError when a run would go on with other options than it began with; a new run writes them down."""
     file = out / OPTIONS
     if not file.exists():
-        file.write_text(json.dumps(options, indent=2) + "\n")
-    before = json.loads(file.read_text())
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            whole = Path(folder, OPTIONS)
+            whole.write_text(json.dumps(options, indent=2) + "\n")
+            whole.replace(file)
+    before = read_json(file)
     for name, value in options.items():
         if before.get(name) != value:
             raise ValueError(f"the run in {out} began with {name} {before.get(name)}, not {value}: resume it with that")
@@ -149,17 +182,44 @@ def fine_tune(
     last checkpoint, if there is one. say: takes a line for each evaluation.
     After Ctrl-C the result has step < n_steps, and what is saved is a checkpoint.
     Raises TrainingError when the loss is not finite or the disk is full, ValueError when the options of a resumed run
-    differ.
+    differ, or another run writes into the folder.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this training runs in one process: for several, see examples/ddp.py")
     if device.index:
         raise ValueError(f"training takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES")
     n_steps = settings.n_steps(len(corpus.training))
-    every = settings.every or math.ceil(n_steps / 10)
     out.mkdir(parents=True, exist_ok=True)
-    _check_options(out, settings.of_the_result() | {"model": name, "text": corpus.digest()})
-    checkpoint = last_checkpoint(out) if resume else None
+    with alone_in(out):
+        _check_options(out, settings.of_the_result() | {"model": name, "text": corpus.digest()})
+        checkpoint = last_checkpoint(out) if resume else None
+        args = _trainers_arguments(out, settings, n_steps, device, is_new=checkpoint is None)
+        interrupt = Interrupt()
+        callbacks = [Report(say, progress), LogFile(out / LOG), interrupt]
+        trainer = RunTrainer(model, corpus, settings.keep, args=args, processing_class=tokenizer, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+
+        if checkpoint is not None and checkpoint == out / f"checkpoint-{n_steps}":  # Trainer would make one more step.
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            model.load_state_dict(GPT2LMHeadModel.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+        else:
+            with interrupt.listening(), _norms_computed_again(model, settings.recompute == "norms"):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        history = trainer.state.log_history
+        if trainer.state.global_step == n_steps:
+            trainer.save_whole(out)
+        try:
+            draw_curve(history, out / CURVE)
+        except OSError as error:
+            raise TrainingError(f"{out / CURVE} could not be drawn: {one_line(error)}; all else is saved") from error
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return Outcome(trainer.state.global_step, n_steps, losses[-1], interrupt.signal)
+
+
+def _trainers_arguments(
+    out: Path, settings: Settings, n_steps: int, device: torch.device, *, is_new: bool
+) -> TrainingArguments:
+    every = settings.every or math.ceil(n_steps / 10)
     blocks_again: dict[str, Any] = {_CHECKPOINTING: settings.recompute == "blocks"}
     args = TrainingArguments(
         output_dir=str(out),
@@ -174,10 +234,9 @@ def fine_tune(
         bf16=device.type == "cuda" and is_bf16_available(),
         eval_strategy="steps",
         eval_steps=every,
-        eval_on_start=checkpoint is None,
+        eval_on_start=is_new,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=settings.keep,
         logging_steps=math.ceil(every / 10),
         logging_nan_inf_filter=False,
         **blocks_again,
@@ -187,20 +246,4 @@ def fine_tune(
         seed=settings.seed,
     )
     args._n_gpu = min(args.n_gpu, 1)  # Trainer would spread the batch over all GPUs with torch's old DataParallel.
-    interrupt = Interrupt()
-    callbacks = [Report(say, progress), LogFile(out / LOG), interrupt]
-    trainer = RunTrainer(model, corpus, args=args, processing_class=tokenizer, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-
-    if checkpoint is not None and checkpoint == out / f"checkpoint-{n_steps}":  # Trainer would make one more step.
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        model.load_state_dict(GPT2LMHeadModel.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
-    else:
-        with interrupt.listening(), _norms_computed_again(model, settings.recompute == "norms"):
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    history = trainer.state.log_history
-    if trainer.state.global_step == n_steps:
-        trainer.save_whole(out)
-    draw_curve(history, out / CURVE)
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    return Outcome(trainer.state.global_step, n_steps, losses[-1], interrupt.signal)
+    return args

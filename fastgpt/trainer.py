@@ -32,11 +32,31 @@ class TrainingError(RuntimeError):
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is whole. A run that was killed while it saved leaves one that is not."""
-    whole = {}
-    for state in out.glob("checkpoint-*/trainer_state.json"):  # the file that is written last
-        with suppress(ValueError):
-            whole[json.loads(state.read_bytes())["global_step"]] = state.parent
-    return whole[max(whole)] if whole else None
+    return next(iter(_newest_first(out)), None)
+
+
+def _newest_first(out: Path) -> list[Path]:
+    """The checkpoints that are whole."""
+    steps = {folder: step for folder in out.glob("checkpoint-*") if (step := _step_of(folder)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step at which a checkpoint was saved; None if it is not whole."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])  # written last
+    return None
+
+
+def _remove_checkpoints(out: Path, n_kept: int) -> None:
+    """Remove all but the newest that are whole.
+
+    Trainer goes by their times, and where a clock was put back would remove the one that it has just saved.
+    """
+    kept = _newest_first(out)[:n_kept]
+    for folder in out.glob("checkpoint-*"):
+        if folder not in kept and folder.name.removeprefix("checkpoint-").isdecimal():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
@@ -119,15 +139,18 @@ _AT_ONCE = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 
 class RunTrainer(Trainer):
-    """Evaluates by `mean_loss`, measures speed, and never saves what is not finite."""
+    """Evaluates by `mean_loss`, measures speed, and never saves what is not finite.
+
+    n_kept: how many checkpoints stay.
+    """
 
     model: GPT2LMHeadModel
 
-    def __init__(self, model: GPT2LMHeadModel, corpus: Corpus, **options: Any) -> None:
+    def __init__(self, model: GPT2LMHeadModel, corpus: Corpus, n_kept: int, **options: Any) -> None:
         data: dict[str, Any] = {"train_dataset": examples(corpus.training), "eval_dataset": corpus.validation}
         # All rows are of one length. Trainer's own collator asks for a padding token, which GPT-2's tokenizer lacks.
         super().__init__(model, **data, data_collator=default_data_collator, **options)
-        self.context = corpus.training.shape[1]
+        self.context, self.n_kept = corpus.training.shape[1], n_kept
         self.flops_per_token = accounting.training_flops(accounting.shape_of(model), self.context) / self.context
         self.peak = accounting.peak_rate(torch.cuda.get_device_name() if self.args.bf16 else "")
         self.losses: list[tuple[int, Tensor]] = []  # since they were looked at last, which waits for a GPU
@@ -156,7 +179,10 @@ class RunTrainer(Trainer):
             logs["tokens_per_s"] = self.n_tokens / (time.perf_counter() - self.started)
             if self.peak is not None:
                 logs["mfu"] = logs["tokens_per_s"] * self.flops_per_token / self.peak
-        super().log(logs, *more, **named)
+        try:
+            super().log(logs, *more, **named)
+        except OSError as error:  # of LogFile
+            raise TrainingError(f"the log could not be written: {one_line(error)}; {self._kept()}") from error
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
@@ -183,6 +209,7 @@ class RunTrainer(Trainer):
         except SAVING_ERRORS as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(f"{folder} could not be saved: {one_line(error)}; {self._kept()}") from error
+        _remove_checkpoints(folder.parent, self.n_kept)
 
     def save_whole(self, out: Path) -> None:
         """Save the model and its tokenizer for use. Raises TrainingError when that fails."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -131,7 +132,9 @@ def _lines(errors: list[CheckpointError]) -> list[str]:
 
 
 def _size(file: Path) -> str:
-    return f"{file.name} ({file.stat().st_size / 1e9:.2f} GB)"
+    with suppress(OSError):  # Another process may have removed it since it was found.
+        return f"{file.name} ({file.stat().st_size / 1e9:.2f} GB)"
+    return file.name
 
 
 def _sha256(file: Path) -> str:
@@ -215,8 +218,8 @@ def _value_problems(file: Path, known: set[str]) -> Iterator[CheckpointError]:
                     continue
                 if bad := not_finite(tensors.get_tensor(name)):
                     yield CheckpointError(f"{file}: tensor {shown(name)} holds {bad}")
-    except SafetensorError:
-        return  # the problems of the header are already reported
+    except (SafetensorError, OSError):
+        return  # what is wrong with the file is already reported, if it is still there
 
 
 @torch.no_grad()

@@ -237,11 +237,20 @@ def _converted(logits: Tensor, *, dtype: torch.dtype | None = None, **options: A
     return TrainingLogits(logits._product.rounded_to(dtype or logits._product.dtypes[-1]))
 
 
+def _cloned(logits: Tensor, *, memory_format: torch.memory_format | None = None) -> TrainingLogits | None:
+    later = _converted(logits)
+    if later is None and isinstance(logits, TrainingLogits) and memory_format is not None:
+        # torch.jit.trace copies its arguments so, for a second trace, which must show the same calls as the first.
+        later = TrainingLogits(copy.copy(logits._product))
+        later._product.value = logits._product.read().clone(memory_format=memory_format)
+    return later
+
+
 # Below autograd: these return logits that are still not computed, or None if the values are needed now.
 _LATER: dict[Any, Callable[..., TrainingLogits | None]] = {
     torch.ops.aten.detach.default: _same_memory,
     torch.ops.aten.view.default: _same_memory,  # to the same shape: how autograd returns an input
-    torch.ops.aten.clone.default: _converted,
+    torch.ops.aten.clone.default: _cloned,
     torch.ops.aten._to_copy.default: _converted,
 }
 

@@ -151,6 +151,20 @@ def test_damaged_files_do_not_hide_the_others(saved):
     assert_problems(saved, (first.name, "truncated"), (second.name, name, "NaN"))
 
 
+def test_bug_a_file_that_vanishes_hides_what_was_found(saved):
+    (saved / "config.json").write_text("{")
+    (saved / "zz").write_text("")
+
+    def remove(message: str) -> None:
+        for name, step in (("model.safetensors", "reading"), ("zz", "hashing")):
+            if message.startswith(step):
+                (saved / name).unlink(missing_ok=True)
+
+    report = verify_checkpoint(saved, progress=remove)
+    assert any("not valid JSON" in problem for problem in report.problems)
+    assert set(report.files) <= {"config.json", "generation_config.json"}
+
+
 def test_missing_head(saved):
     rewrite_config(saved, architectures=["GPT2ForSequenceClassification"])
     assert_problems(saved, ("'score.weight'", "GPT2ForSequenceClassification"), kind="warnings")

@@ -195,6 +195,20 @@ def test_on_a_gpu_auto_leaves_to_the_reference_what_the_kernel_does_not_support(
         assert ops.implementation(operation, x.double()) is fastgpt_kernels.kernel(operation)
 
 
+def test_bug_auto_asked_only_one_part_of_a_sum_whether_the_kernel_takes_it(
+    fake_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "explain", lambda operation, device, dtype: ("triton", "kernel available"))
+    x, weight = zeros((2, 4), (4,))
+    wide = x.double()
+    with fastgpt.backend("auto"):
+        for parts in ((x, wide), (wide, x), (None, wide)):
+            normalised, _ = ops.add_layer_norm(*parts, weight.double(), weight.double())
+            assert isinstance(normalised, torch.Tensor)  # A kernel, here, gives back its own name.
+        assert isinstance(ops.add_layer_norm(x, x.as_subclass(Subclass), weight, weight)[0], torch.Tensor)
+        assert ops.add_layer_norm(x, x, weight, weight)[0] == "add_layer_norm"
+
+
 @pytest.mark.parametrize("operation", ARGUMENTS)
 def test_bug_auto_took_float32_products_to_kernels_that_are_slower_than_torch(
     operation: str, fake_kernels: None, monkeypatch: pytest.MonkeyPatch

@@ -76,6 +76,11 @@ def test_every_container_holds_the_tensor(computed) -> None:
         assert torch.equal(logits, output.logits.detach())
 
 
+def traced(function: Callable, *logits: Tensor) -> Any:
+    module: Any = torch.jit.trace(function, logits)
+    return module(*logits)
+
+
 READINGS: dict[str, Callable[[Tensor], Any]] = {
     "indexing": lambda logits: logits[:, -1],
     "iteration": lambda logits: list(logits)[1],
@@ -84,6 +89,8 @@ READINGS: dict[str, Callable[[Tensor], Any]] = {
     "in a list": lambda logits: torch.cat([logits, logits]),
     "vmap": lambda logits: torch.vmap(lambda row: row.log_softmax(-1).sum())(logits),
     "compiled": lambda logits: torch.compile(lambda x: x.log_softmax(-1).sum(), backend="aot_eager")(logits),
+    "traced": lambda logits: traced(lambda x: x.log_softmax(-1).sum(), logits),
+    "traced twice": lambda logits: traced(lambda x, y: x * y, logits, logits.detach()),
     "vjp": lambda logits: torch.autograd.functional.vjp(lambda x: x.square().sum(), logits)[1],
     "in place": lambda logits: logits.mul_(2),
     "augmented": lambda logits: logits.__iadd__(3),

@@ -108,6 +108,7 @@ def test_prompt_lookup_gives_the_same_text_in_fewer_forwards(run, monkeypatch: p
     assert run(*command, "--prompt-lookup", "5").out == plain.out
     assert max(sizes) == 6
     assert len(sizes) < 39
+    assert run(*command, "--prompt-lookup", str(10**30)).out == plain.out
 
 
 def test_bench_of_several_dtypes_and_batches(run, tmp_path) -> None:
@@ -285,12 +286,24 @@ def test_output_that_cannot_be_written() -> None:
     assert full_disk.stderr.read() == "error: [Errno 28] No space left on device\n"  # type: ignore[union-attr]
 
 
+def in_shell(redirection: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "fastgpt", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_closed_standard_output() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "fastgpt", "params", "gpt2"]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = in_shell(">&-", "params", "gpt2")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_bug_notes_that_cannot_be_written_fail_the_work() -> None:
+    done = in_shell("2>/dev/full", "generate", "ROMEO:", "--max-new-tokens", "3", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["n_new_tokens"] == 3
+    assert in_shell("2>/dev/full", "params", "gpt2", "--nonsense").returncode == 2
 
 
 @pytest.mark.parametrize("value", ["nonsense", ""])

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,20 @@ def test_pieces_give_the_tokens_of_the_whole(text: str, n_characters: int) -> No
     cut = list(corpus.pieces(text, n_characters))
     assert "".join(cut) == text
     assert [i for piece in cut for i in DEMO_TOKENIZER(piece)["input_ids"]] == DEMO_TOKENIZER(text)["input_ids"]
+
+
+def test_bug_a_text_without_tokens_makes_numbers_of_the_tokens_of_others() -> None:
+    """BERT's tokenizer has no end-of-text token, and drops control characters."""
+
+    class Tokenizer:
+        eos_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text if letter.isprintable()]}
+
+    tokenizer: Any = Tokenizer()
+    packed = corpus.pack(["\x01", "words " * 20], tokenizer, 8, held_out=0.1)
+    assert packed.training.dtype == packed.validation.dtype == torch.int64
 
 
 def test_a_text_starts_after_an_end_of_text_token() -> None:

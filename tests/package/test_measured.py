@@ -253,6 +253,21 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     assert err.endswith("): set XDG_CACHE_HOME to a folder of yours\n")
 
 
+@pytest.mark.parametrize("environment", [{}, {"XDG_CACHE_HOME": "cache"}])
+def test_bug_without_a_home_a_table_goes_to_the_current_folder(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry in /etc/passwd."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(OSError, match="no absolute path: set XDG_CACHE_HOME"):
+        measured.check_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 def test_every_operation_is_checked_timed_and_written(
     run: Callable[..., tuple[Any, str, str]], monkeypatch: pytest.MonkeyPatch

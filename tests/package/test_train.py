@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from models import DATA, tiny_config
 from paths import ROOT
 
 import fastgpt
-from fastgpt import accounting, cli, corpus, trainer
+from fastgpt import accounting, cli, corpus, train, trainer
 
 CONTEXT = 32
 # 8 steps of 2 * 4 sequences; the 6th begins the second pass.
@@ -191,7 +192,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.RunTrainer, "train", and_note)
         at_step(patch, step, lambda: signal.raise_signal(number))
-        result = run("train", *inputs, "--out", str(out), "--recompute", recompute)
+        result = run("train", *inputs[1:], "--out", str(out), "--recompute", recompute, "--", inputs[0])
     assert asked == [{name: name == recompute for name in ("norms", "blocks")}]
     assert result.code == code
     assert signal.getsignal(number) is handler
@@ -225,6 +226,74 @@ def test_a_run_is_resumed_with_its_own_options(inputs, whole: Path, run, tmp_pat
     other = tmp_path / "other.txt"
     other.write_text("other words " * 2000)
     assert_one_line_error(run("train", str(other), *inputs[1:], "--out", str(whole), "--resume"), 1, "began with text")
+
+
+def begun(out: Path, whole: Path, *checkpoints: str) -> list[str]:
+    """Make `out` the folder of a run that reached checkpoints of `whole`. Returns the arguments that go on with it."""
+    out.mkdir()
+    for name in checkpoints:
+        shutil.copytree(whole / name, out / name)
+    shutil.copy(whole / "options.json", out)
+    return ["--out", str(out), "--resume"]
+
+
+def test_bug_a_checkpoint_that_is_not_whole_outlives_the_last_good_one(
+    inputs, whole: Path, run, tmp_path: Path, monkeypatch
+) -> None:
+    """A run was killed while it saved step 8, and is interrupted at 7. The times are those after a clock's return."""
+    arguments = begun(tmp_path / "out", whole, "checkpoint-6")
+    broken = tmp_path / "out" / "checkpoint-8"
+    broken.mkdir()
+    shutil.copy(whole / "checkpoint-8" / "model.safetensors", broken)
+    os.utime(broken, (2**32, 2**32))
+    at_step(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGINT))
+    assert run("train", *inputs, *arguments, "--keep", "1").code == 130
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-7"]
+
+
+def test_bug_a_clock_that_was_put_back_costs_the_newest_checkpoint(inputs, whole: Path, run, tmp_path: Path) -> None:
+    arguments = begun(tmp_path / "out", whole, "checkpoint-6")
+    os.utime(tmp_path / "out" / "checkpoint-6", (2**32, 2**32))
+    assert run("train", *inputs, *arguments, "--keep", "1").code == 0
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"global_step": null}', '{"global_step": "six"}'])
+def test_bug_a_damaged_state_of_a_checkpoint_stops_resuming(content: str, tmp_path: Path) -> None:
+    for name, state in (("checkpoint-6", '{"global_step": 6}'), ("checkpoint-8", content)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    assert trainer.last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_bug_damaged_options_are_an_error_without_a_name(
+    content: str, inputs, whole: Path, run, tmp_path: Path
+) -> None:
+    arguments = begun(tmp_path / "out", whole)
+    (tmp_path / "out" / "options.json").write_text(content)
+    assert_one_line_error(run("train", *inputs, *arguments), 1, str(tmp_path / "out" / "options.json"), "JSON")
+
+
+def test_bug_options_are_half_written_where_the_disk_is_full(inputs, run, tmp_path: Path, monkeypatch) -> None:
+    def write_half(file: Path, text: str) -> None:
+        with file.open("w") as stream:
+            stream.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    result = run("train", *inputs, "--out", str(tmp_path / "out"))
+    assert_one_line_error(result, 1, "No space left on device")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+def test_bug_two_runs_write_into_one_folder(inputs, whole: Path, run, tmp_path: Path) -> None:
+    arguments = begun(tmp_path / "out", whole, "checkpoint-6")
+    with train.alone_in(tmp_path / "out"):
+        assert_one_line_error(run("train", *inputs, *arguments), 1, f"another run writes into {tmp_path / 'out'}")
+    with train.alone_in(tmp_path / "out"):
+        pass
 
 
 class _Planted:
@@ -298,6 +367,25 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     assert message.startswith(f"error: {out / 'checkpoint-4'} could not be saved: ")
     assert message.endswith(f"the last good checkpoint is {out / 'checkpoint-2'}")
     assert not (out / "checkpoint-4").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("log.jsonl", "the log could not be written: [Errno 28] No space left on device; the last good checkpoint is "),
+        ("loss.png", "loss.png could not be drawn: [Errno 28] No space left on device; all else is saved"),
+    ],
+)
+def test_bug_a_full_disk_is_an_error_without_a_name(
+    file: str, words: str, inputs, run, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    at_step(monkeypatch, 3, lambda: [(out / file).unlink(missing_ok=True), (out / file).symlink_to("/dev/full")])
+    result = run("train", *inputs, "--out", str(out))
+    assert result.code == 1
+    assert words in result.err.splitlines()[-1]
+    assert (out / "model.safetensors").exists() == (file == "loss.png")
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,17 @@ def launching(describe: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
         x = arguments[0]
         kind = (
             describe, x.device, chip.assumed(),
-            *[(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
+            *[
+                (a.dtype, a.shape, a.stride(), a.data_ptr() % 16, a.is_neg()) if isinstance(a, Tensor) else a
+                for a in arguments
+            ],
         )  # fmt: skip
         with on_device(x):
             if not _triton_only_launches():
-                for one in describe(*arguments):
+                for one in describe(*map(_as_stored, arguments)):
                     _launch(one)
             elif (plan := _plans.get(kind)) is None:
-                made = [(one, _launch(one)) for one in describe(*arguments)]
+                made = [(one, _launch(one)) for one in describe(*map(_as_stored, arguments))]
                 _remember(kind, [_direct(one, compiled, arguments) for one, compiled in made])
             else:
                 active: Any = driver.active
@@ -124,6 +127,11 @@ def launching(describe: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                     _launch_directly(one, arguments, stream)
 
     return call
+
+
+def _as_stored(argument: Any) -> Any:
+    """A tensor whose memory holds its values: torch gives the imaginary part of a conjugate without its sign there."""
+    return argument.resolve_neg() if isinstance(argument, Tensor) and argument.is_neg() else argument
 
 
 def _launch(launch: Launch) -> Any:

@@ -261,7 +261,8 @@ def test_widths_of_gpt2(width: tuple[int, int]) -> None:
     assert_case(case, n_slots=9)
 
 
-def test_ids_and_slots_outside_their_tables() -> None:
+@pytest.mark.parametrize("slot", [12, 2**40, -1, -5, 2**20 - 2**32])
+def test_ids_and_slots_outside_their_tables(slot: int) -> None:
     """An engine that runs ahead hands in such: nothing is read or written outside, and no other row is disturbed."""
     case = make_case(torch.float32, [0, 0], 12, 1)
     expected = decode(case, filled_cache(case, 12))
@@ -269,10 +270,19 @@ def test_ids_and_slots_outside_their_tables() -> None:
     before = cache.memory.clone()
     step, logits = DecodeStep(weights, 2, 12), torch.empty(2, 131)
     tokens = torch.stack([torch.tensor(-1), case.ids[1, 11]])
-    slots, positions = torch.tensor([12, 11]), torch.tensor([96, 11])
+    slots, positions = torch.tensor([slot, 11]), torch.tensor([96, 11])
     step.decode(weights, cache.memory, tokens, positions, slots, case.starts, logits)
     assert torch.equal(logits[1], expected[1, 0])
     assert torch.equal(cache.memory[:, :, 0].nan_to_num(7.0), before[:, :, 0].nan_to_num(7.0))
+
+
+def test_a_row_starts_at_slot_0_at_the_earliest() -> None:
+    case = make_case(torch.float32, [0, 0], 12, 1)
+    expected = decode(case, filled_cache(case, 12))
+    weights, cache, logits = view_weights(case.ours), filled_cache(case, 12), torch.empty(2, 131)
+    slots, starts = torch.tensor([11, 11]), torch.tensor([0, -3])  # the last slots of the row before, which hold keys
+    DecodeStep(weights, 2, 12).decode(weights, cache.memory, case.ids[:, 11].clone(), slots, slots, starts, logits)
+    assert torch.equal(logits, expected[:, 0])
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])

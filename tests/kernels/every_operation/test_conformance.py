@@ -86,6 +86,22 @@ def test_gradients_without_strides(operations: Any, operation: str, form: str, n
         assert max_error(ours, expected) <= 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
 
 
+def test_the_imaginary_part_of_a_conjugate_is_a_negated_view() -> None:
+    x = random(3, 5)
+    assert torch.complex(x, x).conj().imag.is_neg()
+    assert torch._neg_view(x).is_neg()
+
+
+@every_form
+def test_bug_negated_views_are_read_without_their_sign(operations: Any, operation: str, form: str) -> None:
+    function, inputs = call(operations, operation, form, 7)
+    upstream = [random(*output.shape, seed=5).to(output) for output in forward(function, inputs)]
+    negated = [[torch._neg_view(-x) for x in tensors] for tensors in (inputs, upstream)]
+    for _ in range(2):  # The launch is remembered.
+        for ours, expected in zip(results(function, *negated), results(function, inputs, upstream), strict=True):
+            assert max_error(ours, expected) <= 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+
+
 # --- torch ----------------------------------------------------------------------------------------------------------
 
 CHECKS = "schema", "autograd_registration", "faketensor", "aot_dispatch_static", "aot_dispatch_dynamic"

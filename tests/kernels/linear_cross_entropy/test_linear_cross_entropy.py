@@ -237,6 +237,13 @@ def test_wrong_shapes_are_named(
         operations.linear_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels).long())
 
 
+@pytest.mark.parametrize("n_rows", [0, 3])
+def test_bug_an_empty_vocabulary_has_a_loss(operations: Any, n_rows: int) -> None:
+    labels = torch.full((n_rows,), -100)
+    with pytest.raises(ValueError, match=r"the vocabulary is empty: weight is \(0, 8\)"):
+        operations.linear_cross_entropy(torch.zeros(n_rows, 8), torch.zeros(0, 8), labels)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
 def test_wrong_labels_dtype_is_named(operations: Any, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"labels must be int64, not {dtype}"):

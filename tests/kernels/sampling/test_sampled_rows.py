@@ -24,13 +24,14 @@ only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: k
 
 @pytest.mark.parametrize("function", [sample, twin.sample])
 @pytest.mark.parametrize("options", [{}, {"seed": 1}, {"seed": 1, "top_k": 3}])
-def test_rows_move_on(options: dict[str, Any], function: Any) -> None:
+@pytest.mark.parametrize("slot", [39, -3])
+def test_rows_move_on(slot: int, options: dict[str, Any], function: Any) -> None:
     logits = make_logits(4, 37, scale=0.0)
     for row, token in enumerate((3, 9, 20, 36)):
         logits[row, token] = 1e5
     before = make_rows(4, 37, penalty=2.0)
     before.finished[1] = True
-    before.slots[2], before.slots[3] = 38, 39  # the last of 40 slots, and one behind it
+    before.slots[2], before.slots[3] = 38, slot  # the last of 40 slots, and one outside
     eos_ids = torch.tensor([5, 20], device=DEVICE)
     rows = after(function, logits, before, SamplingOptions(repetition_penalty=2.0, **options), eos_ids)
     assert rows.tokens.tolist() == [3, PAD, 20, 36]
@@ -44,6 +45,14 @@ def test_rows_move_on(options: dict[str, Any], function: Any) -> None:
     seen = before.seen.clone()
     seen[[0, 1, 2, 3], [3, PAD, 20, 36]] = True
     assert torch.equal(rows.seen, seen)  # pyright: ignore
+
+
+@pytest.mark.parametrize("function", [sample, twin.sample])
+def test_bug_negated_logits_are_read_without_their_sign(function: Any) -> None:
+    logits, options = make_logits(4, 37), SamplingOptions()
+    negated = torch._neg_view(-logits)
+    expected = after(function, logits, make_rows(4, 37), options)
+    assert torch.equal(after(function, negated, make_rows(4, 37), options).tokens, expected.tokens)
 
 
 def test_a_pad_token_outside_the_vocabulary_marks_nothing() -> None:

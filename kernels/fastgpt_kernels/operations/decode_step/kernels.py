@@ -220,12 +220,12 @@ def _decode_attention_kernel(
     _await_previous_launch(OVERLAP)
 
     slot = tl.load(slots_ptr + row)
-    start = tl.load(starts_ptr + row).to(tl.int32)
+    start = tl.maximum(tl.load(starts_ptr + row), 0).to(tl.int32)
     query = tl.load(qkv_ptr + qkv_offsets, mask=in_dim, other=0.0).to(tl.float32) * (scale * LOG2_E)
     new_key = tl.load(qkv_ptr + qkv_offsets + n_heads * head_dim, mask=in_dim, other=0.0)
     new_value = tl.load(qkv_ptr + qkv_offsets + 2 * n_heads * head_dim, mask=in_dim, other=0.0)
     if split == 0:
-        in_cache = dims < tl.where(slot < n_slots, head_dim, 0)
+        in_cache = dims < tl.where((slot >= 0) & (slot < n_slots), head_dim, 0)
         tl.store(keys_ptr + cache_base + slot * head_dim + dims, new_key, mask=in_cache)
         tl.store(values_ptr + cache_base + slot * head_dim + dims, new_value, mask=in_cache)
 
@@ -246,7 +246,7 @@ def _decode_attention_kernel(
     # New keys count in split 0 only. Other splits may start from their peak, because any finite peak cancels.
     total = tl.where(split == 0, total, 0.0)
     mixed = tl.where(split == 0, mixed, 0.0)
-    end = tl.minimum(cached_end, n_slots).to(tl.int32)
+    end = tl.minimum(tl.maximum(cached_end, 0), n_slots).to(tl.int32)
     per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_KEYS), N_SPLITS) * BLOCK_KEYS
     first = start + split * per_split
     last = tl.minimum(first + per_split, end)

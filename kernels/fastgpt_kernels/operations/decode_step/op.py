@@ -79,7 +79,7 @@ class DecodeStep:
         """Fill logits (B, V), float32, and append to the cache (L, 2, B, H, T, D), keys before values.
 
         tokens, positions, slots, starts: (B,) int64. The keys and values of a token go to its slot, unless that lies
-        past the cache, and it attends to the slots from its row's start up to its own. With one sequence, slots are
+        outside the cache, and it attends to the slots from its row's start up to its own. With one sequence, slots are
         consecutive.
         Ids and positions outside their tables are clamped, because an engine starts steps before it reads the tokens.
         """

@@ -32,7 +32,7 @@ def linear_cross_entropy(
     """
     check_loss_arguments(hidden, weight, labels, reduction, ignore_index, label_smoothing, z_loss)
     options = ignore_index, label_smoothing, z_loss
-    n_chunk_rows = max(1, _CHUNK_LOGITS // max(1, weight.shape[0]))
+    n_chunk_rows = max(1, _CHUNK_LOGITS // weight.shape[0])
     if reduction == "none":
         wide_weight = _widened(weight)  # Autograd sums the gradients of the chunks in this dtype.
         chunks = [
@@ -58,6 +58,8 @@ def check_loss_arguments(
             "linear_cross_entropy: hidden must be (N, C), weight (V, C) and labels (N,), "
             f"not {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"linear_cross_entropy: the vocabulary is empty: weight is {tuple(weight.shape)}")
     if labels.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy: labels must be int64, not {labels.dtype}")
     if reduction not in ("mean", "sum", "none"):

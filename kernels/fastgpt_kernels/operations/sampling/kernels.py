@@ -157,7 +157,7 @@ def _advance(
     tl.store(position_ptr + row, position)
     tl.store(slot_ptr + row, slot)
     tl.store(finished_ptr + row, finished)
-    tl.store(sequence_ptr + row * sequence_row_stride + slot, token, mask=slot < n_slots)
+    tl.store(sequence_ptr + row * sequence_row_stride + slot, token, mask=(slot >= 0) & (slot < n_slots))
     if HAS_PENALTY:
         tl.store(seen_ptr + row * seen_row_stride + token, True, mask=(token >= 0) & (token < n_cols))
 

@@ -38,7 +38,7 @@ def sample_fwd(
     """`sample` without checks. Returns the lowest score that filters keep, (B,), or None without filters."""
     if logits.shape[0] == 0:
         return None
-    logits = as_rows(logits)
+    logits = as_rows(logits.resolve_neg())
     n_rows, n_cols = logits.shape
     n_groups = -(-n_cols // GROUP_SIZE)
     samples = options.seed is not None

@@ -81,7 +81,7 @@ def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor
     In this order: repetition penalty, end tokens barred, temperature, top-k, top-p, min-p; then the largest of the
     scores that are left, or with a seed of those plus `gumbel_noise`, which is a draw from their softmax. The token of
     the lowest index wins among equals. Where a row's logits hold a NaN its token is -1 and it is finished. An infinite
-    logit counts as the largest float32. A token behind the end of `sequences` is not written there.
+    logit counts as the largest float32. A token whose slot is outside `sequences` is not written.
     Raises ValueError when shapes, dtypes or devices do not fit.
     Source: transformers' logits processors; Gumbel's max trick.
     """
@@ -104,7 +104,8 @@ def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor
     rows.tokens.copy_(tokens)
     rows.positions.add_(1)
     rows.slots.add_(1)
-    (inside,) = (rows.slots < rows.sequences.shape[1]).nonzero(as_tuple=True)
+    is_inside = (rows.slots >= 0) & (rows.slots < rows.sequences.shape[1])
+    (inside,) = is_inside.nonzero(as_tuple=True)
     rows.sequences[inside, rows.slots[inside]] = tokens[inside]
     if rows.seen is not None:
         (known,) = ((tokens >= 0) & (tokens < logits.shape[1])).nonzero(as_tuple=True)
