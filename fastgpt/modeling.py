@@ -58,6 +58,11 @@ class _DropIn(LoadingMixin):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         swap_classes(self, to_fastgpt=True)  # type: ignore[arg-type]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not of our own classes: in custom code transformers does not scale new projections to the residual stream."""
+        return cls.__module__ != __name__ and super().is_custom_code()  # type: ignore[misc]
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = ATTENTION if requested_attention is None else requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
@@ -180,10 +185,13 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             options.get("labels") is not None
             and self.training
             and not ops.is_transformed()
+            # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the question.
+            and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
             and "logits_to_keep" not in options
             and "ignore_index" not in options
             and is_as_imported(hf.GPT2LMHeadModel)
             and is_plain(self.lm_head, nn.Linear)
+            and len(self.lm_head.weight) == self.config.vocab_size
             and self.lm_head.weight.dtype != torch.float64  # whose loss transformers computes in float32
         )
         return fusable(self.loss_function) if is_fused else None

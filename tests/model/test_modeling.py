@@ -230,6 +230,27 @@ def test_training_loss_takes_every_option_of_transformers() -> None:
         assert torch.allclose(loss, expected, rtol=2e-6, atol=0, equal_nan=True), options
 
 
+def test_bug_a_training_loss_in_inference_mode_raised() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    ours.train()
+    with torch.inference_mode():
+        expected, output = theirs(ids, labels=ids), ours(ids, labels=ids)
+        assert_same_within_rounding(output.loss, expected.loss)
+        assert_same_within_rounding(output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("n_rows", [130, 132])
+def test_bug_a_head_of_another_size_than_the_vocabulary_failed_only_in_evaluation(n_rows: int) -> None:
+    theirs, ours = pair(tiny_config(tie_word_embeddings=False))
+    ids = token_ids(2, 9, 130)
+    for model in (theirs, ours):
+        model.lm_head = torch.nn.Linear(64, n_rows, bias=False)
+        for is_training in (True, False):
+            with pytest.raises(RuntimeError, match="invalid for input of size"):
+                model.train(is_training)(ids, labels=ids)
+
+
 def test_custom_loss_is_used() -> None:
     _, ours = pair(tiny_config())
     ours.train().loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
