@@ -185,6 +185,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             options.get("labels") is not None
             and self.training
             and not ops.is_transformed()
+            and not torch.compiler.is_exporting()  # an exported program returns plain tensors, which it must compute
             # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the question.
             and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
             and "logits_to_keep" not in options
