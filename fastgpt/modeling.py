@@ -186,8 +186,8 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             and self.training
             and not ops.is_transformed()
             and not torch.compiler.is_exporting()  # an exported program returns plain tensors, which it must compute
-            # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the question.
-            and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+            # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the questions.
+            and (torch.compiler.is_compiling() or not (torch.is_inference_mode_enabled() or torch.jit.is_tracing()))
             and "logits_to_keep" not in options
             and "ignore_index" not in options
             and is_as_imported(hf.GPT2LMHeadModel)

@@ -240,6 +240,24 @@ def test_bug_a_training_loss_in_inference_mode_raised() -> None:
         assert_same_within_rounding(output.logits, expected.logits)
 
 
+def test_bug_a_training_step_could_not_be_traced() -> None:
+    theirs, ours = pair(tiny_config(n_layer=1, use_cache=False))
+    ids, others = token_ids(2, 9, 131), token_ids(2, 9, 131, seed=1)
+
+    class Step(torch.nn.Module):
+        def __init__(self, model: Any):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.model(ids, labels=ids)
+            return output.loss, output.logits
+
+    traced: Any = torch.jit.trace(Step(ours.train()), ids, check_trace=False)
+    for value, expected in zip(traced(others), Step(theirs)(others), strict=True):
+        assert_same_within_rounding(value, expected)
+
+
 @pytest.mark.parametrize("n_rows", [130, 132])
 def test_bug_a_head_of_another_size_than_the_vocabulary_failed_only_in_evaluation(n_rows: int) -> None:
     theirs, ours = pair(tiny_config(tie_word_embeddings=False))
