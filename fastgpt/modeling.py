@@ -58,6 +58,11 @@ class _DropIn(LoadingMixin):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         swap_classes(self, to_fastgpt=True)  # type: ignore[arg-type]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not of our own classes: in custom code transformers does not scale new projections to the residual stream."""
+        return cls.__module__ != __name__ and super().is_custom_code()  # type: ignore[misc]
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = ATTENTION if requested_attention is None else requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
@@ -180,6 +185,9 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             options.get("labels") is not None
             and self.training
             and not ops.is_transformed()
+            and not torch.compiler.is_exporting()  # an exported program returns plain tensors, which it must compute
+            # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the questions.
+            and (torch.compiler.is_compiling() or not (torch.is_inference_mode_enabled() or torch.jit.is_tracing()))
             and "logits_to_keep" not in options
             and "ignore_index" not in options
             and is_as_imported(hf.GPT2LMHeadModel)

@@ -357,3 +357,14 @@ def test_export(strict: bool) -> None:
     ids = token_ids(2, 11, 131)
     program = torch.export.export(ours, (ids,), strict=strict)
     assert_same_within_rounding(program.module()(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_bug_an_exported_training_step_had_logits_without_values(strict: bool) -> None:
+    theirs, ours = pair(tiny_config(n_layer=1, use_cache=False))
+    ids, others = token_ids(2, 11, 131), token_ids(2, 11, 131, seed=1)
+    program = torch.export.export(ours.train(), (), {"input_ids": ids, "labels": ids}, strict=strict)
+    output, expected = program.module()(input_ids=others, labels=others), theirs(others, labels=others)
+    for value, reference in ((output.loss, expected.loss), (output.logits, expected.logits)):
+        assert type(value) is torch.Tensor
+        assert_same_within_rounding(value.detach(), reference.detach())

@@ -230,6 +230,45 @@ def test_training_loss_takes_every_option_of_transformers() -> None:
         assert torch.allclose(loss, expected, rtol=2e-6, atol=0, equal_nan=True), options
 
 
+def test_bug_a_training_loss_in_inference_mode_raised() -> None:
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    ours.train()
+    with torch.inference_mode():
+        expected, output = theirs(ids, labels=ids), ours(ids, labels=ids)
+        assert_same_within_rounding(output.loss, expected.loss)
+        assert_same_within_rounding(output.logits, expected.logits)
+
+
+def test_bug_a_training_step_could_not_be_traced() -> None:
+    theirs, ours = pair(tiny_config(n_layer=1, use_cache=False))
+    ids, others = token_ids(2, 9, 131), token_ids(2, 9, 131, seed=1)
+
+    class Step(torch.nn.Module):
+        def __init__(self, model: Any):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.model(ids, labels=ids)
+            return output.loss, output.logits
+
+    traced: Any = torch.jit.trace(Step(ours.train()), ids, check_trace=False)
+    for value, expected in zip(traced(others), Step(theirs)(others), strict=True):
+        assert_same_within_rounding(value, expected)
+
+
+@pytest.mark.parametrize("n_rows", [130, 132])
+def test_bug_a_head_of_another_size_than_the_vocabulary_failed_only_in_evaluation(n_rows: int) -> None:
+    theirs, ours = pair(tiny_config(tie_word_embeddings=False))
+    ids = token_ids(2, 9, 130)
+    for model in (theirs, ours):
+        model.lm_head = torch.nn.Linear(64, n_rows, bias=False)
+        for is_training in (True, False):
+            with pytest.raises(RuntimeError, match="invalid for input of size"):
+                model.train(is_training)(ids, labels=ids)
+
+
 def test_custom_loss_is_used() -> None:
     _, ours = pair(tiny_config())
     ours.train().loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
