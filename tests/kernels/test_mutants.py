@@ -28,6 +28,7 @@ TESTS = {
     "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
     "common/dropout_kernels.py": ["kernels/attention"],
     "operations/decode_step/kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
+    "operations/decode_step/many_rows_kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
     "operations/decode_step/row_products.py": ["kernels/decode_step"],
     "operations/decode_step/op.py": ["kernels/decode_step/test_decode_step_kernel.py"],
     "operations/sampling/kernels.py": ["kernels/sampling"],

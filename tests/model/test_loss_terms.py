@@ -128,14 +128,6 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled(ids, labels), expected)
 
 
-@pytest.mark.parametrize("n_rows", [N_VOCABULARY - 1, N_VOCABULARY + 1])
-def test_bug_a_head_of_another_size_than_the_vocabulary_has_a_loss(n_rows: int) -> None:
-    for model in pair(tiny_config()):
-        model.lm_head = torch.nn.Linear(model.config.n_embd, n_rows, bias=False)
-        with pytest.raises(RuntimeError, match=rf"shape '\[-1, {N_VOCABULARY}\]' is invalid"):
-            results(model)
-
-
 def test_labels_out_of_range_are_named() -> None:
     ours = pair(tiny_config(n_layer=1))[1]
     ours.loss_function = fastgpt.CausalLMLoss(z_loss=0.01)

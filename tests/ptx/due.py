@@ -74,6 +74,11 @@ def _decode_product(s: Sizes) -> Due:
     return Due(2 * s.n_rows * s.n_cols * s.n_out, s.n_cols * s.n_out * s.e)
 
 
+def _decode_norm(s: Sizes) -> Due:
+    n_sums = (1 + s.N_PARTIALS + (s.N_PARTIALS > 0)) * 4  # float32: the stream, the partial sums, the new stream
+    return Due((8 + s.N_PARTIALS) * s.n_rows * s.n_cols, s.n_rows * s.n_cols * (n_sums + s.e))
+
+
 def _decode_attention(s: Sizes) -> Due:
     row_heads = s.n_programs // s.N_SPLITS
     elements = 2 * row_heads * s.get("n_keys", 1) * s.head_dim
@@ -116,7 +121,8 @@ FORMULAS: dict[str, Callable[[Sizes], Due]] = {
     "_decode_attention_kernel": _decode_attention,
     "_decode_project_kernel": _decode_product,
     "_decode_head_kernel": _decode_product,
-    "_decode_int8_product_kernel": _decode_product,
+    "_decode_norm_kernel": _decode_norm,
+    "_decode_product_kernel": _decode_product,
     "_persistent_decode_kernel": _persistent_decode,
     "_sampling_groups_kernel": _sampling_groups,
     "_sampling_choice_kernel": _sampling_choice,

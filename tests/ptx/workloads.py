@@ -85,6 +85,17 @@ def _decode(rows: int, vocabulary: int) -> None:
     step.decode(weights, cache, tokens, positions, slots, starts, logits)
 
 
+def _decode_products(rows: int) -> None:
+    """The products of a layer whose norms are kernels of their own, and the norm that adds the most partial sums."""
+    weights = shipped._decode_weights(C, H, torch.bfloat16)
+    layer, step = weights.layers[0], DecodeStep(weights, rows, shipped._CONTEXT)
+    step._product(step.normalised, layer.qkv_weight, layer.qkv_bias, "none", step.qkv)
+    step._project(step.mixed, 1, layer.proj_weight)
+    step._product(step.normalised, layer.fc_weight, layer.fc_bias, weights.activation, step.hidden)
+    n_parts = step._project(step.hidden, 1, layer.mlp_proj_weight)
+    step._norm(step.streams[0], n_parts, layer.mlp_proj_bias, step.streams[1], layer.ln_1_weight, layer.ln_1_bias)
+
+
 # Rows and widths of the MLP: each term changes in one of them, and every program has several tiles.
 _MLP_SIZES = [
     {"rows": 256, "narrow": 128, "wide": 256}, {"rows": 512, "narrow": 128, "wide": 256},
@@ -163,10 +174,11 @@ def _decode_parts() -> Iterator[Part]:
         "decode, batch 64", L, _decode, [{"rows": 9, "vocabulary": 1041}], {"rows": 64, "vocabulary": 1041},
         lambda rows, vocabulary: (rows,), {"": {"n_keys": CONTEXT + 1}}, kernels="attention",
     )  # fmt: skip
-    yield Part(
-        "decode, batch 64", 2 * L + 1, lambda rows: _norm(rows, True, False), [{"rows": 64}], {"rows": 64},
-        lambda rows: (rows,), {"": {"n_rows": 64}},
-    )  # fmt: skip
+    for kernels, times in (("norm", 2 * L + 1), ("product", L)):
+        yield Part(
+            "decode, batch 64", times, _decode_products, [{"rows": 64}], {"rows": 64},
+            lambda rows: (rows,), {"": {}}, kernels=kernels,
+        )  # fmt: skip
 
 
 def scaled(executed: Sequence[Counter], terms: Sequence[tuple[float, ...]], wanted: tuple[float, ...]) -> Counter:

@@ -1,7 +1,8 @@
 """The decode step on the kernels against transformers' model in float64, and against what a static cache gets wrong."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -202,14 +203,23 @@ def test_int8_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> 
     assert_case(make_case(torch.float32, starts, int8=True, int8_head=True, **changes), n_ulps=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize(("n_rows", "n_in", "n_out"), [(1, 64, 48), (17, 50, 67), (70, 131, 65)])
-def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+# --- the kernels of more rows ---------------------------------------------------------------------------------------
+
+
+def a_step(n_rows: int, dtype: torch.dtype) -> DecodeStep:
+    model: Any = fastgpt.GPT2LMHeadModel(tiny_config())
+    return DecodeStep(view_weights(model.to(DEVICE, dtype)), n_rows, 8)
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, True), *product(HALVES, (True, False))], ids=str)
+@pytest.mark.parametrize(("n_rows", "n_in", "n_out"), [(1, 64, 48), (17, 50, 67), (70, 131, 65), (16, 513, 32)])
+def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype, int8: bool) -> None:
     torch.manual_seed(0)
     x, bias = torch.randn(n_rows, n_in).to(dtype), torch.randn(n_out).to(dtype)
-    matrix = Int8Matrix.nearest(torch.randn(n_in, n_out) * torch.logspace(-2, 1, n_out))
-    step = DecodeStep(view_weights(fastgpt.GPT2LMHeadModel(tiny_config()).to(DEVICE, dtype)), n_rows, 8)  # type: ignore[arg-type]
-    floats, draws = matrix.to_float(torch.float64), [drawn_again(x, seed) for seed in range(8)]
+    numbers = torch.randn(n_in, n_out) * torch.logspace(-2, 1, n_out)
+    matrix = Int8Matrix.nearest(numbers) if int8 else numbers.to(dtype)
+    floats = matrix.to_float(torch.float64) if isinstance(matrix, Int8Matrix) else matrix.double()
+    step, draws = a_step(n_rows, dtype), [drawn_again(x, seed) for seed in range(8)]
     for activation in ("none", "gelu_new"):
         act = ACTIVATIONS.get(activation, lambda y: y)
         truth, eager = act(multiply(x.double(), floats, bias.double())), act(multiply(x, matrix, bias))
@@ -218,7 +228,55 @@ def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: tor
             for draw in draws
             for stored in (floats.to(dtype), floats.to(dtype).contiguous())
         )
-        assert_as_accurate(step._multiply(x, matrix, bias, activation), eager, truth, eager_error=eager_error)
+        y = torch.full((n_rows, n_out), float("nan"), dtype=dtype)
+        step._product(x, matrix, bias, activation, y)
+        assert_as_accurate(y, eager, truth, eager_error=eager_error)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_parts_of_a_product(dtype: torch.dtype) -> None:
+    """Each is the sum over its own columns, without a bias; the last part has fewer."""
+    torch.manual_seed(0)
+    x, matrix = torch.randn(20, 300).to(dtype), torch.randn(300, 70).to(dtype)
+    parts = torch.full((3, 20, 70), float("nan"))
+    a_step(20, dtype)._product(x, matrix, None, "none", parts, cols_per_part=128)
+    for part, columns, weights in zip(parts, x.split(128, 1), matrix.split(128), strict=True):
+        exact = columns.double() @ weights.double()
+        assert max_error(part, exact) <= 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 64, 65, 200])
+@pytest.mark.parametrize("n_cols", [2, 100, 128, 768, 1600, 3072, 6400, 8192])
+def test_parts_cover_the_inner_axis(n_rows: int, n_cols: int) -> None:
+    """No part is empty, and more rows, which need fewer parts, change the sums of no row while one tile holds them."""
+    for n_out in (2, 768, 1600, 2048):
+        n_parts, cols = decode_step_tiles.decode_product_parts(n_rows, n_cols, n_out)
+        assert (n_parts - 1) * cols < n_cols <= n_parts * cols
+        assert n_rows > 64 or (n_parts, cols) == decode_step_tiles.decode_product_parts(1, n_cols, n_out)
+
+
+def test_which_products_the_kernel_takes() -> None:
+    """Half precision where launches overlap, and int8 everywhere, because torch does not multiply it."""
+    takes = decode_step_tiles.decode_multiplies
+    assert takes(64, 2, "sm_90")
+    assert not takes(65, 2, "sm_90")
+    assert not takes(9, 2, "sm_80")
+    assert not takes(9, 4, "sm_90")
+    assert takes(500, 1, "gfx942")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_row_has_the_same_logits_beside_any_others(dtype: torch.dtype) -> None:
+    """The kernels of 9 to 16 rows compute each row by itself, in the same order."""
+    case = make_case(dtype, [0, 3, 0, 1, 4, 0, 2, 0, 5, 0, 0, 7, 0, 1, 0, 2], n_tokens=12)
+    expected = decode(case, filled_cache(case, 12))
+    n_rows = 9
+    for layer in case.past.layers:
+        layer.keys, layer.values = layer.keys[:n_rows], layer.values[:n_rows]
+    fewer = replace(case, ids=case.ids[:n_rows], starts=case.starts[:n_rows])
+    found = decode(fewer, filled_cache(fewer, 12))
+    # torch multiplies by the head.
+    torch.testing.assert_close(found, expected[:n_rows], rtol=0, atol=1e-6)
 
 
 # --- contexts and sequences -----------------------------------------------------------------------------------------
@@ -285,7 +343,7 @@ def test_a_row_starts_at_slot_0_at_the_earliest() -> None:
     assert torch.equal(logits, expected[:, 0])
 
 
-@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("n_rows", [1, 3, 9])
 def test_repeats_are_bitwise_equal_in_any_order_of_programs(n_rows: int) -> None:
     case = make_case(torch.bfloat16, [0] * n_rows)
     expected = decode(case, filled_cache(case, 48))
@@ -324,8 +382,9 @@ def test_index_arithmetic_of_a_huge_cache() -> None:
 
 
 @only_interpreted
-def test_no_index_overflows() -> None:
-    case = make_case(torch.float32, [0, 3], 12, 1)
+@pytest.mark.parametrize(("dtype", "n_rows"), [(torch.float32, 2), (torch.bfloat16, 9)], ids=str)
+def test_no_index_overflows(dtype: torch.dtype, n_rows: int) -> None:
+    case = make_case(dtype, [0, 3] * (n_rows // 2) + [1] * (n_rows % 2), 12, 1)
     with check_overflow():
         decode(case, filled_cache(case, 12))
 

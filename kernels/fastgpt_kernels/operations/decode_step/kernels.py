@@ -318,36 +318,3 @@ def _decode_project_kernel(
     in_sums = (rows < n_rows)[:, None] & in_out[None, :]
     sum_offsets = (part.to(tl.int64) * n_rows + rows[:, None]) * n_out + outs[None, :]
     tl.store(partial_ptr + sum_offsets, sums, mask=in_sums)
-
-
-@triton.jit
-def _decode_int8_product_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, for more rows than those above.
-
-    x: (n_rows, n_cols). weight: int8 (n_out, n_cols), every value of which x's dtype holds exactly.
-    """
-    n_tiles = tl.cdiv(n_out, BLOCK_OUT)
-    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    outs = (tl.program_id(0) % n_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_rows, in_out = rows < n_rows, outs < n_out
-
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        in_cols = cols < n_cols
-        x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=in_rows[:, None] & in_cols[None, :], other=0.0)
-        weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
-        weight = tl.load(weight_ptr + weight_offsets, mask=in_cols[:, None] & in_out[None, :], other=0.0)
-        sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
-
-    y = _scaled(sums, scale_ptr, outs, in_out)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "none":
-        y, _ = activation_and_derivative(y, ACTIVATION)
-    in_y = in_rows[:, None] & in_out[None, :]
-    tl.store(y_ptr + rows[:, None] * n_out + outs[None, :], y.to(y_ptr.dtype.element_ty), mask=in_y)

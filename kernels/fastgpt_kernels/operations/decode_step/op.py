@@ -1,6 +1,7 @@
 """One decode step of GPT-2: the logits of the newest token of every row, with keys and values added to a static cache.
 
-A few rows go through five fused kernels per layer, many rows through torch's products around the same attention kernel.
+A few rows go through five fused kernels per layer, more rows through seven, where norms are kernels of their own, and
+what these do not take through torch's products around the same attention kernel.
 Nothing waits for the device, so that a CUDA graph can capture the step.
 """
 
@@ -19,10 +20,10 @@ from .kernels import (
     _decode_attention_kernel,
     _decode_embed_kernel,
     _decode_head_kernel,
-    _decode_int8_product_kernel,
     _decode_norm_product_kernel,
     _decode_project_kernel,
 )
+from .many_rows_kernels import _decode_norm_kernel, _decode_product_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -56,12 +57,14 @@ class DecodeStep:
         self.overlap = chip.overlaps_launches(self.device)
         matrix = weights.layers[0].fc_weight
         values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
-        max_rows = tiles.decode_max_rows(self.n_channels, values.element_size(), self.architecture)
-        self.is_fused = n_rows <= max_rows
+        element_size = values.element_size()
+        self.is_fused = n_rows <= tiles.decode_max_rows(self.n_channels, element_size, self.architecture)
+        self.is_on_kernels = self.is_fused or tiles.decode_multiplies(n_rows, element_size, self.architecture)
         n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
         self.n_splits = n_splits if self.is_fused else 1
 
         new = weights.wte.new_empty
+        self.normalised = new(n_rows, self.n_channels)
         self.qkv, self.hidden = new(n_rows, 3 * self.n_channels), new(n_rows, self.n_hidden)
         # The output of attention, or the sums of its splits.
         whole = (n_rows, self.n_channels) if self.n_splits == 1 else (self.n_splits, n_rows, self.n_channels)
@@ -69,7 +72,14 @@ class DecodeStep:
         self.peak, self.total = new(2, self.n_splits, n_rows * weights.n_heads, dtype=torch.float32)
         # Two copies of the stream: one is read while the other is written.
         self.streams = new(2, n_rows, self.n_channels, dtype=torch.float32)
-        n_parts = max(tiles.decode_parts(n, self.n_channels)[0] for n in (self.n_channels, self.n_hidden))
+        # Of a product into the stream, by the length of its inner axis: its parts, and the columns of a part.
+        self.parts = {
+            n: tiles.decode_parts(n, self.n_channels)
+            if self.is_fused
+            else tiles.decode_product_parts(n_rows, n, self.n_channels)
+            for n in (self.n_channels, self.n_hidden)
+        }
+        n_parts = max(n for n, _ in self.parts.values())
         self.partial = new(n_parts, n_rows, self.n_channels, dtype=torch.float32)
 
     def decode(
@@ -83,12 +93,12 @@ class DecodeStep:
         consecutive.
         Ids and positions outside their tables are clamped, because an engine starts steps before it reads the tokens.
         """
-        steps = self._decode_fused if self.is_fused else self._decode_with_products
+        steps = self._decode_on_kernels if self.is_on_kernels else self._decode_with_products
         steps(weights, cache, tokens, positions, slots, starts, logits)
 
-    # --- a few rows ---
+    # --- on kernels ---
 
-    def _decode_fused(
+    def _decode_on_kernels(
         self, weights: DecodeWeights, cache: Tensor,
         tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,
     ) -> None:  # fmt: skip
@@ -133,6 +143,10 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream if partial sums were added."""
         weight, scale = matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        if not self.is_fused:
+            self._norm(stream, n_parts, part_bias, new_stream, norm_weight, norm_bias)
+            self._product(self.normalised, matrix, bias, activation, y)
+            return
         tile, options = self._tile("norm_product", self.n_channels, weight.element_size())
         launch(
             _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
@@ -155,7 +169,10 @@ class DecodeStep:
     def _project(self, x: Tensor, n_splits: int, matrix: Matrix) -> int:
         """Write x @ matrix to `partial` as sums of several parts. Returns the number of parts."""
         (n_cols, n_out), (weight, scale) = matrix.shape, matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
-        n_parts, cols_per_part = tiles.decode_parts(n_cols, n_out)
+        n_parts, cols_per_part = self.parts[n_cols]
+        if not self.is_fused:
+            self._product(x, matrix, None, "none", self.partial, cols_per_part)
+            return n_parts
         tile, options = self._tile("project", cols_per_part, weight.element_size())
         launch(
             _decode_project_kernel, cdiv(n_out, tile.block_out) * n_parts,
@@ -169,6 +186,13 @@ class DecodeStep:
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
         head, scale = weights.head if isinstance(weights.head, Int8Matrix) else (weights.head, None)
+        if not self.is_fused:
+            self._norm(stream, n_parts, part_bias, stream, weights.ln_f_weight, weights.ln_f_bias)
+            if scale is None:
+                _head_product(self.normalised, head, logits)
+            else:
+                self._product(self.normalised, weights.head, None, "none", logits)
+            return
         tile, options = self._tile("head", self.n_channels, head.element_size())
         n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
@@ -178,7 +202,38 @@ class DecodeStep:
             N_PARTIALS=n_parts, STAGES=tile.num_stages, **options,
         )  # fmt: skip
 
-    # --- many rows ---
+    # --- the kernels of more rows ---
+
+    def _norm(
+        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill `normalised` with layer_norm(stream), and new_stream if partial sums were added."""
+        block_cols = triton.next_power_of_2(self.n_channels)
+        launch(
+            _decode_norm_kernel, self.n_rows,
+            stream, self.partial, part_bias, norm_weight, norm_bias, new_stream, self.normalised,
+            n_rows=self.n_rows, n_cols=self.n_channels, eps=self.eps,
+            BLOCK_COLS=block_cols, N_PARTIALS=n_parts, **self._launch_options(4 if block_cols <= 1024 else 8),
+        )  # fmt: skip
+
+    def _product(
+        self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str, y: Tensor, cols_per_part: int = 0
+    ) -> None:
+        """Fill y with act(x @ matrix + bias), or y (parts, B, out) with the sums of parts of the inner axis."""
+        (n_cols, n_out), (weight, scale) = matrix.shape, matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        n_rows, n_parts = len(x), cdiv(n_cols, cols_per_part or n_cols)
+        sizes = x.element_size(), weight.element_size()
+        tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture)
+        launch(
+            _decode_product_kernel, cdiv(n_rows, tile.block_rows) * n_parts * cdiv(n_out, tile.block_out),
+            x, weight, scale, bias, y,
+            n_rows=n_rows, n_cols=n_cols, n_out=n_out, cols_per_part=cols_per_part or n_cols,
+            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out,
+            ACTIVATION=activation, STAGES=tile.num_stages, **self._launch_options(tile.num_warps),
+        )  # fmt: skip
+
+    # --- with torch's products ---
 
     # The order of the layers is that of reference.py, but what they call is not: here ids are clamped, a sum and its
     # norm are one kernel, every row has a slot and a start of its own, and logits are float32. Sharing the walk would
@@ -188,44 +243,28 @@ class DecodeStep:
         self, weights: DecodeWeights, cache: Tensor,
         tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, logits: Tensor,
     ) -> None:  # fmt: skip
+        activation = activations.ACTIVATIONS[weights.activation]
         stream = F.embedding(tokens.clamp(0, weights.wte.shape[0] - 1), weights.wte)
         stream += F.embedding(positions.clamp(0, weights.wpe.shape[0] - 1), weights.wpe)
         branch = torch.zeros_like(stream)
         for layer, memory in zip(weights.layers, cache, strict=True):
             x, stream = self._add_norm(branch, stream, layer.ln_1_weight, layer.ln_1_bias)
-            self._multiply(x, layer.qkv_weight, layer.qkv_bias, out=self.qkv)
+            torch.addmm(layer.qkv_bias, x, _dense(layer.qkv_weight), out=self.qkv)
             self._attend(layer, memory, slots, starts)
-            branch = self._multiply(self.mixed, layer.proj_weight, layer.proj_bias)
+            branch = torch.addmm(layer.proj_bias, self.mixed, _dense(layer.proj_weight))
             x, stream = self._add_norm(branch, stream, layer.ln_2_weight, layer.ln_2_bias)
-            x = self._multiply(x, layer.fc_weight, layer.fc_bias, weights.activation)
-            branch = self._multiply(x, layer.mlp_proj_weight, layer.mlp_proj_bias)
+            x = activation(torch.addmm(layer.fc_bias, x, _dense(layer.fc_weight)))
+            branch = torch.addmm(layer.mlp_proj_bias, x, _dense(layer.mlp_proj_weight))
         x, _ = self._add_norm(branch, stream, weights.ln_f_weight, weights.ln_f_bias)
-        if isinstance(weights.head, Int8Matrix):
-            self._multiply(x, weights.head, None, out=logits)
-        else:
-            _head_product(x, weights.head, logits)
-
-    def _multiply(
-        self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str = "none", out: Tensor | None = None
-    ) -> Tensor:
-        """act(x @ matrix + bias). bias: may be None with an int8 matrix."""
-        if isinstance(matrix, Tensor):
-            assert bias is not None
-            y = torch.addmm(bias, x, matrix, out=out)
-            return y if activation == "none" else activations.ACTIVATIONS[activation](y)
-        (n_cols, n_out), n_rows = matrix.shape, len(x)
-        y = x.new_empty(n_rows, n_out) if out is None else out
-        tile = tiles.decode_int8_tile(n_rows, x.element_size(), self.architecture)
-        launch(
-            _decode_int8_product_kernel, cdiv(n_rows, tile.block_rows) * cdiv(n_out, tile.block_out),
-            x, matrix.values, matrix.scale, bias, y, n_rows=n_rows, n_cols=n_cols, n_out=n_out,
-            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out,
-            HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        )  # fmt: skip
-        return y
+        _head_product(x, _dense(weights.head), logits)
 
     def _add_norm(self, branch: Tensor, stream: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
+
+
+def _dense(matrix: Matrix) -> Tensor:
+    assert isinstance(matrix, Tensor), "int8 matrices have kernels for any number of rows"
+    return matrix
 
 
 def _head_product(x: Tensor, weight: Tensor, logits: Tensor) -> None:

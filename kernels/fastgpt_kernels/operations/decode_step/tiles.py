@@ -16,6 +16,10 @@ _DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR = 2
 # The next product merges all splits in an unrolled loop: of one head in 128, triton 3.7.1 compiled 93 s and spilled.
 _DECODE_MAX_SPLITS = 32
 
+# Of the product kernel: the most rows of a tile; of a part of the inner axis the columns of the weights and the inner
+# columns that a program takes at a time.
+_PRODUCT_MAX_BLOCK_ROWS, _PRODUCT_PART_OUT, _PRODUCT_PART_COLS = 64, 64, 128
+
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
 
@@ -83,14 +87,44 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
     return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
 
 
-def decode_int8_tile(n_rows: int, element_size: int, architecture: str) -> DecodeTile:
-    """The tile of many rows' product with int8 weights: compiled, not timed. element_size: bytes of the rows' dtype."""
-    block_rows = min(64, _power_of_two(max(16, n_rows)))
+def decode_multiplies(n_rows: int, element_size: int, architecture: str) -> bool:
+    """Whether rows that the fused kernels do not take go through the product kernel. If not, torch multiplies.
+
+    element_size: bytes of the weights' dtype, 1 for int8, which torch does not multiply.
+    """
+    # By count not slower than torch up to 64 rows, where launches overlap.
+    is_expected = n_rows <= 64 and architecture in ("cpu", "sm_90", "sm_100", "sm_120")
+    return element_size == 1 or (element_size == 2 and is_expected)
+
+
+def decode_product_tile(
+    n_rows: int, n_out: int, n_parts: int, element_size: int, weight_size: int, architecture: str
+) -> DecodeTile:
+    """The tile of the product kernel: by count for half precision on sm_90, not timed.
+
+    n_parts: of the inner axis. element_size, weight_size: bytes of the dtype of the rows and of the weights.
+    """
+    block_rows = min(_PRODUCT_MAX_BLOCK_ROWS, _power_of_two(max(16, n_rows)))
     if architecture == "cpu":
         return DecodeTile(block_rows, 64, 64, 4, 2)
-    # float32 has no exact tensor cores.
-    block_cols = 128 if element_size == 2 else 32
-    return DecodeTile(block_rows, block_cols, 16 if block_rows == 16 else 32, 4 if block_rows > 16 else 2, 4)
+    if weight_size == 1:
+        # float32 has no exact tensor cores.
+        block_cols = 128 if element_size == 2 else 32
+        return DecodeTile(block_rows, block_cols, 16 if block_rows == 16 else 32, 4 if block_rows > 16 else 2, 4)
+    # Of 32 rows, tensor cores of sm_90 take no less work than of 64.
+    block_rows, num_warps = (16, 4) if n_rows <= 16 else (_PRODUCT_MAX_BLOCK_ROWS, 8)
+    # So wide that every multiprocessor has at most one program.
+    block_out = _PRODUCT_PART_OUT if n_parts > 1 or n_out > 4096 else 32
+    is_long = n_parts == 1 and (block_rows == 16 or block_out == 32)
+    return DecodeTile(block_rows, 256 if is_long else _PRODUCT_PART_COLS, block_out, num_warps, 2)
+
+
+def decode_product_parts(n_rows: int, n_cols: int, n_out: int) -> tuple[int, int]:
+    """As `decode_parts`, for the product kernel: the same for all numbers of rows that one tile holds."""
+    n_tiles = -(-n_rows // _PRODUCT_MAX_BLOCK_ROWS) * -(-n_out // _PRODUCT_PART_OUT)
+    n_blocks = -(-n_cols // _PRODUCT_PART_COLS)
+    blocks = -(-n_blocks // max(1, _DECODE_PROGRAMS // n_tiles))
+    return -(-n_blocks // blocks), blocks * _PRODUCT_PART_COLS
 
 
 def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
