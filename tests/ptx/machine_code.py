@@ -11,7 +11,7 @@ import re
 import statistics
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +135,7 @@ def executed(text: str, times: Mapping[int, int], architecture: str) -> tuple[in
         for instruction in (*block.instructions, *([] if block.last is None else [block.last])):
             block_of.setdefault(int(instruction.place.split(":")[1]), block.number)
     copies = _copies(blocks, code)
-    counts = Counter()
+    counts: dict[str, float] = defaultdict(float)
     for block in code.blocks:
         made_of = [block_of[line] for _, line in block.instructions if line in block_of]
         if not made_of:
@@ -147,7 +147,7 @@ def executed(text: str, times: Mapping[int, int], architecture: str) -> tuple[in
             counts["machine instructions"] += n_times
             if word in _UNIT_OF:
                 counts[f"{_UNIT_OF[word]} machine instructions"] += n_times
-    return code.registers, counts
+    return code.registers, Counter({name: round(n) for name, n in counts.items()})
 
 
 def _copies(blocks: list[Block], code: MachineCode) -> dict[int, float]:
