@@ -6,7 +6,7 @@ resident, the limit is a warp's own chain of instructions, barriers and loads; p
 time as registers and shared memory let be resident.
 
 Memory is asked for what is due: sectors that several programs read again are served by L2. Instructions are those of
-PTX times the size of the machine code over that of the PTX.
+the machine code that the counted PTX becomes (`machine_code.py`).
 """
 
 import math
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # The CUDA C++ Programming Guide: "Throughput of Native Arithmetic Instructions", compute capability 9.0, results of a
-# multiprocessor and cycle, here divided by the 32 lanes of a warp.
+# multiprocessor and cycle, here divided by the 32 lanes of a warp: float32 and integers, of which products have the
+# half of the float pipes that `machine_code` calls heavy.
 _WARPS_PER_CYCLE = {
-    "float": 128 / 32, "float64": 64 / 32, "integer": 64 / 32, "conversion": 64 / 32, "special": 16 / 32,
-    "exchange": 32 / 32,
+    "FMA": 128 / 32, "FMA heavy": 64 / 32, "ALU": 64 / 32, "special": 16 / 32, "exchange": 32 / 32, "float64": 64 / 32,
 }  # fmt: skip
 # FLOPs of a multiprocessor and cycle. NVIDIA's H100 whitepaper: 989.4 TFLOP/s dense on 132 multiprocessors at 1.83 GHz
 # in half precision, half as many in tf32, 66.9 in float64.
@@ -56,12 +56,11 @@ H200 = Gpu("H200 SXM", 0.9 * 4.8e12)
 
 @dataclass(frozen=True)
 class Program:
-    """What one program occupies. registers: of a thread. shrinkage: machine instructions for one of PTX."""
+    """What one program occupies. registers: of a thread."""
 
     n_warps: int
     registers: int
     shared_bytes: int
-    shrinkage: float
 
     @property
     def n_resident(self) -> int:
@@ -75,7 +74,8 @@ class Program:
 def limits(counts: Mapping[str, float], program: Program, due_bytes: float, gpu: Gpu) -> dict[str, float]:
     """Seconds that each unit takes alone, the longest first.
 
-    counts: of all programs of a launch, as `counts.counted` names them. due_bytes: of the launch.
+    counts: of all programs of a launch, as `counts.counted` and `machine_code.executed` name them. due_bytes: of the
+    launch.
     """
     n_programs = counts["programs"]
     n_busiest = math.ceil(n_programs / gpu.n_multiprocessors)
@@ -84,10 +84,9 @@ def limits(counts: Mapping[str, float], program: Program, due_bytes: float, gpu:
     def of_busiest(cycles: float) -> float:
         return cycles / n_programs * n_busiest / gpu.clock_hz
 
-    by_kind = {kind: counts.get(f"{kind} instructions", 0) for kind in _WARPS_PER_CYCLE}
-    # ptxas leaves out moves and folds integer arithmetic into addresses; the other kinds have no cheaper form.
-    issued = program.shrinkage * sum(n for name, n in counts.items() if name.endswith(" instructions"))
-    by_kind["integer"] *= min(1, program.shrinkage)
+    by_unit = {unit: counts.get(f"{unit} machine instructions", 0) for unit in _WARPS_PER_CYCLE}
+    by_unit["FMA"] += by_unit["FMA heavy"]
+    issued = counts["machine instructions"]
     products = sum(counts.get(f"{dtype} FLOPs", 0) / rate for dtype, rate in _TENSOR_FLOPS.items())
     chain = issued / n_programs / program.n_warps * _CYCLES_OF_AN_INSTRUCTION
     chain += counts.get("barriers", 0) / n_programs * _CYCLES_OF_A_BARRIER + 2 * _MEMORY_CYCLES  # the first, the last
@@ -99,7 +98,7 @@ def limits(counts: Mapping[str, float], program: Program, due_bytes: float, gpu:
         "shared memory": of_busiest(counts.get("shared passes", 0) / _PASSES_PER_CYCLE),
         "latency": n_waves * chain / gpu.clock_hz,
     }
-    seconds |= {kind: of_busiest(by_kind[kind] / rate) for kind, rate in _WARPS_PER_CYCLE.items()}
+    seconds |= {unit: of_busiest(by_unit[unit] / rate) for unit, rate in _WARPS_PER_CYCLE.items()}
     return {unit: float(s) for unit, s in sorted(seconds.items(), key=lambda item: -item[1])}
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 import triton
 
-from . import model, parse, translate, workloads
-from .counts import counted
+from . import model, workloads
+from .counts import KINDS, counted
 from .due import due
 from .launch import COUNTING, Launch, Session, executing
-from .machine_code import registers_and_instructions
+from .machine_code import executed
 
 GPUS = model.H100, model.H200
 
@@ -41,25 +42,31 @@ def _numbered(session: Session, part: workloads.Part) -> dict[str, Launch]:
     return found
 
 
+def _counted(launch: Launch) -> tuple[int, Counter]:
+    """Registers of a thread, and counts of the PTX and of the machine code."""
+    registers, of_machine_code = executed(launch.text, launch.report.blocks, "sm_90")
+    return registers, counted(launch) + of_machine_code
+
+
 def kernels(part: workloads.Part) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a part: counts at the wanted size, what is due, limits in seconds on each GPU."""
     sessions = [_executed(part, sizes) for sizes in part.tried]
     launches = [_numbered(session, part) for session in sessions]
     terms, wanted = [part.terms(**sizes) for sizes in part.tried], part.terms(**part.wanted)
     for name, launch in launches[0].items():
-        counts = workloads.scaled([counted(each[name]) for each in launches], terms, wanted)
+        registers, counts_of_each = zip(*(_counted(each[name]) for each in launches), strict=True)
+        counts = workloads.scaled(counts_of_each, terms, wanted)
         arguments = launch.constants | {k: v for part_of_name, more in part.due.items() if part_of_name in name
                                         for k, v in more.items()}  # fmt: skip
         counts["programs"] = arguments.pop("n_programs", round(counts["programs"]))
         needed = due(launch.kernel, arguments, counts["programs"], launch.element_size)
-        text = launch.text
-        registers, n_machine = registers_and_instructions(text, "sm_90")
-        n_ptx = sum(sum(h.values()) for h in translate.translate(parse.parse(text)).histograms)
-        program = model.Program(launch.n_warps, registers, launch.shared, n_machine / n_ptx)
+        program = model.Program(launch.n_warps, registers[0], launch.shared)
+        n_ptx = sum(n for key, n in counts.items() if key.removesuffix(" instructions") in KINDS)
         found = {gpu.name: model.limits(counts, program, needed.n_bytes, gpu) for gpu in GPUS}
         yield {
-            "workload": part.workload, "kernel": name, "times": part.times, "registers": registers,
-            "resident": program.n_resident, "machine_instructions_for_one_of_ptx": round(program.shrinkage, 3),
+            "workload": part.workload, "kernel": name, "times": part.times, "registers": registers[0],
+            "resident": program.n_resident,
+            "machine_instructions_for_one_of_ptx": round(counts["machine instructions"] / n_ptx, 3),
             "due": needed._asdict(), "counts": {key: round(n) for key, n in counts.items()}, "limits_s": found,
             "predicted_s": {gpu.name: model.seconds(found[gpu.name], gpu) for gpu in GPUS},
         }  # fmt: skip

@@ -11,14 +11,14 @@ from benchmarks.report import records
 from . import model, predicted, workloads
 from .workloads import scaled
 
-SMALL = model.Program(n_warps=4, registers=32, shared_bytes=0, shrinkage=1.0)
+SMALL = model.Program(n_warps=4, registers=32, shared_bytes=0)
 
 
 def test_a_copy_is_limited_by_memory() -> None:
     n = 1 << 26  # float32, 4 of a thread: each warp loads, stores and computes two addresses
     warps = n / 4 / 32
     counts = {
-        "programs": warps / 4, "memory instructions": 2 * warps, "integer instructions": 2 * warps,
+        "programs": warps / 4, "machine instructions": 4 * warps, "ALU machine instructions": 2 * warps,
         "load sectors": n // 8, "store sectors": n // 8,
     }  # fmt: skip
     found = model.limits(counts, SMALL, due_bytes=8 * n, gpu=model.H200)
@@ -28,12 +28,15 @@ def test_a_copy_is_limited_by_memory() -> None:
 
 def test_units_by_hand() -> None:
     counts = {
-        "programs": 264, "float instructions": 8e6, "special instructions": 1e6, "barriers": 264 * 10,
+        "programs": 264, "machine instructions": 9e6, "FMA machine instructions": 5e6, "barriers": 264 * 10,
+        "FMA heavy machine instructions": 3e6, "special machine instructions": 1e6,
         "bf16 FLOPs": 264e6, "shared passes": 5e6, "load sectors": 1000, "store sectors": 0,
     }  # fmt: skip
     found = model.limits(counts, SMALL, due_bytes=0, gpu=model.H100)
     cycle_s = 1 / 1.83e9
     assert found["issue"] == pytest.approx(9e6 / 132 / 4 * cycle_s)
+    assert found["FMA"] == pytest.approx(8e6 / 132 / 4 * cycle_s)  # Both kinds share the pipes,
+    assert found["FMA heavy"] == pytest.approx(3e6 / 132 / 2 * cycle_s)  # of which one has half.
     assert found["special"] == pytest.approx(1e6 / 132 * 2 * cycle_s)
     assert found["shared memory"] == pytest.approx(5e6 / 132 * cycle_s)
     assert found["tensor cores"] == pytest.approx(2e6 / 4096 * cycle_s)
@@ -44,11 +47,11 @@ def test_units_by_hand() -> None:
 @pytest.mark.parametrize(
     ("program", "resident"),
     [
-        (model.Program(4, 32, 0, 1.0), 16),  # 64 warps
-        (model.Program(1, 32, 0, 1.0), 32),  # programs
-        (model.Program(4, 128, 0, 1.0), 4),  # 65536 registers
-        (model.Program(8, 128, 112 * 1024, 1.0), 2),
-        (model.Program(4, 32, 227 * 1024, 1.0), 1),  # shared memory
+        (model.Program(4, 32, 0), 16),  # 64 warps
+        (model.Program(1, 32, 0), 32),  # programs
+        (model.Program(4, 128, 0), 4),  # 65536 registers
+        (model.Program(8, 128, 112 * 1024), 2),
+        (model.Program(4, 32, 227 * 1024), 1),  # shared memory
     ],
 )
 def test_resident_programs(program: model.Program, resident: int) -> None:
@@ -56,7 +59,7 @@ def test_resident_programs(program: model.Program, resident: int) -> None:
 
 
 def test_one_program_more_than_multiprocessors_takes_twice_as_long() -> None:
-    some, more = ({"programs": n, "float instructions": 1e6 * n} for n in (132, 133))
+    some, more = ({"programs": n, "machine instructions": 1e6 * n} for n in (132, 133))
     once, twice = (model.limits(counts, SMALL, 0, model.H100)["issue"] for counts in (some, more))
     assert twice == pytest.approx(2 * once)
 
