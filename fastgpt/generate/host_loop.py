@@ -11,7 +11,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from ..checkpoint.fit import has_int8_activations
+from ..model.int8 import Int8Linear
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
 
@@ -86,8 +86,9 @@ class Generation:
 
     def _products(self, weights: DecodeWeights, n_rows: int) -> Products:
         """Those of the steps to come."""
-        precision = torch.int8 if has_int8_activations(self.model.config) else self.model.dtype
-        return Products(weights, n_rows, self._n_free, precision)
+        product = self.model.transformer.h[0].mlp.c_fc
+        rounds = isinstance(product, Int8Linear) and product.rounds_input
+        return Products(weights, n_rows, self._n_free, torch.int8 if rounds else self.model.dtype)
 
     @property
     def _n_free(self) -> int:

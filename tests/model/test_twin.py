@@ -165,6 +165,14 @@ REASONS: dict[str, tuple[Change, str]] = {
         lambda model, _: setattr(model.transformer.ln_f.bias, "data", torch.ones(64, dtype=torch.float64)),
         "the parameters differ in device or dtype",
     ),
+    "a bias where there was none": (
+        lambda model, _: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(131))),
+        "lm_head is not a plain module: its parameters are others",
+    ),
+    "a head of its own, of another dtype": (
+        lambda model, _: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.double())),
+        "the parameters differ in device or dtype",
+    ),
     "a buffer": (
         lambda model, _: model.transformer.drop.register_buffer("mask", torch.ones(1)),
         "transformer.drop is not a plain module: it has buffers",
