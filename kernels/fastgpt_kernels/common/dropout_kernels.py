@@ -28,8 +28,19 @@ def dropout_keep(seed, batch_head, q_start, k_start, q_offset, k_offset, thresho
     )
     low_q, low_k = (q_offset & 8) == 0, (k_offset & 8) == 0
     word = tl.where(low_q, tl.where(low_k, word_0, word_1), tl.where(low_k, word_2, word_3))
-    draw = (word >> ((k_offset & 1) * 16).to(tl.uint32)) & 0xFFFF
-    return draw.to(tl.int32) >= threshold
+    # An element draws a half of its word. Where it is the upper half, what lies below does not change the comparison.
+    upper = word << (16 - (k_offset & 1) * 16).to(tl.uint32)
+    return upper >= (tl.cast(threshold, tl.uint32) << 16)
+
+
+@triton.jit
+def dropped(weight, keep, keep_scale):
+    """The weight where keep, else zero. keep_scale: a finite float.
+
+    It is a zero that LLVM does not know. Behind a selection of a known one, LLVM rounds to half precision before it
+    selects: two values that one instruction has rounded and packed are then taken apart, selected and packed again.
+    """
+    return tl.where(keep, weight, keep_scale - keep_scale)
 
 
 @triton.jit

@@ -27,10 +27,13 @@ def _weights(score, row_max, row_norm, score_scale, IS_WIDE: tl.constexpr):
 def _causal_attention_bwd_delta_kernel(
     out_ptr, dout_ptr, delta_ptr,
     out_batch_stride, out_head_stride, out_token_stride, dout_batch_stride, dout_head_stride, dout_token_stride,
-    n_batch_heads, n_heads, n_queries,
+    n_batch_heads, n_heads, n_queries, keep_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, Tq) = rowsum(out * dout), which equals rowsum(weight * dweight), with or without dropout."""
+    """delta (B, H, Tq) = rowsum(out * dout) / keep_scale, which equals rowsum(weight * dweight / keep_scale).
+
+    The other kernels multiply by keep_scale at their end, which leaves it out of their loops.
+    """
     batch_head, batch, head, block = _locate(n_batch_heads, n_heads)
     q_pos = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_in = q_pos < n_queries
@@ -40,7 +43,7 @@ def _causal_attention_bwd_delta_kernel(
     out = _load_rows(out_ptr, q_pos, q_in, out_token_stride, HEAD_DIM, PADDED_DIM, True)
     dout = _load_rows(dout_ptr, q_pos, q_in, dout_token_stride, HEAD_DIM, PADDED_DIM, True)
     delta = tl.sum(rounded_product(out.to(tl.float32), dout.to(tl.float32)), axis=1)
-    tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + q_pos, delta, mask=q_in)
+    tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + q_pos, delta / keep_scale, mask=q_in)
 
 
 # --- dk and dv ------------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def _causal_attention_bwd_dkdv_kernel(
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[None, :], k_offset[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
+                dp = tl.where(keep, dp, 0.0)
 
             dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
             dscore = p * (dp - delta[None, :])
@@ -120,6 +123,8 @@ def _causal_attention_bwd_dkdv_kernel(
     n_row_heads = n_heads * N_PACKED  # in a row of the tensor that holds the gradient, and maybe two more
     start = (batch * n_keys * n_row_heads + head) * HEAD_DIM
     in_keys = k_pos < n_keys
+    if HAS_DROPOUT:
+        scale *= keep_scale
     _store_rows(dk_ptr + start, dk * scale, k_pos, in_keys, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
     _store_rows(dv_ptr + start, dv * keep_scale, k_pos, in_keys, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)
 
@@ -151,7 +156,7 @@ def _recompute(
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     return k, p, dp
 
 
@@ -211,4 +216,6 @@ def _causal_attention_bwd_dq_kernel(
 
     n_row_heads = n_heads * N_PACKED
     dq_ptr += (batch * n_queries * n_row_heads + head) * HEAD_DIM
+    if HAS_DROPOUT:
+        scale *= keep_scale
     _store_rows(dq_ptr, dq * scale, q_pos, q_in, n_row_heads * HEAD_DIM, HEAD_DIM, PADDED_DIM)

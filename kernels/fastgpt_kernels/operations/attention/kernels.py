@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...common.arithmetic import LOG2_E
-from ...common.dropout_kernels import dropout_keep
+from ...common.dropout_kernels import dropout_keep, dropped
 
 # These vary from call to call, and triton would compile the kernel again for special values of them. The alignment of
 # norm_ptr, the second half of the statistics, varies too.
@@ -135,7 +135,7 @@ def _causal_attention_fwd_kernel(
             row_max = new_max
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, batch_head, q_start, k_start, q_offset[:, None], k_offset[None, :], threshold)
-                p = tl.where(keep, p, 0.0)
+                p = dropped(p, keep, keep_scale)
 
             # Load masked values as zero: a weight of zero times NaN or Inf would be NaN.
             v = _load_rows(v_ptr, k_pos, k_in, v_token_stride, HEAD_DIM, PADDED_DIM, IS_DIAGONAL or HAS_KEY_MASK)

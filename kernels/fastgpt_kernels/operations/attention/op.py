@@ -224,9 +224,9 @@ def _launch_backward(
     key_padding_mask: Tensor | None, seed: Tensor | None, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     scale: float, dropout_p: float, precision: str,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Fill dq, dk and dv, as `_new_heads` or all `packed`. delta: (B, H, Tq), the sum of out * dout over a head."""
+    """Fill dq, dk and dv, as `_new_heads` or all `packed`. delta: (B, H, Tq), to be filled as well."""
     q, k, v, dout, out = (_dense_rows(x) for x in (q, k, v, dout, out))
-    sizes, mask = _sizes(q, k), _mask_bytes(key_padding_mask)
+    sizes, scores, mask = _sizes(q, k), _scores(q, scale, dropout_p), _mask_bytes(key_padding_mask)
     tile, k_tile = (_tile(kernel, q, mask, seed, precision) for kernel in ("dq", "dkdv"))
     n_q_programs = cdiv(q.shape[2], tile["BLOCK_Q"]) * sizes["n_batch_heads"]
     n_k_programs = cdiv(k.shape[2], k_tile["BLOCK_K"]) * sizes["n_batch_heads"]
@@ -234,10 +234,11 @@ def _launch_backward(
         yield Launch(
             _causal_attention_bwd_delta_kernel, n_q_programs, out, dout, delta, **_strides(out=out, dout=dout),
             n_batch_heads=sizes["n_batch_heads"], n_heads=sizes["n_heads"], n_queries=sizes["n_queries"],
+            keep_scale=scores["keep_scale"],
             HEAD_DIM=tile["HEAD_DIM"], PADDED_DIM=tile["PADDED_DIM"], BLOCK_Q=tile["BLOCK_Q"],
         )  # fmt: skip
     pointers = q, k, v, dout, stats[0], stats[1], delta, mask, seed
-    arguments = {**_strides(q=q, k=k, v=v, dout=dout), **sizes, "scale": scale, **_scores(q, scale, dropout_p)}
+    arguments = {**_strides(q=q, k=k, v=v, dout=dout), **sizes, "scale": scale, **scores}
     arguments["N_PACKED"] = dq.stride(2) // (sizes["n_heads"] * dq.shape[3])
     yield Launch(_causal_attention_bwd_dq_kernel, n_q_programs, *pointers, dq, **arguments, **tile)
     yield Launch(_causal_attention_bwd_dkdv_kernel, n_k_programs, *pointers, dk, dv, **arguments, **k_tile)

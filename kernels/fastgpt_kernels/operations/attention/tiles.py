@@ -52,7 +52,7 @@ _ATTENTION_ON = {
     "sm_80": {
         ("fwd", 4, 64): AttentionTile(64, 32, 8, 1),
         ("fwd", 4, 128): AttentionTile(16, 16, 4, 2),
-        ("dq", 4, 64): AttentionTile(32, 32, 4, 2),
+        ("dq", 4, 64): AttentionTile(32, 16, 4, 2),
         ("dkdv", 4, 64): AttentionTile(16, 32, 8, 2),
         ("dkdv", 4, 128): AttentionTile(16, 32, 8, 1),
     },
