@@ -5,6 +5,7 @@ B batch, T tokens, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights
@@ -86,7 +87,7 @@ class Generation:
 
     def _products(self, weights: DecodeWeights, n_rows: int) -> Products:
         """Those of the steps to come."""
-        product = self.model.transformer.h[0].mlp.c_fc
+        product: Any = self.model.transformer.h[0].mlp.c_fc  # type: ignore[union-attr]
         rounds = isinstance(product, Int8Linear) and product.rounds_input
         return Products(weights, n_rows, self._n_free, torch.int8 if rounds else self.model.dtype)
 
