@@ -39,7 +39,7 @@ def launch(n_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     names = "delta", "dq", "dkdv"
     delta, dq, dkdv = (getattr(backward_kernels, f"_causal_attention_bwd_{name}_kernel")[grid] for name in names)
     fwd(x, x, x, mask, seed, x, *stats, *(3 * strides), **sizes, **more, **dims, **flags)
-    delta(x, x, statistic, *(2 * strides), **sizes, **dims)
+    delta(x, x, statistic, *(2 * strides), **sizes, keep_scale=1.0, **dims)
     backward = {**sizes, **more, **dims, **flags, "scale": 1.0, "N_PACKED": 3}
     dq(x, x, x, x, *stats, statistic, mask, seed, x, *(4 * strides), **backward)
     dkdv(x, x, x, x, *stats, statistic, mask, seed, x, x, *(4 * strides), **backward)

@@ -42,17 +42,17 @@ def _decode_norm_kernel(
 @triton.jit
 def _decode_product_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out, cols_per_part,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, over one part of the columns of x.
 
     x: (n_rows, n_cols). weight: (n_cols, n_out), or int8 (n_out, n_cols), every value of which x's dtype holds exactly,
     with a scale for each column. The sums of part p go to y[p] (n_rows, n_out).
     """
-    n_tiles, n_parts = tl.cdiv(n_out, BLOCK_OUT), tl.cdiv(n_cols, cols_per_part)
-    tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles % n_parts
-    rows = (tl.program_id(0) // (n_tiles * n_parts)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n_tiles = tl.cdiv(n_out, BLOCK_OUT)
+    tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles % N_PARTS
+    rows = (tl.program_id(0) // (n_tiles * N_PARTS)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_rows, in_out = rows < n_rows, outs < n_out
     first = part * cols_per_part
@@ -79,7 +79,7 @@ def _decode_product_kernel(
     sums = tl.dot(first_x, first_weight.to(first_x.dtype), sums, input_precision="ieee")
 
     y = _scaled(sums, scale_ptr, outs, in_out)
-    if bias_ptr is not None:
+    if HAS_BIAS:
         y += tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "none":
         y, _ = activation_and_derivative(y, ACTIVATION)

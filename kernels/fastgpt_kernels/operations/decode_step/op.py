@@ -229,8 +229,9 @@ class DecodeStep:
             _decode_product_kernel, cdiv(n_rows, tile.block_rows) * n_parts * cdiv(n_out, tile.block_out),
             x, weight, scale, bias, y,
             n_rows=n_rows, n_cols=n_cols, n_out=n_out, cols_per_part=cols_per_part or n_cols,
-            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out,
-            ACTIVATION=activation, STAGES=tile.num_stages, **self._launch_options(tile.num_warps),
+            BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out, N_PARTS=n_parts,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages,
+            **self._launch_options(tile.num_warps),
         )  # fmt: skip
 
     # --- with torch's products ---
