@@ -214,7 +214,7 @@ class DecodeStep:
             _decode_norm_kernel, self.n_rows,
             stream, self.partial, part_bias, norm_weight, norm_bias, new_stream, self.normalised,
             n_rows=self.n_rows, n_cols=self.n_channels, eps=self.eps,
-            BLOCK_COLS=block_cols, N_PARTIALS=n_parts, **self._launch_options(4 if block_cols <= 1024 else 8),
+            BLOCK_COLS=block_cols, N_PARTIALS=n_parts, **self._launch_options(4 if block_cols <= 2048 else 8),
         )  # fmt: skip
 
     def _product(
