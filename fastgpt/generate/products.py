@@ -1,11 +1,7 @@
 """The products of a decode step on a CPU: few rows by a model's matrices, each in the way that is fastest here.
 
-torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
-Which other way is faster depends on the processor, its free cores, the rows, the shape and the dtype, so it is timed:
-once a process for each of these, at the first generation that is long enough to gain from it.
-
-An int8 matrix is multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`) or in
-floats, in any way of them. A way that errs far more than torch's own product is not taken, however fast it is.
+Which of the `ways` is faster depends on the processor, its free cores, the rows, the shape and the dtype, so it is
+timed: once a process for each of these, at the first generation that is long enough to gain from it.
 
 r rows, K inputs, N outputs.
 """
@@ -13,9 +9,9 @@ r rows, K inputs, N outputs.
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -26,190 +22,7 @@ from torch import Tensor
 
 import fastgpt.model.digits as digits
 
-# --- ways -----------------------------------------------------------------------------------------------------------
-
-
-class Prepared(Protocol):
-    """A matrix (K, N), ready for one way. n_bytes: of the copy that it holds, 0 for a view."""
-
-    n_bytes: int
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ matrix + bias. x: (r, K), contiguous. bias: (N,). Returns (r, N)."""
-        ...
-
-
-class AsStored:
-    """torch's own product."""
-
-    n_bytes = 0
-
-    def __init__(self, matrix: Tensor):
-        self.matrix = matrix
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(x, self.matrix, bias)
-
-
-class Transposed(AsStored):
-    """torch's product of the transposes."""
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch.mm(self.matrix.t(), x.t()).t()
-        return product if bias is None else product + bias
-
-
-class InputSlices:
-    """A matrix stored by rows as slices of K, which cores multiply at the same time; then the sum of their products."""
-
-    n_bytes = 0
-
-    def __init__(self, matrix: Tensor, n_slices: int):
-        self.slices = matrix.view(n_slices, -1, matrix.shape[1])  # (S, K/S, N)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        n_slices, n_inputs, _ = self.slices.shape
-        product = torch.bmm(x.view(-1, n_slices, n_inputs).transpose(0, 1), self.slices).sum(0)
-        return product if bias is None else product.add_(bias)
-
-
-class OutputSlices:
-    """A matrix stored by columns as slices of N, which cores multiply at the same time, and the few columns left."""
-
-    n_bytes = 0
-
-    def __init__(self, matrix: Tensor, n_slices: int):
-        n_sliced = matrix.shape[1] // n_slices * n_slices
-        self.slices = matrix[:, :n_sliced].unflatten(1, (n_slices, -1)).transpose(0, 1)  # (S, K, N/S)
-        self.rest = matrix[:, n_sliced:]
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        sliced = torch.bmm(x.expand(len(self.slices), *x.shape), self.slices).transpose(0, 1).flatten(1)
-        product = torch.cat((sliced, x @ self.rest), 1)
-        return product if bias is None else product.add_(bias)
-
-
-class OneDNN(AsStored):
-    """oneDNN's product, which uses all cores for few rows too."""
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.matrix.t(), bias, "none", [], "")
-
-
-class Packed:
-    """oneDNN's product over a copy in its own layout."""
-
-    def __init__(self, matrix: Tensor, n_rows: int):
-        self.n_bytes = matrix.nbytes
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-
-
-class Int8Values:
-    """torch's product of rows and int8 values, then the scales: no copy. Rows are rounded to `dtype`."""
-
-    n_bytes = 0
-
-    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype):
-        # The scales would be rounded to the dtype of the rows, so they follow in float32.
-        self.matrix, self.dtype, self.ones = matrix, dtype, torch.ones_like(matrix.scale, dtype=dtype)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch._weight_int8pack_mm(x.to(self.dtype), self.matrix.values, self.ones) * self.matrix.scale
-        return (product if bias is None else product + bias).to(x.dtype)
-
-
-class FloatCopy:
-    """A float copy of an int8 matrix, multiplied in a way of its dtype."""
-
-    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype, way: "Way"):
-        copy = matrix.to_float(dtype).contiguous()
-        self.prepared = way(copy)
-        self.n_bytes = self.prepared.n_bytes or copy.nbytes
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.prepared(x, bias)
-
-
-Way = Callable[[Any], Prepared]
-
-
-class Rows(NamedTuple):
-    """The rows of a product with an int8 matrix. dtype: theirs. precision: the dtype to which they may be rounded.
-
-    That may be int8 where the processor's instructions for it are exact.
-    """
-
-    dtype: torch.dtype
-    precision: torch.dtype
-
-
-def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way]:
-    """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is taken untimed.
-
-    rows: needed for an int8 matrix, which has no dtype for them.
-    """
-    if isinstance(matrix, Int8Matrix):
-        assert rows is not None
-        return _int8_ways(matrix, n_rows, rows)
-    found: dict[str, Way] = {"as stored": AsStored}
-    by_rows, by_columns = matrix.is_contiguous(), matrix.t().is_contiguous()
-    if by_columns:
-        found["transposed"] = Transposed
-    # The products of the slices of K are rounded before they are added, which half precision would notice.
-    adds_exactly = matrix.dtype.itemsize > 2
-    for n_slices in (2, 4):
-        if by_rows and adds_exactly and matrix.shape[0] % n_slices == 0:
-            found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: InputSlices(matrix, n_slices)
-        elif by_columns:
-            found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
-    if packs(matrix.dtype):
-        if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
-            found["oneDNN"] = OneDNN
-        found["packed"] = lambda matrix: Packed(matrix, n_rows)
-    return found
-
-
-@functools.cache
-def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies packed matrices of a dtype on this processor, and about as exactly as torch does.
-
-    It needs the processor's instructions for the dtype and raises without them. On ARM it adds float16 in float16.
-    """
-    values = torch.empty(17, 1024, dtype=torch.float32, device="cpu")
-    x, columns = values.normal_(generator=torch.Generator("cpu").manual_seed(0)).to(dtype).split((1, 16))
-    matrix = columns.t()
-    try:
-        packed = Packed(matrix, 1)(x, None)
-    except (AttributeError, RuntimeError):
-        return False
-    return _exactness(matrix, x, dtype)(packed)
-
-
-_DIGITS = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
-
-
-def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
-    in_digits: dict[str, Way] = {
-        name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
-        for name, product in _DIGITS.items()
-        if rows.precision in digits.N_DIGITS and digits.is_exact(product)
-        if n_rows == 1 or product is not digits.Transposed
-    }
-    if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
-        return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.
-    copies = ways(torch.empty(matrix.shape, dtype=rows.dtype, device="meta"), n_rows)
-    found: dict[str, Way] = {
-        f"copy, {name}": lambda matrix, way=way: FloatCopy(matrix, rows.dtype, way) for name, way in copies.items()
-    }
-    # torch's product reads K in steps of 16, and past the end of another. Without the scales float16 would overflow.
-    if matrix.shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
-        int8 = {"int8": lambda matrix: Int8Values(matrix, rows.precision)}
-        found = found | int8 if rows.precision == torch.float32 else int8 | found
-    return found | in_digits
-
+from .ways import Prepared, Rows, columns, exactness, ways
 
 # --- half precision -------------------------------------------------------------------------------------------------
 
@@ -248,9 +61,6 @@ _MIN_GAIN = 1.1
 _TURNS = 5
 # A way whose first product took this many times as long as the quickest is not timed further.
 _HOPELESS = 8
-# Another way may err this many times as much as torch's own, root mean square. Sums in another order reach 4; rows in
-# bfloat16 where the model is in float32, and sums that overflow, are far beyond.
-_MAX_ERROR = 8
 
 
 class Cost(NamedTuple):
@@ -282,7 +92,7 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     first, samples = matrices[0], (matrices[0], matrices[-1])
     if len(matrices) == 1 and (isinstance(first, Int8Matrix) or not first.is_contiguous()):
         quarter = -(-first.shape[1] // 4)
-        samples = tuple(_columns(first, slice(start, start + quarter)) for start in (0, quarter))
+        samples = tuple(columns(first, slice(start, start + quarter)) for start in (0, quarter))
     n_inputs, n_outputs = samples[0].shape
     if isinstance(first, Tensor):
         rows = Rows(first.dtype, first.dtype)
@@ -291,9 +101,9 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     x.normal_(generator=torch.Generator("cpu").manual_seed(0))
     bias = x.new_zeros(n_outputs)
     if rows.precision == torch.int8:
-        is_exact = _exactness(samples[0], digits.rounded(x), rows.dtype)
+        is_exact = exactness(samples[0], digits.rounded(x), rows.dtype)
     else:
-        is_exact = _exactness(samples[0], x.to(rows.precision), rows.precision)
+        is_exact = exactness(samples[0], x.to(rows.precision), rows.precision)
     prepared: dict[str, list[Prepared]] = {}
     prepare_s, multiply_s = {}, {}
     for name, way in ways(samples[0], n_rows, rows).items():
@@ -320,19 +130,6 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
         name: Cost(prepare_s[name], median(multiply_s[name]), products[0].n_bytes > 0)
         for name, products in prepared.items()
     }
-
-
-def _exactness(matrix: Matrix, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], bool]:
-    """What tells whether a product of x and a matrix is nearly as exact as torch's in a dtype, by some columns."""
-    some = slice(None, None, max(1, matrix.shape[1] // 256))
-    part = _columns(matrix, some)
-    exact = multiply(x.double(), part if isinstance(part, Int8Matrix) else part.double(), None)
-    allowed = _MAX_ERROR * (multiply(x.to(dtype), part, None) - exact).square().mean() ** 0.5
-    return lambda product: bool((product[:, some] - exact).square().mean() ** 0.5 <= allowed)
-
-
-def _columns(matrix: Matrix, which: slice) -> Matrix:
-    return Int8Matrix(*(part[which] for part in matrix)) if isinstance(matrix, Int8Matrix) else matrix[:, which]
 
 
 def fastest(known: dict[str, Cost], n_steps: int) -> str:

@@ -10,8 +10,9 @@ from ways import exact, prefer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import products
-from fastgpt.generate.products import Products, Rows
+from fastgpt.generate import products, ways
+from fastgpt.generate.products import Products
+from fastgpt.generate.ways import Rows
 from fastgpt.model import digits
 
 pytestmark = pytest.mark.usefixtures("in_torch")
@@ -33,7 +34,7 @@ def test_every_way_gives_the_product_of_int8_weights(
     matrix = Int8Matrix.nearest(torch.randn(n_inputs, n_outputs) * torch.logspace(-2, 1, n_outputs))
     x, bias = torch.randn(n_rows, n_inputs).to(dtype), torch.randn(n_outputs).to(dtype)
     x[0] *= 8
-    found = products.ways(matrix, n_rows, Rows(dtype, dtype))
+    found = ways.ways(matrix, n_rows, Rows(dtype, dtype))
     # torch's product of int8 reads sixteen inputs at a time, and knows two of these dtypes whose sums cannot overflow.
     # Of float32 rows in digits nothing else is tried.
     serves = [name for name in BYTES if n_rows == 1 or name != "transposed digits"]
@@ -142,8 +143,8 @@ def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, n_rows: i
 def test_a_way_that_errs_is_not_taken(monkeypatch) -> None:
     """Rows in bfloat16 for a model in float32 are fast, and err thousands of times as much."""
     matrix, rows = Int8Matrix.nearest(torch.randn(64, 300)), Rows(torch.float32, torch.float32)
-    found = products.ways(matrix, 2, rows)
-    in_bfloat16 = {"rounded": lambda matrix: products.Int8Values(matrix, torch.bfloat16)}
+    found = ways.ways(matrix, 2, rows)
+    in_bfloat16 = {"rounded": lambda matrix: ways.Int8Values(matrix, torch.bfloat16)}
     monkeypatch.setattr(products, "ways", lambda *_: found | in_bfloat16)
     assert products._measure([matrix], 2, rows).keys() == found.keys()
 

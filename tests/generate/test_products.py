@@ -10,7 +10,7 @@ from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from ways import exact, prefer
 
 from fastgpt import generate as engine
-from fastgpt.generate import products
+from fastgpt.generate import products, ways
 from fastgpt.generate.products import Cost, Products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -34,7 +34,7 @@ def test_every_way_gives_the_product(
     matrix = matrix.t().contiguous().t() if by_columns else matrix
     x, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, n_inputs), (n_outputs,)))
     x[0] *= 8
-    found = products.ways(matrix, n_rows)
+    found = ways.ways(matrix, n_rows)
     assert next(iter(found)) == "as stored"
     for n_slices in (2, 4):
         sliced = by_columns or (dtype.itemsize > 2 and n_inputs % n_slices == 0)
@@ -59,37 +59,37 @@ def test_onednn_packs_what_the_processor_multiplies(dtype: torch.dtype) -> None:
         pytest.skip("this torch has no oneDNN")
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no instructions for bfloat16")
-    assert "packed" in products.ways(torch.randn(32, 48).to(dtype), n_rows=1)
+    assert "packed" in ways.ways(torch.randn(32, 48).to(dtype), n_rows=1)
 
 
 def test_a_type_that_onednn_refuses_is_not_packed() -> None:
-    assert "packed" not in products.ways(torch.randn(32, 48, dtype=torch.float64), n_rows=1)
+    assert "packed" not in ways.ways(torch.randn(32, 48, dtype=torch.float64), n_rows=1)
 
 
 def test_a_product_that_adds_in_half_precision_is_not_packed(monkeypatch) -> None:
     """As oneDNN's of float16 does on ARM: it errs 7 times as much as torch's for 96 inputs, and 37 times for 3072."""
 
-    def added_in_its_dtype(packed: products.Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def added_in_its_dtype(packed: ways.Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         parts = zip(x.split(1, dim=1), stored[id(packed)].split(1), strict=True)
         return sum((rows @ part for rows, part in parts), torch.zeros((), dtype=x.dtype))
 
     stored: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(products.Packed, "__init__", lambda packed, matrix, n: stored.update({id(packed): matrix}))
-    monkeypatch.setattr(products.Packed, "__call__", added_in_its_dtype)
-    products.packs.cache_clear()
+    monkeypatch.setattr(ways.Packed, "__init__", lambda packed, matrix, n: stored.update({id(packed): matrix}))
+    monkeypatch.setattr(ways.Packed, "__call__", added_in_its_dtype)
+    ways.packs.cache_clear()
     try:
-        assert not products.packs(torch.float16)
-        assert not products.packs(torch.bfloat16)
-        assert products.packs(torch.float32)
-        assert list(products.ways(torch.randn(32, 48).half(), n_rows=1)) == ["as stored"]
+        assert not ways.packs(torch.float16)
+        assert not ways.packs(torch.bfloat16)
+        assert ways.packs(torch.float32)
+        assert list(ways.ways(torch.randn(32, 48).half(), n_rows=1)) == ["as stored"]
     finally:
-        products.packs.cache_clear()
+        ways.packs.cache_clear()
 
 
 def test_slices_read_the_weights_where_they_lie() -> None:
     """A view sees a change of the weights, and takes no memory; a packed copy says how large it is."""
     for matrix in (torch.randn(32, 48), torch.randn(48, 32).t()):
-        for name, way in products.ways(matrix, 1).items():
+        for name, way in ways.ways(matrix, 1).items():
             prepared, x = way(matrix), torch.ones(1, 32)
             assert prepared.n_bytes == (32 * 48 * 4 if name == "packed" else 0)
             before = prepared(x, None)
@@ -103,7 +103,7 @@ def test_slices_read_the_weights_where_they_lie() -> None:
 @pytest.mark.parametrize("n_rows", [1, 2, 8])
 @torch.no_grad()
 def test_a_decode_step_equals_the_blocks(n_rows: int, dtype: torch.dtype, name: str, monkeypatch) -> None:
-    if name == "packed" and not products.packs(dtype):
+    if name == "packed" and not ways.packs(dtype):
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
     _, ours = pair(tiny_config())
     ours.to(dtype)
@@ -161,7 +161,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     for share in (0.25, 0.4, 0.5):
         left = [int(2 * share * everything.n_bytes)]
 
-        class Copied(products.Packed):
+        class Copied(ways.Packed):
             """Takes its memory from what is left."""
 
             def __init__(self, *arguments: Any, left: list[int] = left):
@@ -169,7 +169,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
                 if arguments[0].shape[0] > 16:  # not the trial of the dtype
                     left[0] -= self.n_bytes
 
-        monkeypatch.setattr(products, "Packed", Copied)
+        monkeypatch.setattr(ways, "Packed", Copied)
         monkeypatch.setattr(
             products.psutil, "virtual_memory", lambda left=left: type("Memory", (), {"available": left[0]})
         )
@@ -194,7 +194,7 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
     prefer("packed", monkeypatch)
     alive = []
 
-    class Counted(products.Packed):
+    class Counted(ways.Packed):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
             alive.append(self)
@@ -203,7 +203,7 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
             gone.append(self.n_bytes)
 
     gone: list[int] = []
-    monkeypatch.setattr(products, "Packed", Counted)
+    monkeypatch.setattr(ways, "Packed", Counted)
     ours.generate(token_ids(1, 3, 131), **LONG)
     n_made = len(alive)
     alive.clear()
@@ -216,7 +216,7 @@ def test_bug_ways_were_timed_on_a_matrix_that_the_way_before_had_brought_into_th
     matrices = [torch.randn(8, 16) for _ in range(12)]
     read: list[int] = []
 
-    class Noted(products.AsStored):
+    class Noted(ways.AsStored):
         def __call__(self, x, bias):
             read.append(next(place for place, matrix in enumerate(matrices) if matrix is self.matrix))
             return super().__call__(x, bias)

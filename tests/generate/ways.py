@@ -5,7 +5,8 @@ from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
 from fastgpt.generate import products
-from fastgpt.generate.products import Cost, Rows
+from fastgpt.generate.products import Cost
+from fastgpt.generate.ways import Rows, ways
 
 
 def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +15,7 @@ def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def costs(matrices: list[Tensor], n_rows: int, rows: Rows) -> dict[str, Cost]:
         return {
             way: Cost(0.0, 1.0 if way == name else 2.0, copies=way == "packed")
-            for way in products.ways(matrices[0], n_rows, rows)
+            for way in ways(matrices[0], n_rows, rows)
         }
 
     monkeypatch.setattr(products, "costs", costs)
