@@ -68,9 +68,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, not {value}")
-        for name, limit in {"epochs": math.inf, "learning_rate": math.inf}.items():
+        for name, limit in {"epochs": 1e9, "learning_rate": math.inf}.items():
             if not 0 < getattr(self, name) < limit:
-                raise ValueError(f"{name} must be above 0 and below {limit}, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0 and below {limit:g}, not {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not 0 <= self.seed < 2**32:

@@ -401,6 +401,7 @@ def test_bug_a_full_disk_is_an_error_without_a_name(
         (b"words " * 200, ["--steps", "0"], ["steps must be 1 or more, not 0"]),
         (b"words " * 200, ["--batch", "-3"], ["batch must be 1 or more, not -3"]),
         (b"words " * 200, ["--epochs", "nan"], ["epochs must be above 0", "nan"]),
+        (b"words " * 200, ["--epochs", "1e308"], ["epochs must be above 0 and below 1e+09", "1e+308"]),
         (b"words " * 200, ["--learning-rate", "0"], ["learning_rate must be above 0"]),
         (b"words " * 200, ["--weight-decay", "nan"], ["weight_decay must be 0 or more"]),
         (b"words " * 200, ["--held-out", "1"], ["held_out must be above 0 and below 1"]),
