@@ -72,6 +72,7 @@ def groups(extent: Extent) -> Iterator[dict[str, Step]]:
         yield {f"prefill {size}": partial(gpu_models.prefill, size=size)}
         yield {f"train {size}": partial(gpu_models.train, size=size)}
         yield {f"kernels {size}": partial(gpu_kernels.kernels, size=size)}
+        yield {f"steps {size}": partial(gpu_kernels.steps, size=size)}
         yield {f"profile {size}": partial(gpu_models.profiles, size=size)}
         if size == first:
             yield {"tests": gpu_kernels.tests}

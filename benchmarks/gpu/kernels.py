@@ -19,6 +19,7 @@ from fastgpt.bench import machine, operations
 from fastgpt.bench.parity import ParityError
 
 from ..peers import contenders as peers
+from . import steps as single_steps
 from . import waits
 from .run import ROOT, Part, Run
 
@@ -133,6 +134,14 @@ def kernels(run: Run, size: str) -> Iterator[Part]:
     extent = run.extent
     for case in operations.cases(extent.shapes[size], extent.n_batch, extent.n_tokens, extent.device, extent.dtype):
         yield Part(case.operation, partial(_operation, run, case, extent.shapes[size]))
+
+
+def steps(run: Run, size: str) -> Iterator[Part]:
+    """A decode step and the choices of a token at one size, each alone, beside torch's in a CUDA graph of their own."""
+    extent = run.extent
+    shape, batches = extent.shapes[size], extent.decode_batches
+    for case in single_steps.cases(shape, batches, extent.decode_context, extent.device, extent.dtype):
+        yield Part(case.operation, partial(_operation, run, case, shape))
 
 
 def _operation(run: Run, case: operations.Case, shape: Shape) -> list[dict[str, Any]]:

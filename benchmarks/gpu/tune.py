@@ -25,9 +25,12 @@ import torch
 import typer
 from fastgpt_kernels.common.launch import forget_plans
 from fastgpt_kernels.operations.attention import tiles as attention_tiles
+from fastgpt_kernels.operations.decode_step import tiles as decode_tiles
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.layer_norm import tiles as layer_norm_tiles
 from fastgpt_kernels.operations.linear_cross_entropy import tiles as linear_cross_entropy_tiles
+from fastgpt_kernels.operations.persistent_decode import tiles as persistent_tiles
+from fastgpt_kernels.operations.sampling import tiles as sampling_tiles
 from rich.console import Console
 
 from fastgpt.accounting import PRESETS, Shape
@@ -36,6 +39,7 @@ from fastgpt.bench.operations import TINY
 from fastgpt.doctor import versions
 from fastgpt.ops import backend
 
+from . import steps
 from .run import ROOT
 
 MIN_GAIN = 1.02
@@ -49,7 +53,12 @@ _TILES = {
     "causal_attention": attention_tiles,
     "gelu_mlp": gelu_mlp_tiles,
     "linear_cross_entropy": linear_cross_entropy_tiles,
+    "decode step": decode_tiles,
+    "persistent decode": persistent_tiles,
+    "choice": sampling_tiles,
 }
+# Rows of the decode steps that are tuned: those of the kernels with a norm inside, and those of the product kernel.
+FEW, MANY = 1, 64
 
 
 def _always(*arguments: Any) -> bool:
@@ -102,7 +111,12 @@ _PRODUCT = {
     "num_stages": (2, 3, 4),
 }
 _ATTENTIONS = ("causal_attention", f"causal_attention, dropout {operations.DROPOUT_P}")
-_BOTH = "forward+backward"
+_BOTH, _STEP = "forward+backward", "replay"
+_FEW, _MANY = (f"decode step, B={n}" for n in (FEW, MANY))
+_SAMPLED, _TOP_K, _TOP_P = (f"choice, {kind}, B={FEW}" for kind in ("sampled", "top-k", "top-p"))
+# Of the tensor cores' tile; without them some of these are refused.
+_FEW_ROWS = {"block_out": (8, 16, 32, 64), "num_stages": (2, 3, 4)}
+_MANY_ROWS = {"block_cols": (64, 128, 256), "block_out": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 
 TUNABLES = (
     Tunable("add_layer_norm", "forward", "layer_norm_tile", _ROWS, _kernel("fwd")),
@@ -117,6 +131,31 @@ TUNABLES = (
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_LANES", {"": (256, 512, 1024, 2048)}),
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_WARPS", {"": (4, 8, 16, 32)}),
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_BYTES", {"": (2**27, 2**28, 2**29, 2**30)}),
+    *(
+        Tunable(_FEW, _STEP, "decode_tile", _FEW_ROWS, _kernel(kernel))
+        for kernel in ("norm_product", "project", "head")
+    ),
+    Tunable(_FEW, _STEP, "_DECODE_PROGRAMS", {"": (64, 128, 192, 256)}),
+    Tunable(_FEW, _STEP, "_DECODE_PART_COLS", {"": (512, 1024, 2048)}),
+    Tunable(_FEW, _STEP, "_DECODE_HEAD_PROGRAMS_PER_MULTIPROCESSOR", {"": (1, 2, 3, 4)}),
+    Tunable(_MANY, _STEP, "decode_product_tile", _MANY_ROWS),
+    *(
+        Tunable(rows, _STEP, name, {"": values})
+        for rows in (_FEW, _MANY)
+        for name, values in (
+            ("DECODE_BLOCK_KEYS", (16, 32, 64)),
+            ("DECODE_ATTENTION_WARPS", (1, 2, 4, 8)),
+            ("DECODE_ATTENTION_STAGES", (1, 2, 3, 4)),
+        )
+    ),
+    Tunable("persistent decode", _STEP, "persistent_ring", {"groups": (2, 4, 8), "num_stages": (3, 4, 5, 6, 8)}),
+    Tunable("persistent decode", _STEP, "PERSISTENT_KEYS_PER_SPLIT", {"": (32, 64, 128)}),
+    Tunable("persistent decode", _STEP, "PERSISTENT_MAX_SPLITS", {"": (4, 8, 16)}),
+    Tunable(_SAMPLED, _STEP, "SAMPLING_GROUPS", {"": (16, 32, 64, 128)}),
+    Tunable(_SAMPLED, _STEP, "SAMPLING_GROUPS_WARPS", {"": (2, 4, 8)}),
+    Tunable(_SAMPLED, _STEP, "sampling_choice_block", {"": (512, 1024, 2048, 4096)}),
+    Tunable(_SAMPLED, _STEP, "SAMPLING_CHOICE_WARPS", {"": (4, 8, 16)}),
+    *(Tunable(filtered, _STEP, "SAMPLING_WAYS", {"": (2, 4, 8)}) for filtered in (_TOP_K, _TOP_P)),
 )
 
 
@@ -304,7 +343,8 @@ def tune(
     wanted = [tunable for tunable in TUNABLES if tunable.operation.startswith(only)]
     n_left = len(wanted) * len(shapes)
     for size, shape in shapes.items():
-        for case in operations.cases(shape, n_batch, n_tokens, device, dtype):
+        of_generation = steps.cases(shape, (FEW, MANY), n_tokens, device, dtype)
+        for case in itertools.chain(operations.cases(shape, n_batch, n_tokens, device, dtype), of_generation):
             for tunable in wanted:
                 if tunable.operation != case.operation:
                     continue

@@ -74,9 +74,10 @@ def operations(content: Mapping[str, Any]) -> dict[str, list[Row]]:
     """Rows of operations by the model's size. An operation that failed has a row with its fault."""
     sizes: dict[str, list[Row]] = {}
     for step, operation, inner in _parts(content):
-        if step.startswith("kernels "):
+        kind, _, size = step.partition(" ")
+        if kind in ("kernels", "steps"):
             rows = [{"operation": operation} | inner] if "fault" in inner else inner
-            sizes.setdefault(step.removeprefix("kernels "), []).extend(rows)
+            sizes.setdefault(size, []).extend(rows)
     return sizes
 
 

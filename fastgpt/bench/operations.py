@@ -30,9 +30,9 @@ TINY = {"tiny": Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size
 class Case:
     """One operation at one size, done by several contenders.
 
-    inputs: what every contender is called with; gradients are computed of the floating ones. contenders: the first is
-    fastgpt's, the second the torch reference, with which the others are compared. forward, backward: (bytes, FLOPs) of
-    the pass.
+    inputs: what every contender is called with. contenders: the first is fastgpt's, the second the torch reference,
+    with which the others are compared. forward, backward: (bytes, FLOPs) of the pass. directions: what is timed, as of
+    `make_call`; where backward is in none, no gradients are computed, otherwise of the floating inputs.
     """
 
     operation: str
@@ -40,6 +40,11 @@ class Case:
     contenders: dict[str, Callable[..., Any]]
     forward: tuple[int, int]
     backward: tuple[int, int]
+    directions: tuple[str, ...] = ("forward", "forward+backward")
+
+    @property
+    def is_differentiated(self) -> bool:
+        return any("backward" in direction for direction in self.directions)
 
 
 def cases(shape: Shape, n_batch: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -141,18 +146,25 @@ def check(case: Case) -> str | None:
     """What is wrong with fastgpt's outputs and gradients, None when nothing is.
 
     The truth is the reference in a wider dtype. In the Frobenius norm, fastgpt may err 1.5 times as much as the
-    reference does in the dtype itself, plus two ulps (of tf32 where torch may round float32 to it). All draw the same
-    dropout.
+    reference does in the dtype itself, plus two ulps (of tf32 where torch may round float32 to it). Whole numbers must
+    be equal. All draw the same dropout.
     """
     first = case.inputs[0]
     wider = torch.float64 if first.dtype == torch.float32 else torch.float32
-    wide = tuple(x.detach().to(wider).requires_grad_() if x.is_floating_point() else x for x in case.inputs)
+    wide = tuple(
+        x.detach().to(wider).requires_grad_(case.is_differentiated) if x.is_floating_point() else x for x in case.inputs
+    )
     functions = list(case.contenders.values())
     truth, eager, ours = (
         _results(function, inputs)
         for function, inputs in ((functions[1], wide), (functions[1], case.inputs), (functions[0], case.inputs))
     )
     for i, (true, theirs, mine) in enumerate(zip(truth, eager, ours, strict=True)):
+        if not mine.is_floating_point():
+            if not torch.equal(mine, true):
+                n_wrong = int((mine != true).sum())
+                return f"{case.operation}: {n_wrong} of {mine.numel()} numbers of result {i} are not the reference's"
+            continue
         # A scalar is a mean over rows. The reference may be exact by luck, while rounding errors of rows average out.
         mean_ulp = 0.0 if mine.ndim else torch.finfo(first.dtype).eps / len(first) ** 0.5
         # Matrix units truncate float32 to tf32 where torch's library rounds it, so they may err by more than it does.
@@ -168,7 +180,7 @@ def _results(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[T
     torch.manual_seed(0)
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [*outputs, *_gradients(outputs, inputs)]
+    return [*outputs, *_gradients(outputs, inputs)] if outputs[0].requires_grad else list(outputs)
 
 
 def _gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -196,10 +208,10 @@ def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[s
     """
     rows: list[dict[str, Any]] = []
     for name, function in case.contenders.items():
-        for direction in ("forward", "forward+backward"):
+        for direction in case.directions:
             row: dict[str, Any] = {"operation": case.operation, "direction": direction, "contender": name}
             n_bytes, n_flops = case.forward
-            if direction != "forward":
+            if direction == "forward+backward":
                 n_bytes, n_flops = n_bytes + case.backward[0], n_flops + case.backward[1]
             try:
                 row |= time_call(make_call(function, case.inputs, direction), case.inputs[0].device, budget_s)
@@ -212,9 +224,13 @@ def measure(case: Case, rates: dict[str, float], budget_s: float) -> list[dict[s
 
 
 def make_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
-    """One pass of a contender: "forward" without gradients, "backward" alone, or "forward+backward"."""
-    if direction == "forward":
-        return torch.no_grad()(partial(function, *(x.detach() for x in inputs)))
+    """One pass of a contender: "forward" without gradients, "backward" alone, or "forward+backward".
+
+    "replay" is a forward pass in a CUDA graph, in which the steps of a generation run; on a CPU a forward pass.
+    """
+    if direction in ("forward", "replay"):
+        call = torch.no_grad()(partial(function, *(x.detach() for x in inputs)))
+        return _in_a_graph(call) if direction == "replay" and inputs[0].is_cuda else call
     leaves = [x for x in inputs if x.requires_grad]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -223,6 +239,14 @@ def make_call(function: Callable[..., Any], inputs: tuple[Tensor, ...], directio
         return partial(torch.autograd.grad, outputs, leaves, upstream, retain_graph=True)
     del outputs  # and what they keep for their backward pass
     return lambda: torch.autograd.grad(function(*inputs), leaves, upstream if len(upstream) > 1 else upstream[0])
+
+
+def _in_a_graph(call: Callable[[], Any]) -> Callable[[], None]:
+    call()  # It compiles, and packs what it keeps.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def time_call(call: Callable[[], Any], device: torch.device, budget_s: float) -> dict[str, Any]:
