@@ -1,8 +1,8 @@
-"""fastgpt compared with transformers, ctranslate2 and onnxruntime on a CPU, with the same weights, interleaved.
+"""fastgpt and transformers, ctranslate2, onnxruntime and OpenVINO on a CPU, with the same weights, interleaved.
 
 The other engines live in processes of their own: `benchmarks/peers/cpu_engines.py` says why.
 
-pip install ctranslate2 onnxruntime onnx onnxscript     # what is missing is left out, with the reason
+pip install ctranslate2 onnxruntime onnx onnxscript openvino     # what is missing is left out, with the reason
 python -m benchmarks cpu --model gpt2 --int8 --out benchmarks/results/cpu/DATE-gpt2-peers.json
 """
 

@@ -1,7 +1,7 @@
 """Contenders other than torch and transformers. One that is not installed, or that differs, is left out with a reason.
 
-On a CPU these are whole models, ctranslate2 and onnxruntime with the same weights, for prefill and decode. On a GPU
-they are operations of liger-kernel, cut-cross-entropy, flash-attn and quack-kernels.
+On a CPU these are whole models, ctranslate2, onnxruntime and OpenVINO with the same weights, for prefill and decode.
+On a GPU they are operations of liger-kernel, cut-cross-entropy, flash-attn and quack-kernels.
 Shapes: B batch, T tokens, H heads, V vocabulary.
 """
 
@@ -23,6 +23,7 @@ from fastgpt.bench.workloads import OURS, Work, contender, decode, prefill
 
 from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
 from .int8_engines import CTranslate2Int8, OnnxRuntime8Bit, OnnxRuntimeInt8
+from .openvino_engines import OpenVino, OpenVinoInt8
 
 # --- whole models ---------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,7 @@ def int8_accuracy(logits: Tensor, base: GPT2LMHeadModel, ids: Tensor) -> dict[st
 CPU_PEERS: dict[str, MakeWork] = {
     "ctranslate2": _contender(partial(Remote, CTranslate2)),
     "onnxruntime": _contender(partial(Remote, OnnxRuntime)),
+    "openvino": _contender(partial(Remote, OpenVino)),
 }
 # With int8 weights; the other engines have them in the head too, and round rows to int8.
 OUR_INT8: dict[str, MakeWork] = {
@@ -124,6 +126,7 @@ INT8_PEERS: dict[str, MakeWork] = {
     "ctranslate2-int8": _contender(partial(Remote, CTranslate2Int8), rounds=True),
     "onnxruntime-int8": _contender(partial(Remote, OnnxRuntimeInt8), rounds=True),
     "onnxruntime-8bit": _contender(partial(Remote, OnnxRuntime8Bit), rounds=True),
+    "openvino-int8": _contender(partial(Remote, OpenVinoInt8), rounds=True),
 }
 
 # --- operations -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel
+from transformers.cache_utils import DynamicLayer
 
 from fastgpt.bench import machine
 from fastgpt.model.compat import CACHE
@@ -179,7 +180,7 @@ class OnnxRuntime:
         ]
         free = torch.export.Dim.DYNAMIC
         program: Any = torch.onnx.export(
-            _CachedStep(self._as_exported(base)).eval(),
+            CachedStep(self._as_exported(base)).eval(),
             (torch.zeros(n_batch, 2, dtype=torch.long), *past),
             dynamo=True,
             dynamic_shapes=({1: free}, tuple({2: free} for _ in past)),
@@ -228,7 +229,7 @@ class OnnxRuntime:
         return list(self._session.run_with_ort_values(outputs, dict(zip(self._inputs, values, strict=True))))
 
 
-class _CachedStep(nn.Module):
+class CachedStep(nn.Module):
     """ids (B, T) and the keys and values of every layer -> logits (B, T, V) and the longer keys and values."""
 
     def __init__(self, model: GPT2LMHeadModel):
@@ -237,8 +238,12 @@ class _CachedStep(nn.Module):
 
     def forward(self, ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache: Any = DynamicCache()
-        for layer in range(self.model.config.n_layer):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            # The cache's own first update would append them to a tensor without axes, which OpenVINO refuses.
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
         logits = self.model(ids, use_cache=True, **{CACHE: cache}).logits
         present = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
         return (logits, *present)

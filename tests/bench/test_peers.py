@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.cpu import command as cpu
 from benchmarks.peers import contenders as peers
 from benchmarks.peers import cpu_engines as engines
-from benchmarks.peers import int8_engines
+from benchmarks.peers import int8_engines, openvino_engines
 from fastgpt import bench as benchmark
 from fastgpt.accounting import Shape
 from fastgpt.bench import BenchmarkOptions, operations, workloads
@@ -64,7 +64,12 @@ class Transformers:
 
 
 @pytest.mark.parametrize(
-    ("name", "build"), [("ctranslate2", engines.CTranslate2), ("onnxruntime", engines.OnnxRuntime)]
+    ("name", "build"),
+    [
+        ("ctranslate2", engines.CTranslate2),
+        ("onnxruntime", engines.OnnxRuntime),
+        ("openvino", openvino_engines.OpenVino),
+    ],
 )
 @pytest.mark.parametrize("n_batch", [1, 3])
 def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: str, build: Any, n_batch: int) -> None:
@@ -87,6 +92,7 @@ def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: s
         ("ctranslate2", int8_engines.CTranslate2Int8),
         ("onnxruntime", int8_engines.OnnxRuntimeInt8),
         ("onnxruntime", int8_engines.OnnxRuntime8Bit),
+        ("openvino", openvino_engines.OpenVinoInt8),
     ],
 )
 def test_engines_with_int8_weights_are_accurate(base: GPT2LMHeadModel, package: str, build: Any) -> None:
@@ -114,21 +120,33 @@ def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("build", [openvino_engines.OpenVino, openvino_engines.OpenVinoInt8])
+def test_openvino_begins_each_call_without_a_past(base: GPT2LMHeadModel, build: Any) -> None:
+    pytest.importorskip("openvino")
+    first, second = token_ids(2, 9, base.config.vocab_size), token_ids(2, 5, base.config.vocab_size)
+    engine = build(copy.deepcopy(base), 2, 1)
+    logits, (tokens, _) = engine.logits(first), engine.generate(first, 4)
+    engine.logits(second)
+    assert torch.equal(engine.logits(first), logits)
+    assert torch.equal(engine.generate(first, 4)[0], tokens)
+
+
 def test_no_engine_is_loaded_beside_torch() -> None:
     """ctranslate2 in this process would slow torch down, and so every contender."""
     script = (
         "import sys, torch\n"
-        "from benchmarks import peers\n"
+        "from benchmarks.peers import contenders as peers\n"
         "from fastgpt.bench import workloads\n"
         "if __name__ == '__main__':\n"
         "    base = workloads.load_base('demo')[0]\n"
         "    ids = torch.arange(9)[None]\n"
         "    for name, make in peers.CPU_PEERS.items():\n"
         "        assert make('prefill', base, ids, 4, torch.float32).seconds() > 0\n"
-        "    print({'ctranslate2', 'onnxruntime'} & set(sys.modules))\n"
+        "    print({'ctranslate2', 'onnxruntime', 'openvino'} & set(sys.modules))\n"
     )
     pytest.importorskip("ctranslate2")
     pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.stdout == "set()\n", finished.stderr
 
