@@ -6,9 +6,9 @@ from .demo import load_demo
 from .generate import release
 from .generate.api import warmup
 from .generate.routing import explain
-from .model.int8 import quantize
 from .model.loss import CausalLMLoss
 from .model.patching import patch, unpatch
+from .model.rounded import quantize
 from .modeling import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,

@@ -59,7 +59,15 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; without it float32 on a CPU, bfloat16 on a GPU.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round the weights of the blocks to int8, in memory.")]
+Int4 = Annotated[bool, typer.Option("--int4", help="The same to int4, in groups of 64.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
+
+
+def chosen_bits(int8: bool, int4: bool) -> int | None:
+    """Those to which weights are rounded. Raises ValueError when both are asked for."""
+    if int8 and int4:
+        raise ValueError("say --int8 or --int4, not both")
+    return 8 if int8 else 4 if int4 else None
 
 
 @app.callback()
@@ -90,6 +98,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     int8: Int8 = False,
+    int4: Int4 = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
@@ -98,6 +107,7 @@ def generate(
         ops.selected_backend()
         sampling.check_sampling_options(temperature=temperature or None, top_p=top_p)
         check_text(prompt)
+        bits = chosen_bits(int8, int4)
     result = stream_text(
         prompt,
         model,
@@ -109,7 +119,7 @@ def generate(
         prompt_lookup=prompt_lookup,
         device=device,
         dtype=dtype,
-        int8=int8,
+        bits=bits,
         write=None if as_json else write_now,
     )
     if as_json:
@@ -198,6 +208,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     int8: Int8 = False,
+    int4: Int4 = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte over a sliding window."""
@@ -205,7 +216,8 @@ def evaluate(
         settle_place(device, dtype)
         ops.selected_backend()
         text = read_text(file)
-    network, tokenizer = load_model_and_tokenizer(model, device, dtype, int8=int8)
+        bits = chosen_bits(int8, int4)
+    network, tokenizer = load_model_and_tokenizer(model, device, dtype, bits=bits)
     with wrong_usage():
         context, stride = settle_windows(network.config.n_positions, context, stride)
     with progress_bar(notes) as progress:

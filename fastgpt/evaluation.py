@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import ops
 from .corpus import encode
-from .model.int8 import head_weight
+from .model.rounded import head_weight
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
 

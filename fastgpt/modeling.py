@@ -27,11 +27,11 @@ from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, Position
 from .model.checks import check_labels, check_length
 from .model.compat import CACHE
 from .model.compiled_logits import compiled_logits
-from .model.int8 import Int8Linear
 from .model.loss import CausalLMLoss, fusable, shifted
 from .model.outputs import head_dtype, with_logits
 from .model.patching import ATTENTION, forward_of, named, replaces, swap_classes
 from .model.plain import is_as_imported, is_plain
+from .model.rounded import RoundedLinear
 
 __all__ = [
     "GPT2MLP",
@@ -68,9 +68,12 @@ class _DropIn(LoadingMixin):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As transformers' own. Raises ValueError, and changes nothing, when the head has int8 weights."""
-        if isinstance(getattr(self, "lm_head", None), Int8Linear):
-            raise ValueError("the head has int8 weights: resize before fastgpt.quantize(model, head=True)")
+        """As transformers' own. Raises ValueError, and changes nothing, when the head is rounded."""
+        head = getattr(self, "lm_head", None)
+        if isinstance(head, RoundedLinear):
+            raise ValueError(
+                f"the head has {head.matrix_type.kind} weights: resize before fastgpt.quantize(model, head=True)"
+            )
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
 

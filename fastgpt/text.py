@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import ops
-from .checkpoint.fit import has_int8_products
+from .checkpoint.fit import rounding_of
 from .checkpoint.tokenizer import load_tokenizer
 from .demo import load_demo
 from .generate import options as sampling
-from .model.int8 import quantize
+from .model.rounded import quantize
 from .modeling import GPT2LMHeadModel
 
 logger = logging.getLogger("fastgpt")
@@ -37,6 +37,7 @@ class Continuation:
     prefill_s: float
     decode_s: float
     int8: bool
+    int4: bool
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -54,11 +55,12 @@ class Continuation:
         }
 
     def summary(self) -> str:
+        weights = " with int8 weights" * self.int8 + " with int4 weights" * self.int4
         decode = f"{self.decode_tokens_per_s:,.0f} tokens/s" if self.decode_tokens_per_s else "-"
         return (
             f"prefill {_tokens(self.n_prompt_tokens)} at {self.prefill_tokens_per_s:,.0f} tokens/s, "
             f"decode {_tokens(self.n_new_tokens)} at {decode} "
-            f"({self.backend} path on {self.device}, {self.dtype}{' with int8 weights' * self.int8}, seed {self.seed})"
+            f"({self.backend} path on {self.device}, {self.dtype}{weights}, seed {self.seed})"
         )
 
 
@@ -120,13 +122,13 @@ def settle_place(device: str | None = None, dtype: str | None = None) -> tuple[t
 
 
 def load_model_and_tokenizer(
-    name: str, device: str | None = None, dtype: str | None = None, *, int8: bool = False
+    name: str, device: str | None = None, dtype: str | None = None, *, bits: int | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the demo, a Hub id or a local directory, ready to run.
 
-    device, dtype: as for `settle_place`. int8: `quantize` the weights, before they get that dtype. If the checkpoint
-    lacks an untied head, the model gets a new one, with a warning. Raises ValueError on another dtype or device,
-    OSError or ValueError on a model that cannot be loaded.
+    device, dtype: as for `settle_place`. bits: `quantize` the weights to 8 or 4, before they get that dtype. If the
+    checkpoint lacks an untied head, the model gets a new one, with a warning. Raises ValueError on another dtype or
+    device, OSError or ValueError on a model that cannot be loaded.
     """
     model: Any
     place = settle_place(device, dtype)
@@ -138,7 +140,7 @@ def load_model_and_tokenizer(
         if "lm_head.weight" in info["missing_keys"]:
             logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
         tokenizer = load_tokenizer(name)
-    return (quantize(model) if int8 else model).to(*place).eval(), tokenizer
+    return (model if bits is None else quantize(model, bits=bits)).to(*place).eval(), tokenizer
 
 
 # Whatever a checkpoint's own settings ask for.
@@ -165,18 +167,18 @@ def stream_text(
     prompt_lookup: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    int8: bool = False,
+    bits: int | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Continuation:
     """Continue `prompt` with the model `name`; `write` receives the prompt and then the text, piece by piece.
 
     temperature 0 is greedy. seed: None draws one; the result reports it. prompt_lookup: how many tokens to propose at
-    once where the text repeats itself. int8: round the weights of the blocks.
+    once where the text repeats itself. bits: 8 or 4, to which the weights of the blocks are rounded.
     Raises ValueError when the prompt leaves no room in the context or an option describes no distribution.
     """
     greedy = temperature == 0
     sampling.check_sampling_options(temperature=None if greedy else temperature, top_k=top_k, top_p=top_p)
-    model, tokenizer = load_model_and_tokenizer(name, device, dtype, int8=int8)
+    model, tokenizer = load_model_and_tokenizer(name, device, dtype, bits=bits)
     ids = encode_prompt(tokenizer, prompt).to(model.device)
     n_prompt, n_context = ids.shape[1], model.config.n_positions
     if n_prompt == 0:
@@ -200,6 +202,7 @@ def stream_text(
         **({"do_sample": False} if greedy else {"do_sample": True, "temperature": float(temperature)}),
         **({} if greedy else {"top_k": top_k, "top_p": top_p}),
     )[0]
+    rounding = rounding_of(model.config)
     first, last = streamer.times[1], streamer.times[-1]  # times[0] is the prompt itself
     return Continuation(
         prompt=prompt,
@@ -212,5 +215,6 @@ def stream_text(
         n_new_tokens=len(sequence) - n_prompt,
         prefill_s=first - start,
         decode_s=last - first,
-        int8=has_int8_products(model.config),
+        int8=rounding is not None and rounding.bits == 8,
+        int4=rounding is not None and rounding.bits == 4,
     )

@@ -33,17 +33,35 @@ def peak_rate(device_name: str) -> float | None:
 
 
 def weight_bytes(shape: Shape) -> dict[str, int]:
-    """Bytes of the weights in fp32, bf16, int8 and int8 with the head.
+    """Bytes of the weights in fp32, bf16, int8 and int4, each without and with the head.
 
     int8: what `fastgpt.quantize` makes of the model in bf16: the matrices of attention, cross-attention and MLP in int8
     with one fp32 scale per output column. int8_head: the head as well, beside the token table, which stays in bf16.
+    int4, int4_head: the same with bits=4, where the widths are multiples of its groups.
     """
-    n_matrix, n_columns = _products_of_blocks(shape, n_attentions=2 if shape.cross_attention else 1)
+    blocks = _products_of_blocks(shape, n_attentions=2 if shape.cross_attention else 1)
     total = count_parameters(shape).total
-    int8 = n_matrix + 4 * n_columns + 2 * (total - n_matrix)
     n_head = shape.vocab_size * shape.n_embd
-    int8_head = int8 + n_head + 4 * shape.vocab_size - (0 if shape.tied_head else 2 * n_head)
-    return {"fp32": 4 * total, "bf16": 2 * total, "int8": int8, "int8_head": int8_head}
+    found = {"fp32": 4 * total, "bf16": 2 * total}
+    for bits in roundings(shape):
+        found[f"int{bits}"] = _product_bytes(*blocks, bits) + 2 * (total - blocks[0])
+        head = _product_bytes(n_head, shape.vocab_size, bits) - (0 if shape.tied_head else 2 * n_head)
+        found[f"int{bits}_head"] = found[f"int{bits}"] + head
+    return found
+
+
+# Weights that share a step of one byte in `fastgpt.quantize(model, bits=4)`.
+_GROUP_SIZE = 64
+
+
+def roundings(shape: Shape) -> tuple[int, ...]:
+    """The bits to which the products of a model can be rounded."""
+    return (8, 4) if shape.n_embd % _GROUP_SIZE == shape.hidden_width % _GROUP_SIZE == 0 else (8,)
+
+
+def _product_bytes(n_elements: int, n_columns: int, bits: int) -> int:
+    """Of rounded matrices, with an fp32 scale for each output column."""
+    return n_elements * bits // 8 + (n_elements // _GROUP_SIZE if bits == 4 else 0) + 4 * n_columns
 
 
 def _products_of_blocks(shape: Shape, n_attentions: int = 1) -> tuple[int, int]:
@@ -98,20 +116,27 @@ def adamw_bytes(n_parameters: int) -> int:
 
 
 def decode_bytes(
-    shape: Shape, batch: int, context: int, *, element_bytes: int = 2, int8: bool = False, int8_head: bool = False
+    shape: Shape,
+    batch: int,
+    context: int,
+    *,
+    element_bytes: int = 2,
+    block_bits: int | None = None,
+    head_bits: int | None = None,
 ) -> int:
     """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
 
-    Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C. int8: after
-    `fastgpt.quantize` a layer's 4*C^2 + 2*C*F are bytes, with an fp32 scale for each of its 5*C + F columns.
-    int8_head: so are the V*C of the head, with V scales.
+    Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C.
+    block_bits: 8 or 4 after `fastgpt.quantize`: a layer's 4*C^2 + 2*C*F have as many bits each, with an fp32 scale for
+    each of its 5*C + F columns and, of 4 bits, a byte for every 64 of them. head_bits: so do the V*C of the head, with
+    V scales. None where they have element_bytes.
     """
     C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
 
-    def product_bytes(n_matrix: int, n_columns: int, int8: bool) -> int:
-        return n_matrix + 4 * n_columns if int8 else n_matrix * element_bytes
+    def product_bytes(n_matrix: int, n_columns: int, bits: int | None) -> int:
+        return n_matrix * element_bytes if bits is None else _product_bytes(n_matrix, n_columns, bits)
 
-    products = product_bytes(*_products_of_blocks(shape), int8) + product_bytes(V * C, V, int8_head)
+    products = product_bytes(*_products_of_blocks(shape), block_bits) + product_bytes(V * C, V, head_bits)
     vectors = (shape.n_layer * (9 * C + F) + 2 * C) * element_bytes
     return products + vectors + kv_cache_bytes(shape, context, batch=batch, element_bytes=element_bytes)
 
@@ -126,12 +151,14 @@ def decode_ceiling(
     context: int,
     *,
     element_bytes: int = 2,
-    int8: bool = False,
-    int8_head: bool = False,
+    block_bits: int | None = None,
+    head_bits: int | None = None,
 ) -> float:
     """Tokens/s of the whole batch when memory bandwidth is the only limit. bandwidth: bytes/s."""
-    weights = {"element_bytes": element_bytes, "int8": int8, "int8_head": int8_head}
-    return batch * bandwidth / decode_bytes(shape, batch, context, **weights)
+    n_bytes = decode_bytes(
+        shape, batch, context, element_bytes=element_bytes, block_bits=block_bits, head_bits=head_bits
+    )
+    return batch * bandwidth / n_bytes
 
 
 def prefill_ceiling(shape: Shape, matrix_rate: float, tokens: int) -> float:

@@ -12,6 +12,7 @@ from .costs import (
     forward_flops,
     kv_cache_bytes,
     prefill_ceiling,
+    roundings,
     training_ceiling,
     training_flops,
     training_state_bytes,
@@ -86,8 +87,10 @@ def report(
 
 
 def _decode_ceilings(model: Shape, bandwidth: float, batch: int, context: int) -> dict[str, float]:
-    """Bytes and tokens/s of a decode step, with weights in bf16, in int8, and in int8 with the head."""
-    kinds = {"": {}, "int8_": {"int8": True}, "int8_head_": {"int8": True, "int8_head": True}}
+    """Bytes and tokens/s of a decode step, with weights in bf16, int8 and int4, without and with the head."""
+    kinds: dict[str, dict[str, int]] = {"": {}}
+    for bits in roundings(model):
+        kinds |= {f"int{bits}_": {"block_bits": bits}, f"int{bits}_head_": {"block_bits": bits, "head_bits": bits}}
     found: dict[str, float] = {}
     for kind, weights in kinds.items():
         found[f"{kind}decode_bytes_per_step"] = decode_bytes(model, batch, context, **weights)

@@ -56,6 +56,8 @@ def _memory_table(report: dict[str, Any]) -> Table:
     labels = {
         "int8": "int8 (products of the blocks, with fp32 scales per column; the rest bf16)",
         "int8_head": "int8, and so the head, beside the token table in bf16",
+        "int4": "int4 (the same, with a byte for each group of 64 weights)",
+        "int4_head": "int4, and so the head, beside the token table in bf16",
     }
     for precision, size in report["weight_bytes"].items():
         add(f"weights, {labels.get(precision, precision)}", size)
@@ -108,8 +110,12 @@ def _speed_table(report: dict[str, Any]) -> Table:
         return f"{_short(ceilings[f'{kind}_tokens_per_s'])} tokens/s"
 
     decode = f"decode, batch {report['batch']}, context {context}"
-    kinds = {"decode": "", "int8_decode": ", int8 weights", "int8_head_decode": ", int8 weights and head"}
+    kinds = {"decode": ""}
+    for kind in ("int8", "int4"):
+        kinds |= {f"{kind}_decode": f", {kind} weights", f"{kind}_head_decode": f", {kind} weights and head"}
     for kind, weights in kinds.items():
+        if f"{kind}_bytes_per_step" not in ceilings:
+            continue
         table.add_row(decode + weights, f"{_short(ceilings[f'{kind}_bytes_per_step'])}B a step", tokens_per_s(kind))
     forward, training = _short(flops["forward_per_token"]), _short(flops["training_per_token"])
     table.add_row(f"prefill, {context} tokens, all logits", f"{forward}FLOP a token", tokens_per_s("prefill"))

@@ -8,9 +8,10 @@ import re
 from collections.abc import Collection, Iterator
 from itertools import islice
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from fastgpt_kernels.common.int4 import GROUP_SIZES
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -60,8 +61,13 @@ def config_problems(config: PreTrainedConfig) -> Iterator[str]:
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         if not (_is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1):
             yield f"{name} must be a probability, not {shown(getattr(config, name))}"
-    if has_int8_head(config) and config.tie_word_embeddings:
-        yield "tie_word_embeddings must be false, because the head has int8 weights of its own"
+    rounding = rounding_of(config)
+    if rounding is not None and rounding.head and config.tie_word_embeddings:
+        yield f"tie_word_embeddings must be false, because the head has int{rounding.bits} weights of its own"
+    if rounding is not None and rounding.bits == 4 and not bad_sizes:
+        for n_inputs in {config.n_embd, config.n_inner or 4 * config.n_embd}:
+            if problem := group_problem(n_inputs, rounding.group_size):
+                yield f"quantization_config: {problem}"
     if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
         yield f"unknown activation_function {shown(config.activation_function)}: GPT-2's own is 'gelu_new'"
 
@@ -76,28 +82,50 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(problem)
 
 
-# The name under which a configuration says that the products of the blocks have int8 weights (`fastgpt.quantize`).
-INT8 = "fastgpt_int8"
+# The names under which a configuration says how `fastgpt.quantize` rounded a model.
+INT8, INT4 = "fastgpt_int8", "fastgpt_int4"
 
 
-def has_int8_products(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of a model with int8 weights."""
-    return _quantization(config).get("quant_method") == INT8
+class Rounding(NamedTuple):
+    """How the products of a model's blocks are rounded.
+
+    bits: of a weight, 8 or 4. group_size: weights that share a step, with 4 bits; 0 with 8. head: whether the head of
+    tokens is rounded too. activations: whether the inputs of the products may be rounded, with 8 bits.
+    """
+
+    bits: int = 8
+    group_size: int = 0
+    head: bool = False
+    activations: bool = False
 
 
-def has_int8_head(config: PreTrainedConfig) -> bool:
-    """Whether the head of tokens of such a model has int8 weights too."""
-    return has_int8_products(config) and bool(_quantization(config).get("head"))
+def rounding_of(config: PreTrainedConfig) -> Rounding | None:
+    """What a configuration says; None where it describes a model in floats, or one that something else quantised."""
+    return rounding_marked(getattr(config, "quantization_config", None))
 
 
-def has_int8_activations(config: PreTrainedConfig) -> bool:
-    """Whether the inputs of those products may be rounded to int8 too."""
-    return has_int8_products(config) and bool(_quantization(config).get("activations"))
+def rounding_marked(mark: Any) -> Rounding | None:
+    """The same of the part of a configuration, as an object or as the fields of a file, that marks such a model."""
+    fields = mark if isinstance(mark, dict) else getattr(mark, "__dict__", {})
+    head = bool(fields.get("head"))
+    if fields.get("quant_method") == INT8:
+        return Rounding(head=head, activations=bool(fields.get("activations")))
+    if fields.get("quant_method") == INT4:
+        return Rounding(4, fields.get("group_size", 0), head)
+    return None
 
 
-def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
-    given = getattr(config, "quantization_config", None)
-    return given if isinstance(given, dict) else getattr(given, "__dict__", {})
+def has_rounded_head(config: PreTrainedConfig) -> bool:
+    """Whether the head of tokens has int8 or int4 weights."""
+    rounding = rounding_of(config)
+    return rounding is not None and rounding.head
+
+
+def group_problem(n_inputs: int, group_size: Any) -> str | None:
+    """Why the weights of products with n_inputs cannot share steps in such groups; None if they can."""
+    if group_size not in GROUP_SIZES:
+        return f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, not {shown(group_size)}"
+    return f"groups of {group_size} do not divide {n_inputs} inputs" if n_inputs % group_size else None
 
 
 # --- names and shapes -----------------------------------------------------------------------------------------------
@@ -110,12 +138,14 @@ def body_shapes(config: PreTrainedConfig) -> Named:
     C, V, P = config.n_embd, config.vocab_size, config.n_positions
     F = 4 * C if config.n_inner is None else config.n_inner
 
+    rounding = rounding_of(config)
+
     def linear(name: str, n_in: int, n_out: int) -> Named:
-        if has_int8_products(config):
-            yield f"{name}.weight", (n_out, n_in)
-            yield f"{name}.scale", (n_out,)
-        else:
+        if rounding is None:
             yield f"{name}.weight", (n_in, n_out)  # as Conv1D stores it
+        else:
+            for part, shape in rounded_shapes(n_in, n_out, rounding).items():
+                yield f"{name}.{part}", shape
         yield f"{name}.bias", (n_out,)
 
     def norm(name: str) -> Named:
@@ -140,12 +170,21 @@ def body_shapes(config: PreTrainedConfig) -> Named:
     yield from norm("ln_f")
 
 
+def rounded_shapes(n_in: int, n_out: int, rounding: Rounding) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a product that is rounded, without its bias."""
+    if rounding.bits == 8:
+        return {"weight": (n_out, n_in), "scale": (n_out,)}
+    return {"weight": (n_out, n_in // 2), "steps": (n_out, n_in // rounding.group_size), "scale": (n_out,)}
+
+
 def head_shapes(architecture: str, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a GPT-2 class has besides its body; none for an unknown class."""
     C, V, n_labels = config.n_embd, config.vocab_size, config.num_labels or 0
     n_choices = 1 if config.summary_proj_to_labels else C
     summary = {"weight": (n_choices, C), "bias": (n_choices,)} if config.summary_use_proj else {}
-    lm_head = {"lm_head.weight": (V, C), **({"lm_head.scale": (V,)} if has_int8_head(config) else {})}
+    rounding = rounding_of(config)
+    parts = {"weight": (V, C)} if rounding is None or not rounding.head else rounded_shapes(C, V, rounding)
+    lm_head = {f"lm_head.{part}": shape for part, shape in parts.items()}
     heads: dict[str, dict[str, tuple[int, ...]]] = {
         "GPT2LMHeadModel": lm_head,
         "GPT2DoubleHeadsModel": {
@@ -177,9 +216,9 @@ def missing_from_body(stored: Collection[str], config: PreTrainedConfig) -> Iter
 
 
 def missing(stored: Collection[str], config: PreTrainedConfig, architecture: str) -> Iterator[str]:
-    """The names that are not among `stored` of the body, and of an int8 head of tokens, of which no new one is made."""
+    """The names that are not among `stored` of the body, and of a rounded head, of which no new one is made."""
     yield from missing_from_body(stored, config)
-    if has_int8_head(config):
+    if has_rounded_head(config):
         for name in head_shapes(architecture, config):
             if name.startswith("lm_head.") and name not in stored:
                 yield name
@@ -195,7 +234,7 @@ def is_table_of_head(stored: Collection[str], config: PreTrainedConfig, architec
 
 
 def name_problems(checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str) -> Iterator[CheckpointError]:
-    """Tensors that are missing from the body or an int8 head, or stored twice."""
+    """Tensors that are missing from the body or a rounded head, or stored twice."""
     stored = set(by_model_name(checkpoint))
     if is_table_of_head(stored, config, architecture):
         stored.add("wte.weight")
@@ -221,10 +260,20 @@ def shape_problems(
             yield CheckpointShapeError(
                 f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, but the configuration asks for {shape}"
             )
-        is_int8 = f"{name.removesuffix('.weight')}.scale" in shapes
-        if tensor.dtype not in (("I8",) if is_int8 else FLOATS):
-            kind = "int8" if is_int8 else "floating-point numbers"
+        dtypes, kind = _expected_dtypes(name, shapes)
+        if tensor.dtype not in dtypes:
             yield CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {kind}")
+
+
+def _expected_dtypes(name: str, shapes: Collection[str]) -> tuple[tuple[str, ...], str]:
+    """In which a tensor may be stored, and what to call them. shapes: the names of all tensors."""
+    product, _, part = name.rpartition(".")
+    is_rounded, is_int4 = f"{product}.scale" in shapes, f"{product}.steps" in shapes
+    if is_rounded and part == "weight" and is_int4:
+        return ("U8",), "pairs of int4"
+    if is_rounded and part in ("weight", "steps"):
+        return ("I8",), "int8"
+    return FLOATS, "floating-point numbers"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

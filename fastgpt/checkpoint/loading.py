@@ -28,11 +28,11 @@ from .fit import (
     check_config,
     config_problems,
     field_problems,
-    has_int8_products,
     head_shapes,
     missing,
     name_problems,
     not_finite,
+    rounding_of,
     shape_problems,
 )
 from .headers import (
@@ -241,7 +241,7 @@ def _inspect(model_class: Any, path: Path, kwargs: dict[str, Any]) -> Checkpoint
     # These change the names of the stored tensors, or their shapes and dtypes.
     if config is None or kwargs.get("key_mapping"):
         return checkpoint
-    if getattr(config, "quantization_config", None) is None or has_int8_products(config):
+    if getattr(config, "quantization_config", None) is None or rounding_of(config):
         # A user's subclass may have other heads.
         is_own = model_class.__module__.partition(".")[0] == __name__.partition(".")[0]
         architecture = model_class.__name__ if is_own else ""

@@ -20,8 +20,8 @@ from ..model.attention import nothing_hidden
 from ..model.blocks import GPT2Block
 from ..model.checks import check_token_ids
 from ..model.compat import CACHE
-from ..model.int8 import Int8Linear
 from ..model.plain import fused_activation
+from ..model.rounded import RoundedLinear
 from ..model.twin import converted
 from .products import has_memory_for, is_slow
 
@@ -164,7 +164,7 @@ def view_weights(model: GPT2LMHeadModel) -> DecodeWeights:
         layers=tuple(_view_layer(block) for block in blocks),
         ln_f_weight=body.ln_f.weight,
         ln_f_bias=body.ln_f.bias,
-        head=model.lm_head.matrix if isinstance(model.lm_head, Int8Linear) else model.lm_head.weight,
+        head=model.lm_head.matrix if isinstance(model.lm_head, RoundedLinear) else model.lm_head.weight,
         eps=body.ln_f.eps,
         n_heads=model.config.n_head,
         activation=str(fused_activation(blocks[0].mlp.act)),
@@ -183,4 +183,4 @@ def _view_layer(block: GPT2Block) -> DecodeLayer:
 
 def _weight_and_bias(module: Any) -> tuple[Any, Any]:
     table = module._parameters
-    return module.matrix if isinstance(module, Int8Linear) else table["weight"], table["bias"]
+    return module.matrix if isinstance(module, RoundedLinear) else table["weight"], table["bias"]

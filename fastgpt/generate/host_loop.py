@@ -12,7 +12,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from ..model.int8 import Int8Linear
+from ..model.rounded import RoundedLinear
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
 
@@ -88,7 +88,7 @@ class Generation:
     def _products(self, weights: DecodeWeights, n_rows: int) -> Products:
         """Those of the steps to come."""
         product: Any = self.model.transformer.h[0].mlp.c_fc  # type: ignore[union-attr]
-        rounds = isinstance(product, Int8Linear) and product.rounds_input
+        rounds = isinstance(product, RoundedLinear) and product.rounds_input
         return Products(weights, n_rows, self._n_free, torch.int8 if rounds else self.model.dtype)
 
     @property

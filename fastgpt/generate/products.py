@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix
-from fastgpt_kernels.common.int8 import Int8Matrix
+from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix, RoundedMatrix
+from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
@@ -80,7 +80,10 @@ _measured: dict[tuple, dict[str, Cost]] = {}
 def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> dict[str, Cost]:
     """The cost of each way, by its name, measured when a process first asks for matrices of this kind."""
     matrix = matrices[0]
-    how = rows if isinstance(matrix, Int8Matrix) else (matrix.stride(), matrix.dtype)
+    if isinstance(matrix, RoundedMatrix):
+        how: tuple = matrix.kind, rows, isinstance(matrix, Int4Matrix) and matrix.group_size
+    else:
+        how = matrix.stride(), matrix.dtype
     kind = n_rows, matrix.shape, how, torch.get_num_threads()
     if kind not in _measured:
         _measured[kind] = _measure(matrices, n_rows, rows)
@@ -90,13 +93,13 @@ def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> 
 def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict[str, Cost]:
     # Of the head, which is large and the only one, two quarters.
     first, samples = matrices[0], (matrices[0], matrices[-1])
-    if len(matrices) == 1 and (isinstance(first, Int8Matrix) or not first.is_contiguous()):
+    if len(matrices) == 1 and (isinstance(first, RoundedMatrix) or not first.is_contiguous()):
         quarter = -(-first.shape[1] // 4)
         samples = tuple(columns(first, slice(start, start + quarter)) for start in (0, quarter))
     n_inputs, n_outputs = samples[0].shape
     if isinstance(first, Tensor):
         rows = Rows(first.dtype, first.dtype)
-    assert rows is not None  # `ways` needs it for an int8 matrix
+    assert rows is not None  # `ways` needs it for a rounded matrix
     x = torch.empty(n_rows, n_inputs, dtype=rows.dtype, device="cpu")
     x.normal_(generator=torch.Generator("cpu").manual_seed(0))
     bias = x.new_zeros(n_outputs)
@@ -180,22 +183,22 @@ class Products:
 
 def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -> str | None:
     """The name of the way for matrices of one kind, None for the reference's product."""
-    is_int8 = isinstance(matrices[0], Int8Matrix)
     n_bytes = sum(matrix.shape.numel() for matrix in matrices) * rows.dtype.itemsize
     fits = has_memory_for(n_bytes)
     if n_steps >= MIN_STEPS:
         known = {name: cost for name, cost in costs(matrices, n_rows, rows).items() if fits or not cost.copies}
         return fastest(known, n_steps) if known else None
-    if not is_int8:
+    if not isinstance(matrices[0], RoundedMatrix):
         return None
     # The reference would convert the matrix to floats in every step.
     first = next(iter(ways(matrices[0], n_rows, rows)))
-    return first if fits or not first.startswith("copy") else None
+    is_copy = isinstance(matrices[0], Int4Matrix) or first.startswith("copy")
+    return first if fits or not is_copy else None
 
 
 def _place(matrix: Matrix) -> int:
     """What tells a matrix from the others."""
-    return matrix.values.data_ptr() if isinstance(matrix, Int8Matrix) else matrix.data_ptr()
+    return matrix.values.data_ptr() if isinstance(matrix, RoundedMatrix) else matrix.data_ptr()
 
 
 def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Matrix]]:

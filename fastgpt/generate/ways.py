@@ -3,7 +3,8 @@
 torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
 Others multiply slices of the matrix at the same time, its transpose, or a copy in oneDNN's layout. An int8 matrix is
 multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`) or in floats, in any way
-of them. A way that errs far more than torch's own product is not taken, however fast it is.
+of them; an int4 matrix from a copy in torch's layout, or as int8. A way that errs far more than torch's own product is
+not taken, however fast it is.
 
 r rows, K inputs, N outputs.
 """
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from fastgpt_kernels.common.decode_weights import Matrix
+import torch.nn.functional as F
+from fastgpt_kernels.common.decode_weights import Matrix, RoundedMatrix
+from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
@@ -127,6 +130,43 @@ class FloatCopy:
         return self.prepared(x, bias)
 
 
+class Int4Values:
+    """torch's product of rows and int4 values, over a copy in its own layout, then the scales.
+
+    Rows are rounded to bfloat16, for which alone it is fast; its steps are exact there.
+    """
+
+    def __init__(self, matrix: Int4Matrix):
+        n_outputs = len(matrix.values)
+        padding = -n_outputs % _INT4_COLUMNS
+        self.scale, self.n_outputs, self.group_size = matrix.scale, n_outputs, matrix.group_size
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(F.pad(matrix.unpacked(), (0, 0, 0, padding)).int(), 1)
+        steps = F.pad(matrix.steps, (0, 0, 0, padding)).t().bfloat16()
+        self.steps = torch.stack((steps, torch.zeros_like(steps)), -1)  # (groups, N, 2), without zero points
+        self.n_bytes = self.packed.nbytes + self.steps.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, self.group_size, self.steps)
+        product = product[:, : self.n_outputs] * self.scale
+        return (product if bias is None else product + bias).to(x.dtype)
+
+
+# What torch's product wants the columns of a matrix to be a multiple of.
+_INT4_COLUMNS = 16
+
+
+class AsInt8:
+    """An int4 matrix, unpacked to int8 and multiplied in a way of that."""
+
+    def __init__(self, matrix: Int4Matrix, way: "Way"):
+        unpacked = matrix.to_int8()
+        self.prepared = way(unpacked)
+        self.n_bytes = self.prepared.n_bytes or unpacked.values.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.prepared(x, bias)
+
+
 Way = Callable[[Any], Prepared]
 
 
@@ -134,9 +174,9 @@ Way = Callable[[Any], Prepared]
 
 
 class Rows(NamedTuple):
-    """The rows of a product with an int8 matrix. dtype: theirs. precision: the dtype to which they may be rounded.
+    """The rows of a product with a rounded matrix. dtype: theirs. precision: the dtype to which they may be rounded.
 
-    That may be int8 where the processor's instructions for it are exact.
+    That may be int8, beside an int8 matrix, where the processor's instructions for it are exact.
     """
 
     dtype: torch.dtype
@@ -146,11 +186,12 @@ class Rows(NamedTuple):
 def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way]:
     """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is taken untimed.
 
-    rows: needed for an int8 matrix, which has no dtype for them.
+    rows: needed for a rounded matrix, which has no dtype for them.
     """
-    if isinstance(matrix, Int8Matrix):
+    if isinstance(matrix, RoundedMatrix):
         assert rows is not None
-        return _int8_ways(matrix, n_rows, rows)
+        of_kind = _int8_ways if isinstance(matrix, Int8Matrix) else _int4_ways
+        return of_kind(matrix.shape, n_rows, rows)
     found: dict[str, Way] = {"as stored": AsStored}
     by_rows, by_columns = matrix.is_contiguous(), matrix.t().is_contiguous()
     if by_columns:
@@ -188,7 +229,30 @@ def packs(dtype: torch.dtype) -> bool:
 _DIGITS = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
 
 
-def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
+def _int4_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
+    found: dict[str, Way] = {
+        f"as int8, {name}": lambda matrix, way=way: AsInt8(matrix, way)
+        for name, way in _int8_ways(shape, n_rows, rows).items()
+    }
+    # Not the first, because processors for which torch has no code of its own multiply int4 far slower than int8.
+    return found | ({"int4": Int4Values} if rows.precision == torch.bfloat16 and multiplies_int4() else {})
+
+
+@functools.cache
+def multiplies_int4() -> bool:
+    """Whether torch has a product of int4 values here, about as exact as its own in bfloat16."""
+    x, weights = (
+        torch.empty(97, 128, device="cpu").normal_(generator=torch.Generator("cpu").manual_seed(0)).split((1, 96))
+    )
+    matrix, x = Int4Matrix.nearest(weights.t(), 32), x.bfloat16()
+    try:
+        product = Int4Values(matrix)(x, None)
+    except (AttributeError, RuntimeError):
+        return False
+    return exactness(matrix, x, torch.bfloat16)(product)
+
+
+def _int8_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
     in_digits: dict[str, Way] = {
         name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
         for name, product in _DIGITS.items()
@@ -197,12 +261,12 @@ def _int8_ways(matrix: Int8Matrix, n_rows: int, rows: Rows) -> dict[str, Way]:
     }
     if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
         return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.
-    copies = ways(torch.empty(matrix.shape, dtype=rows.dtype, device="meta"), n_rows)
+    copies = ways(torch.empty(shape, dtype=rows.dtype, device="meta"), n_rows)
     found: dict[str, Way] = {
         f"copy, {name}": lambda matrix, way=way: FloatCopy(matrix, rows.dtype, way) for name, way in copies.items()
     }
     # torch's product reads K in steps of 16, and past the end of another. Without the scales float16 would overflow.
-    if matrix.shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
+    if shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
         int8 = {"int8": lambda matrix: Int8Values(matrix, rows.precision)}
         found = found | int8 if rows.precision == torch.float32 else int8 | found
     return found | in_digits
@@ -219,11 +283,11 @@ def exactness(matrix: Matrix, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor
     """What tells whether a product of x and a matrix is nearly as exact as torch's in a dtype, by some columns."""
     some = slice(None, None, max(1, matrix.shape[1] // 256))
     part = columns(matrix, some)
-    exact = multiply(x.double(), part if isinstance(part, Int8Matrix) else part.double(), None)
+    exact = multiply(x.double(), part if isinstance(part, RoundedMatrix) else part.double(), None)
     allowed = _MAX_ERROR * (multiply(x.to(dtype), part, None) - exact).square().mean() ** 0.5
     return lambda product: bool((product[:, some] - exact).square().mean() ** 0.5 <= allowed)
 
 
 def columns(matrix: Matrix, which: slice) -> Matrix:
     """Some columns of a matrix (K, N), as a view."""
-    return Int8Matrix(*(part[which] for part in matrix)) if isinstance(matrix, Int8Matrix) else matrix[:, which]
+    return type(matrix)(*(part[which] for part in matrix)) if isinstance(matrix, RoundedMatrix) else matrix[:, which]

@@ -14,9 +14,8 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from fastgpt_kernels.common.decode_weights import DecodeWeights
+from fastgpt_kernels.common.decode_weights import DecodeWeights, RoundedMatrix
 from fastgpt_kernels.common.dropout import seed_tensor
-from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -61,8 +60,8 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
     if _selected_tier == "persistent":
         wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
         shape = n_rows, wte.shape[1], weights.n_heads, n_hidden, weights.activation
-        if isinstance(weights.layers[0].fc_weight, Int8Matrix):
-            return "the persistent kernel reads no int8 weights"
+        if isinstance(weights.layers[0].fc_weight, RoundedMatrix):
+            return f"the persistent kernel reads no {weights.layers[0].fc_weight.kind} weights"
         return persistent_decoder.obstacle(*shape, wte.dtype, wte.device)
     return decode_step.obstacle(weights)
 
@@ -183,7 +182,7 @@ _FIXED = Tensor.data_ptr, attrgetter("device"), attrgetter("dtype"), attrgetter(
 
 def _tensors(weights: DecodeWeights) -> list[Tensor]:
     held = chain(weights, *weights.layers)
-    parts = chain.from_iterable(x if isinstance(x, Int8Matrix) else (x,) for x in held)
+    parts = chain.from_iterable(x if isinstance(x, RoundedMatrix) else (x,) for x in held)
     return [x for x in parts if isinstance(x, Tensor)]
 
 

@@ -19,10 +19,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
-from ..checkpoint.fit import has_int8_activations, has_int8_head, has_int8_products
+from ..checkpoint.fit import rounding_of
 from . import plain
-from .int8 import Int8Linear, replace_products
 from .patching import ATTENTION, replacement
+from .rounded import RoundedLinear, replace_products
 
 
 def difference(model: nn.Module) -> str | None:
@@ -72,7 +72,7 @@ def differences(model: nn.Module) -> Iterator[str]:
         yield f"{missing[0]} is missing" if missing else "its modules stand in another order"
         return
     parameters = list(model.parameters())
-    dtypes = {parameter.dtype for parameter in set(parameters) - _int8_tensors(model)}
+    dtypes = {parameter.dtype for parameter in set(parameters) - _rounded_tensors(model)}
     if len(dtypes) != 1 or len({parameter.device for parameter in parameters}) != 1:
         yield "the parameters differ in device or dtype"
     for block in model.transformer.h:
@@ -98,18 +98,19 @@ def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
     # Not under transformers' `no_init_weights`, which exchanges functions of torch in all threads.
     with torch.device("meta"):
         twin = replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
-    if has_int8_products(config):
-        replace_products(twin, head=has_int8_head(config), activations=has_int8_activations(config))
+    rounding = rounding_of(config)
+    if rounding is not None:
+        replace_products(twin, rounding)
     return twin
 
 
 def converted(model: hf.GPT2LMHeadModel, dtype: torch.dtype) -> hf.GPT2LMHeadModel:
     """A copy in another dtype, for inference, of a model that does not differ from its twin.
 
-    Tied weights stay tied, and int8 weights are those of the model itself.
+    Tied weights stay tied, and rounded weights are those of the model itself.
     """
     twin = _twin(model.config)
-    kept = _int8_tensors(model)
+    kept = _rounded_tensors(model)
     copies = {
         parameter: parameter if parameter in kept else nn.Parameter(parameter.to(dtype), requires_grad=False)
         for parameter in model.parameters()
@@ -120,9 +121,9 @@ def converted(model: hf.GPT2LMHeadModel, dtype: torch.dtype) -> hf.GPT2LMHeadMod
     return twin
 
 
-def _int8_tensors(model: nn.Module) -> set[Tensor]:
+def _rounded_tensors(model: nn.Module) -> set[Tensor]:
     """The tensors that keep their dtypes whatever that of the model is."""
-    return {tensor for module in model.modules() if type(module) is Int8Linear for tensor in module.matrix}
+    return {tensor for module in model.modules() if isinstance(module, RoundedLinear) for tensor in module.matrix}
 
 
 def _module_differences(
@@ -149,8 +150,8 @@ def _module_differences(
             yield f"is not a plain module: its {name} was changed"
     if list(map(_described, module._parameters.items())) != list(map(_described, twin._parameters.items())):
         yield "is not a plain module: its parameters are others"
-    elif isinstance(module, Int8Linear) and [x.dtype for x in module.matrix] != [torch.int8, torch.float32]:
-        yield "is not a plain module: its weight is not int8 with a float32 scale"
+    elif isinstance(module, RoundedLinear) and [x.dtype for x in module.matrix] != [*module.parts.values()]:
+        yield f"is not a plain module: its weight is not {module.matrix_type.kind} with a float32 scale"
     if module._buffers:
         yield "is not a plain module: it has buffers"
 

@@ -12,7 +12,7 @@ from small_models import prompt, small_pair
 from torch import Tensor
 
 import fastgpt
-from fastgpt.generate import products
+from fastgpt.generate import products, ways
 from fastgpt.model import digits
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -49,6 +49,10 @@ def in_int8(model: Any, ids: Tensor, **call: Any) -> Tensor:
     return fastgpt.quantize(model, head=True).generate(ids, **call)
 
 
+def in_int4(model: Any, ids: Tensor, **call: Any) -> Tensor:
+    return fastgpt.quantize(model, bits=4, head=True).generate(ids, **call)
+
+
 def after_warmup(model: Any, ids: Tensor, **call: Any) -> Tensor:
     fastgpt.warmup(model, prompt_tokens=5)
     return model.generate(ids, **call)
@@ -61,6 +65,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "list": of_a_list,
     "stream": of_a_stream,
     "int8": in_int8,
+    "int4": in_int4,
     "warmup": after_warmup,
 }
 
@@ -69,7 +74,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 def in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products are timed, and the processor is asked what it can do, under the defaults of the test."""
     monkeypatch.setattr(products, "_measured", {})
-    known = digits.is_exact, products.is_slow
+    known = digits.is_exact, products.is_slow, ways.multiplies_int4
     for function in known:
         function.cache_clear()
     yield

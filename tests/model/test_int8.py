@@ -1,4 +1,4 @@
-"""Products with int8 weights: how they are rounded, and that everything else works as before."""
+"""Products with int8 weights: how they are rounded, and that everything else works as before, as with int4 weights."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import fastgpt
 from fastgpt.evaluation import mean_loss
 from fastgpt.model import digits
-from fastgpt.model.int8 import Int8Linear
+from fastgpt.model.rounded import Int8Linear, RoundedLinear
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -25,7 +25,7 @@ def in_floats(quantised: Any) -> Any:
     """A copy in which every product holds the floats of its int8 weights."""
     model = copy.deepcopy(quantised)
     for name, module in quantised.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, RoundedLinear):
             weight = module.matrix.to_float(quantised.dtype)
             if name == "lm_head":
                 product: Any = nn.Linear(module.in_features, module.out_features, bias=False)
@@ -87,14 +87,16 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
-def test_the_bytes_are_those_that_params_counts(name: str) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_bytes_are_those_that_params_counts(bits: int, name: str) -> None:
     shape = fastgpt.accounting.PRESETS[name]
     sizes = {key: getattr(shape, key) for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")}
     with torch.device("meta"), no_init_weights():
         model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     model.tie_weights()
-    for head, kind in ((False, "int8"), (True, "int8_head")):
-        held = fastgpt.quantize(model, head=head).to(torch.bfloat16).parameters()
+    kinds = {False: f"int{bits}", True: f"int{bits}_head"}
+    for head, kind in kinds.items():
+        held = fastgpt.quantize(model, bits=bits, head=head).to(torch.bfloat16).parameters()
         assert sum(tensor.nbytes for tensor in held) == fastgpt.accounting.weight_bytes(shape)[kind]
 
 
@@ -102,11 +104,14 @@ def test_the_bytes_are_those_that_params_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "head"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_forward_is_that_of_the_rounded_weights(dtype: torch.dtype, head: bool) -> None:
+def test_forward_is_that_of_the_rounded_weights(bits: int, dtype: torch.dtype, head: bool) -> None:
     models = pair(tiny_config(add_cross_attention=True))
-    theirs, ours = (fastgpt.quantize(model, head=head).to(dtype) for model in models)
-    assert {module.scale.dtype for module in ours.modules() if isinstance(module, Int8Linear)} == {torch.float32}
+    theirs, ours = (fastgpt.quantize(model, bits=bits, head=head).to(dtype) for model in models)
+    products = [module for module in ours.modules() if isinstance(module, RoundedLinear)]
+    assert {type(product).matrix_type.kind for product in products} == {f"int{bits}"}
+    assert {product.scale.dtype for product in products} == {torch.float32}
     call = {"input_ids": token_ids(2, 9, 131), "encoder_hidden_states": torch.randn(2, 5, 64).to(dtype)}
     expected = in_floats(theirs)(**call).logits
     for model in (theirs, ours):
@@ -176,8 +181,9 @@ def test_activations_of_a_model_that_is_quantised_already() -> None:
     assert (0.001 < difference < 0.1) == digits.is_exact(digits.Stored)
 
 
-def test_gradients_flow_through_but_not_into_the_weights() -> None:
-    ours = fastgpt.quantize(pair(tiny_config())[1], head=True)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_flow_through_but_not_into_the_weights(bits: int) -> None:
+    ours = fastgpt.quantize(pair(tiny_config())[1], bits=bits, head=True)
     embeddings = torch.randn(2, 7, 64)
     given = [embeddings.clone().requires_grad_() for _ in range(2)]
     for model, x in zip((ours, in_floats(ours)), given, strict=True):
@@ -190,9 +196,10 @@ def test_gradients_flow_through_but_not_into_the_weights() -> None:
     assert product.bias.grad is not None
 
 
-def test_adapters_learn_on_top() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_learn_on_top(bits: int) -> None:
     peft = pytest.importorskip("peft")
-    model = fastgpt.quantize(pair(tiny_config())[1])
+    model = fastgpt.quantize(pair(tiny_config())[1], bits=bits)
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)
     ids = token_ids(2, 9, 131)
@@ -232,9 +239,10 @@ def test_an_int8_head_leaves_the_token_table_as_it_is() -> None:
     assert torch.equal(ours.lm_head.scale, rounded.scale)
 
 
-def test_the_vocabulary_of_an_int8_head_is_not_resized() -> None:
-    model = fastgpt.quantize(pair(tiny_config(n_layer=1))[1], head=True)
-    with pytest.raises(ValueError, match=r"resize before fastgpt\.quantize"):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_vocabulary_of_a_rounded_head_is_not_resized(bits: int) -> None:
+    model = fastgpt.quantize(pair(tiny_config(n_layer=1))[1], bits=bits, head=True)
+    with pytest.raises(ValueError, match=rf"the head has int{bits} weights: resize before fastgpt\.quantize"):
         model.resize_token_embeddings(140)
     assert len(model.transformer.wte.weight) == len(model.lm_head.weight) == 131
 
@@ -245,9 +253,10 @@ def test_a_model_without_a_head_of_tokens_has_none_to_round() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_losses_with_an_int8_head(training: bool) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_losses_with_a_rounded_head(bits: int, training: bool) -> None:
     """The training loss, which reads a plain head, calls this one; that of a text reads its floats."""
-    ours = fastgpt.quantize(pair(tiny_config())[1], head=True).train(training)
+    ours = fastgpt.quantize(pair(tiny_config())[1], bits=bits, head=True).train(training)
     ids = token_ids(1, 30, 131)
     expected = in_floats(ours).train(training)
     losses = [model(ids, labels=ids).loss for model in (ours, expected)]
@@ -285,17 +294,18 @@ def hooked(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [float_scale, float_weight, one_product, hooked])
-def test_a_changed_product_is_called(change: Any) -> None:
-    ours = fastgpt.quantize(pair(tiny_config())[1])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_changed_product_is_called(bits: int, change: Any) -> None:
+    ours = fastgpt.quantize(pair(tiny_config())[1], bits=bits)
     assert fastgpt.explain(ours).startswith("the engine")
     change(ours)
     assert fastgpt.explain(ours).startswith("transformers' loop: transformer.h.0.mlp.c_fc is not a plain module")
 
 
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(("bits", "head"), [(8, False), (8, True), (4, True)])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_generate_gives_the_tokens_of_the_rounded_weights(options: dict[str, Any], head: bool) -> None:
-    theirs, ours = (fastgpt.quantize(model, head=head) for model in pair(tiny_config()))
+def test_generate_gives_the_tokens_of_the_rounded_weights(options: dict[str, Any], head: bool, bits: int) -> None:
+    theirs, ours = (fastgpt.quantize(model, bits=bits, head=head) for model in pair(tiny_config()))
     assert fastgpt.explain(ours).startswith("the engine")
     expected = in_floats(theirs)
     for n_new in (6, 40):

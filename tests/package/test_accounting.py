@@ -1,5 +1,6 @@
 """accounting: bytes, FLOPs and ceilings against models that run, and the report of them."""
 
+import copy
 import io
 import json
 from itertools import chain
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from counted_models import OTHERS, n_stored, on_meta, tiny_config
-from fastgpt_kernels.common.int8 import Int8Matrix
+from fastgpt_kernels.common.decode_weights import RoundedMatrix
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
@@ -26,14 +27,18 @@ from fastgpt.model.compat import CACHE
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("cross", [True, False])
 def test_weight_bytes_are_those_of_the_tensors(tied, cross):
-    model: Any = GPT2LMHeadModel(tiny_config(tie_word_embeddings=tied, add_cross_attention=cross))
+    model: Any = GPT2LMHeadModel(
+        tiny_config(n_embd=64, n_inner=None, tie_word_embeddings=tied, add_cross_attention=cross)
+    )
     stated = accounting.weight_bytes(shape_of(model))
     assert stated["fp32"] == 4 * n_stored(model)
     assert stated["bf16"] == 2 * n_stored(model)
 
-    for head, kind in ((False, "int8"), (True, "int8_head")):
-        held = fastgpt.quantize(model, head=head).to(torch.bfloat16).parameters()
-        assert stated[kind] == sum(tensor.nbytes for tensor in held)
+    for bits in (8, 4):
+        rounded = copy.deepcopy(model)
+        for head, kind in ((False, f"int{bits}"), (True, f"int{bits}_head")):
+            held = fastgpt.quantize(rounded, bits=bits, head=head).to(torch.bfloat16).parameters()
+            assert stated[kind] == sum(tensor.nbytes for tensor in held)
 
 
 def test_kv_cache_bytes_are_those_of_a_cache():
@@ -111,19 +116,27 @@ def test_decode_reads_each_weight_that_a_token_meets(tied):
     assert accounting.decode_bytes(shape_of(config), 3, 10, element_bytes=4) == 4 * n_read + cache
 
 
+def test_groups_that_do_not_divide_the_width_are_not_counted():
+    odd = shape_of(tiny_config(n_embd=66, n_head=2))
+    assert accounting.weight_bytes(odd).keys() == {"fp32", "bf16", "int8", "int8_head"}
+    assert "int4_decode_bytes_per_step" not in report(tiny_config(n_embd=66, n_head=2))["ceilings"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_decode_reads_int8_weights_and_their_scales(tied, head):
+def test_decode_reads_rounded_weights_and_their_scales(tied, head, bits):
     """Every tensor that a decode step of the quantised model views, but for the tables, of which it reads rows."""
-    config = tiny_config(tie_word_embeddings=tied)
-    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config), head=head).bfloat16()
+    config = tiny_config(n_embd=64, n_inner=None, tie_word_embeddings=tied)
+    model = fastgpt.quantize(fastgpt.GPT2LMHeadModel(config), bits=bits, head=head).bfloat16()
     weights = view_weights(model)
     parts = [*chain.from_iterable(weights.layers), weights.ln_f_weight, weights.ln_f_bias, weights.head]
-    tensors = chain.from_iterable(part if isinstance(part, Int8Matrix) else (part,) for part in parts)
+    tensors = chain.from_iterable(part if isinstance(part, RoundedMatrix) else (part,) for part in parts)
     n_bytes = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-    assert accounting.decode_bytes(shape_of(config), 1, 0, int8=True, int8_head=head) == n_bytes
+    kinds = {"block_bits": bits, "head_bits": bits if head else None}
+    assert accounting.decode_bytes(shape_of(config), 1, 0, **kinds) == n_bytes
     cache = accounting.kv_cache_bytes(shape_of(config), 10, batch=3)
-    assert accounting.decode_bytes(shape_of(config), 3, 10, int8=True, int8_head=head) == n_bytes + cache
+    assert accounting.decode_bytes(shape_of(config), 3, 10, **kinds) == n_bytes + cache
 
 
 # --- ceilings -------------------------------------------------------------------------------------------------------

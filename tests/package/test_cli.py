@@ -30,14 +30,21 @@ def test_generate_streams_the_prompt_and_its_continuation(run) -> None:
     assert other.out != result.out
 
 
-def test_int8_rounds_the_weights(run, tmp_path) -> None:
-    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "5", "--int8")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_are_rounded(kind: str, run, tmp_path) -> None:
+    result = run("generate", "ROMEO:", "--seed", "1", "--max-new-tokens", "5", f"--{kind}")
     assert result.code == 0
-    assert "float32 with int8 weights" in result.err
+    assert f"float32 with {kind} weights" in result.err
     file = tmp_path / "text.txt"
     file.write_text("To be, or not to be, that is the question")
-    losses = [json.loads(run("eval", str(file), "--json", *option).out)["loss"] for option in ([], ["--int8"])]
+    losses = [json.loads(run("eval", str(file), "--json", *option).out)["loss"] for option in ([], [f"--{kind}"])]
     assert 0 < abs(losses[0] - losses[1]) < 0.1
+
+
+def test_weights_are_rounded_in_one_way(run) -> None:
+    result = run("generate", "ROMEO:", "--int8", "--int4")
+    assert result.code == 2
+    assert "say --int8 or --int4, not both" in result.err
 
 
 def test_characters_that_the_output_cannot_hold_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .int4 import Int4Matrix
 from .int8 import Int8Matrix
 
-Matrix = Tensor | Int8Matrix
+RoundedMatrix = Int8Matrix | Int4Matrix
+Matrix = Tensor | RoundedMatrix
 
 
 class DecodeLayer(NamedTuple):
@@ -33,7 +35,7 @@ class DecodeLayer(NamedTuple):
 class DecodeWeights(NamedTuple):
     """The weights of a model: wte (V, C), wpe (P, C), ln_f (C,), head (V, C), which may be wte itself.
 
-    An int8 head is a matrix (C, V), whose values lie as (V, C) in memory too.
+    A rounded head is a matrix (C, V), whose values lie as (V, C) in memory too.
     activation: of the MLP, a name in `activations.ACTIVATIONS`.
     """
 

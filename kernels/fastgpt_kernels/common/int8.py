@@ -21,6 +21,8 @@ class Int8Matrix(NamedTuple):
     values: Tensor
     scale: Tensor
 
+    kind = "int8"
+
     @classmethod
     def nearest(cls, matrix: Tensor) -> "Int8Matrix":
         """Round a floating-point matrix (in, out) to the nearest values, of which the largest of a column is 127.
@@ -32,9 +34,7 @@ class Int8Matrix(NamedTuple):
         largest = columns.abs().amax(1)
         if not largest.is_meta and not largest.isfinite().all():
             raise ValueError("a matrix that holds NaN or Inf has no int8 values")
-        bits = (largest / _LARGEST).float().view(torch.int32)
-        scale = ((bits + (1 << _DROPPED_BITS - 1)) & -(1 << _DROPPED_BITS)).view(torch.float32)
-        scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
+        scale = exact_scale(largest, _LARGEST)
         values = (columns / scale[:, None]).round().to(torch.int8).contiguous()
         return cls(values.to(matrix.device), scale.to(matrix.device))
 
@@ -47,9 +47,23 @@ class Int8Matrix(NamedTuple):
     def device(self) -> torch.device:
         return self.values.device
 
+    def to_int8(self) -> "Int8Matrix":
+        """Itself, as of an `Int4Matrix`, which is an int8 matrix in fewer bytes."""
+        return self
+
     def to_float(self, dtype: torch.dtype) -> Tensor:
         """The matrix (in, out) in a floating-point dtype, a view of (out, in); exact in float32 and float64."""
         return (self.values * self.scale[:, None]).to(dtype).t()
+
+
+def exact_scale(largest: Tensor, largest_value: int) -> Tensor:
+    """The scale (out,) float32, with few bits, of columns whose largest numbers `largest_value` stands for.
+
+    1 for a column of zeros, or of numbers below 1e-36.
+    """
+    bits = (largest / largest_value).float().view(torch.int32)
+    scale = ((bits + (1 << _DROPPED_BITS - 1)) & -(1 << _DROPPED_BITS)).view(torch.float32)
+    return scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
 
 
 def _in_float64(matrix: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.generate import KVCache, view_weights
 from fastgpt.model.compat import CACHE
-from fastgpt.model.int8 import Int8Linear
+from fastgpt.model.rounded import Int8Linear
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 HALVES = [torch.bfloat16, torch.float16]

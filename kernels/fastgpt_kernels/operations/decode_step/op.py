@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...common import activations, chip
 from ...common.decode_weights import DecodeLayer, DecodeWeights, Matrix
+from ...common.int4 import Int4Matrix
 from ...common.int8 import Int8Matrix
 from ...common.launch import cdiv, launch
 from ..layer_norm import op as layer_norm
@@ -40,6 +41,8 @@ class DecodeStep:
     def obstacle(weights: DecodeWeights) -> str | None:
         """Why the kernels cannot decode with these weights; None when they can."""
         n_channels = weights.wte.shape[1]
+        if any(isinstance(part, Int4Matrix) for part in (weights.head, weights.layers[0].fc_weight)):
+            return "the decode kernels read no int4 weights yet"
         if weights.wte.dtype not in DTYPES:
             return f"there is no decode kernel for {weights.wte.dtype}"
         if n_channels // weights.n_heads > MAX_HEAD_DIM:
@@ -55,9 +58,7 @@ class DecodeStep:
         self.device = weights.wte.device
         self.architecture = chip.architecture(self.device)
         self.overlap = chip.overlaps_launches(self.device)
-        matrix = weights.layers[0].fc_weight
-        values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
-        element_size = values.element_size()
+        element_size = _values_and_scale(weights.layers[0].fc_weight)[0].element_size()
         self.is_fused = n_rows <= tiles.decode_max_rows(self.n_channels, element_size, self.architecture)
         self.is_on_kernels = self.is_fused or tiles.decode_multiplies(n_rows, element_size, self.architecture)
         n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
@@ -142,7 +143,7 @@ class DecodeStep:
         norm_weight: Tensor, norm_bias: Tensor, matrix: Matrix, bias: Tensor, activation: str, y: Tensor,
     ) -> None:  # fmt: skip
         """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream if partial sums were added."""
-        weight, scale = matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        weight, scale = _values_and_scale(matrix)
         if not self.is_fused:
             self._norm(stream, n_parts, part_bias, new_stream, norm_weight, norm_bias)
             self._product(self.normalised, matrix, bias, activation, y)
@@ -168,7 +169,7 @@ class DecodeStep:
 
     def _project(self, x: Tensor, n_splits: int, matrix: Matrix) -> int:
         """Write x @ matrix to `partial` as sums of several parts. Returns the number of parts."""
-        (n_cols, n_out), (weight, scale) = matrix.shape, matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        (n_cols, n_out), (weight, scale) = matrix.shape, _values_and_scale(matrix)
         n_parts, cols_per_part = self.parts[n_cols]
         if not self.is_fused:
             self._product(x, matrix, None, "none", self.partial, cols_per_part)
@@ -185,7 +186,7 @@ class DecodeStep:
     def _head(
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
-        head, scale = weights.head if isinstance(weights.head, Int8Matrix) else (weights.head, None)
+        head, scale = _values_and_scale(weights.head)
         if not self.is_fused:
             self._norm(stream, n_parts, part_bias, stream, weights.ln_f_weight, weights.ln_f_bias)
             if scale is None:
@@ -221,7 +222,7 @@ class DecodeStep:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str, y: Tensor, cols_per_part: int = 0
     ) -> None:
         """Fill y with act(x @ matrix + bias), or y (parts, B, out) with the sums of parts of the inner axis."""
-        (n_cols, n_out), (weight, scale) = matrix.shape, matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+        (n_cols, n_out), (weight, scale) = matrix.shape, _values_and_scale(matrix)
         n_rows, n_parts = len(x), cdiv(n_cols, cols_per_part or n_cols)
         sizes = x.element_size(), weight.element_size()
         tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture)
@@ -261,6 +262,11 @@ class DecodeStep:
 
     def _add_norm(self, branch: Tensor, stream: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
+
+
+def _values_and_scale(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    assert not isinstance(matrix, Int4Matrix), "`obstacle` tells of them"
+    return matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
 
 
 def _dense(matrix: Matrix) -> Tensor:

@@ -10,19 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.activations import ACTIVATIONS
-from ...common.decode_weights import DecodeWeights, Matrix
-from ...common.int8 import Int8Matrix
+from ...common.decode_weights import DecodeWeights, Matrix, RoundedMatrix
 
 
 def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x @ matrix + bias. x: (r, in). matrix: (in, out). bias: (out,). Returns (r, out)."""
-    matrix = matrix.to_float(x.dtype) if isinstance(matrix, Int8Matrix) else matrix
+    matrix = matrix.to_float(x.dtype) if isinstance(matrix, RoundedMatrix) else matrix
     return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 
 def head_matrix(weights: DecodeWeights) -> Matrix:
     """The head as a matrix (in, out) = (C, V)."""
-    return weights.head if isinstance(weights.head, Int8Matrix) else weights.head.t()
+    return weights.head if isinstance(weights.head, RoundedMatrix) else weights.head.t()
 
 
 @torch.inference_mode()
