@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fastgpt_kernels.operations.gelu_mlp.tiles import ProductTile
 from paths import ROOT
 
 from benchmarks.report import records
@@ -76,6 +77,22 @@ def test_as_many_cases_are_executed_as_counts_have_terms() -> None:
     for part in workloads.parts():
         terms = np.array([part.terms(**sizes) for sizes in part.tried], float)
         assert np.linalg.matrix_rank(terms) == terms.shape[1]
+
+
+def test_products_of_the_mlp_are_executed_in_the_tile_of_the_wanted_size() -> None:
+    parts = [part for part in workloads.parts() if part.kernels == "fwd|bwd_pre"]
+    tiles = []
+    for part in parts:
+        (wanted,) = {_tile(part.wanted, n_cols, workloads._MULTIPROCESSORS) for n_cols in ("narrow", "wide")}
+        assert {
+            _tile(sizes, n_cols, part.multiprocessors) for sizes in part.tried for n_cols in ("narrow", "wide")
+        } == {wanted}
+        tiles.append(wanted.block_cols)
+    assert tiles == [128, 256]  # a prompt, and a training step
+
+
+def _tile(sizes: dict[str, int], n_cols: str, n_multiprocessors: int) -> ProductTile:
+    return workloads.mlp_tile(sizes["rows"], sizes[n_cols], n_multiprocessors)
 
 
 def test_sums_of_the_mlp_are_joined_once_a_program() -> None:

@@ -14,6 +14,7 @@ import torch
 from fastgpt_kernels.audit import shipped
 from fastgpt_kernels.operations.attention.op import causal_attention
 from fastgpt_kernels.operations.decode_step.op import DecodeStep
+from fastgpt_kernels.operations.gelu_mlp import tiles as mlp_tiles
 from fastgpt_kernels.operations.gelu_mlp.op import gelu_mlp
 from fastgpt_kernels.operations.layer_norm.op import add_layer_norm, layer_norm
 from fastgpt_kernels.operations.linear_cross_entropy.op import linear_cross_entropy
@@ -96,10 +97,15 @@ def _decode_products(rows: int) -> None:
     step._norm(step.streams[0], n_parts, layer.mlp_proj_bias, step.streams[1], layer.ln_1_weight, layer.ln_1_bias)
 
 
-# Rows and widths of the MLP: each term changes in one of them, and every program has several tiles.
+# Rows and widths of the MLP: each term changes in one of them. None makes a product large on two multiprocessors.
 _MLP_SIZES = [
     {"rows": 256, "narrow": 128, "wide": 256}, {"rows": 512, "narrow": 128, "wide": 256},
     {"rows": 256, "narrow": 256, "wide": 256}, {"rows": 256, "narrow": 128, "wide": 512},
+]  # fmt: skip
+# All products are large on one multiprocessor.
+_LARGE_MLP_SIZES = [
+    {"rows": 384, "narrow": 256, "wide": 256}, {"rows": 768, "narrow": 256, "wide": 256},
+    {"rows": 384, "narrow": 512, "wide": 256}, {"rows": 384, "narrow": 256, "wide": 512},
 ]  # fmt: skip
 
 
@@ -133,10 +139,10 @@ def _forward(workload: str, rows: int, dropout_p: float, gradient: bool) -> Iter
         {"tokens": 1024, "heads": n_heads}, lambda tokens, heads=1: (heads * tokens, heads * tokens**2), heads,
     )  # fmt: skip
     yield Part(
-        workload, L, lambda **sizes: _mlp(**sizes, dropout_p=dropout_p, gradient=gradient), _MLP_SIZES,
-        {"rows": rows, "narrow": C, "wide": F},
-        lambda rows, narrow, wide: (rows * narrow * wide, rows * wide, rows * narrow), _mlp_due(rows), 1,
-        "fwd|bwd_pre",
+        workload, L, lambda **sizes: _mlp(**sizes, dropout_p=dropout_p, gradient=gradient),
+        _LARGE_MLP_SIZES if gradient else _MLP_SIZES, {"rows": rows, "narrow": C, "wide": F},
+        lambda rows, narrow, wide: (rows * narrow * wide, rows * wide, rows * narrow), _mlp_due(rows),
+        1 if gradient else 2, "fwd|bwd_pre",
     )  # fmt: skip
     if gradient:  # Of each column, a program walks over its tiles of rows and joins their sums once.
         yield Part(
@@ -148,14 +154,23 @@ def _forward(workload: str, rows: int, dropout_p: float, gradient: bool) -> Iter
 
 
 def _mlp_due(rows: int) -> dict[str, dict[str, int]]:
-    """Resident programs walk over tiles of 128 x 128: two on a multiprocessor, and four in the pass over rows."""
-    up, down = {"n_rows": rows, "n_cols": F, "n_inner": C}, {"n_rows": rows, "n_cols": C, "n_inner": F}
-    n_resident, n_row_tiles = 2 * _MULTIPROCESSORS, -(-rows // 128)
-    up["n_programs"] = min(n_resident, n_row_tiles * F // 128)
+    """Resident programs walk over tiles, and four on a multiprocessor over rows."""
+
+    def product(n_cols: int, n_inner: int) -> dict[str, int]:
+        tile = mlp_tile(rows, n_cols, _MULTIPROCESSORS)
+        n_tiles = -(-rows // tile.block_rows) * -(-n_cols // tile.block_cols)
+        n_programs = min(tile.n_resident * _MULTIPROCESSORS, n_tiles)
+        return {"n_rows": rows, "n_cols": n_cols, "n_inner": n_inner, "n_programs": n_programs}
+
+    up, down = product(F, C), product(C, F)
     return {
-        "hidden": up, "bwd_pre": up, "fwd_out": down | {"n_programs": min(n_resident, n_row_tiles * C // 128)},
-        "bwd_product": down | {"n_programs": 2 * n_resident},
+        "hidden": up, "bwd_pre": up, "fwd_out": down, "bwd_product": down | {"n_programs": 4 * _MULTIPROCESSORS},
     }  # fmt: skip
+
+
+def mlp_tile(n_rows: int, n_cols: int, n_multiprocessors: int) -> mlp_tiles.ProductTile:
+    """Of a product of the MLP in bfloat16."""
+    return mlp_tiles.product_tile(2, "sm_90", True, mlp_tiles.is_large_product(n_rows, n_cols, n_multiprocessors))
 
 
 def _decode_parts() -> Iterator[Part]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import chip
 from ..common.decode_weights import DecodeLayer, DecodeWeights, Matrix
 from ..common.int8 import Int8Matrix
 from ..common.precision import float32_products
@@ -128,19 +129,38 @@ def _linear_cross_entropy(_: str) -> Iterator[Call]:
         yield Call("linear_cross_entropy", f"{_NAMES[dtype]} {reduction}{more}", run)
 
 
-def _gelu_mlp(_: str) -> Iterator[Call]:
+def _gelu_mlp(architecture: str) -> Iterator[Call]:
     # Multiples of 16 go through tensor descriptors where the chip has them, odd widths through pointers.
-    # Among the activations the exact GELU takes the most registers.
-    for dtype, width in ((torch.float64, 64), *product((torch.bfloat16, torch.float32), (64, 65))):
-        for activation, is_last in (("gelu_new", False), ("gelu", True)):
-            x, fc, proj = (
-                _random(*shape, dtype=dtype) for shape in ((32, width), (width, 4 * width), (4 * width, width))
-            )
-            fc_bias, proj_bias, residual = (_random(*n, dtype=dtype) for n in ((4 * width,), (width,), (32, width)))
-            options = {"residual": residual, "dropout_p": 0.1, "seed": 0} if is_last else {}
-            label = f"{_NAMES[dtype]} {activation}{' residual dropout' * is_last}{' odd' * (width % 2)}"
-            weights = fc, fc_bias, proj, proj_bias, activation
-            yield from _with_tf32(Call("gelu_mlp", label, _with_backward(gelu_mlp.gelu_mlp, x, *weights, **options)))
+    sizes = (torch.float64, 64), *product((torch.bfloat16, torch.float32), (64, 65))
+    for (dtype, width), form in product(sizes, _MLP_FORMS):
+        label = f"{_NAMES[dtype]} {form}{' odd' * (width % 2)}"
+        run = partial(_run_gelu_mlp, 32, width, 4 * width, dtype, **_MLP_FORMS[form])
+        yield from _with_tf32(Call("gelu_mlp", label, run))
+    if architecture == "sm_90":  # whose products of many rows have a tile of their own
+        for form, options in _MLP_FORMS.items():
+            yield Call("gelu_mlp", f"bf16 {form} many rows", partial(_run_large_gelu_mlp, torch.bfloat16, **options))
+
+
+# Among the activations the exact GELU takes the most registers.
+_MLP_FORMS: dict[str, dict[str, Any]] = {
+    "gelu_new": {"activation": "gelu_new"},
+    "gelu residual dropout": {"activation": "gelu", "has_residual": True, "dropout_p": 0.1, "seed": 0},
+}
+
+
+def _run_gelu_mlp(
+    n_rows: int, width: int, n_hidden: int, dtype: torch.dtype, *, has_residual: bool = False, **options: Any
+) -> None:
+    shapes = (n_rows, width), (width, n_hidden), (n_hidden,), (n_hidden, width), (width,)
+    inputs = [_random(*shape, dtype=dtype) for shape in shapes]
+    residual = _random(n_rows, width, dtype=dtype) if has_residual else None
+    _with_backward(gelu_mlp.gelu_mlp, *inputs, residual=residual, **options)()
+
+
+def _run_large_gelu_mlp(dtype: torch.dtype, **options: Any) -> None:
+    """As few rows as make products large in the narrowest layers that can."""
+    n_multiprocessors = chip.chip(torch.get_default_device()).n_multiprocessors
+    _run_gelu_mlp(128 * (2 * n_multiprocessors + 1), 256, 256, dtype, **options)
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------

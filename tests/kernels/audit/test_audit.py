@@ -140,6 +140,15 @@ def test_every_visible_kernel_is_audited() -> None:
     assert {launch.kernel for launches in shipped_launches().values() for launch in launches} == written
 
 
+def test_both_tiles_of_the_products_of_the_mlp_on_hopper_are_audited() -> None:
+    launches = [one for one in shipped_launches()["sm_90"] if re.match(r"bf16 gelu\w* (?!.*odd)", one.label)]
+    for kernel in ("_gelu_mlp_fwd_hidden_kernel", "_gelu_mlp_fwd_out_kernel", "_gelu_mlp_bwd_pre_kernel"):
+        labels = [launch.label for launch in launches if launch.kernel == kernel]
+        assert {"BLOCK_COLS=128", "BLOCK_COLS=256"} == {
+            word for text in labels for word in text.split() if "_COLS" in word
+        }
+
+
 def test_torchs_setting_for_float32_reaches_every_product() -> None:
     for architecture, launches in shipped_launches().items():
         products = [launch for launch in launches if launch.kernel in audit._MATRIX_KERNELS]

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import fastgpt_kernels
 import pytest
 import torch
 import triton.language as tl
 from accuracy import gradients, max_error
-from fastgpt_kernels.common import arithmetic, dropout
+from fastgpt_kernels.common import arithmetic, chip, dropout
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.gelu_mlp.op import gelu_mlp, supports
 from interpreter import DEVICE, INTERPRETING
@@ -89,6 +90,58 @@ def test_seeds() -> None:
     torch.manual_seed(0)
     drawn = [gelu_mlp(*inputs, dropout_p=0.5) for _ in range(2)]  # pyright: ignore
     assert not torch.equal(*drawn)
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "large"),
+    [
+        (16 * 1024, 3072, True),  # a training step of GPT-2 small
+        (16 * 1024, 768, True),
+        (1024, 3072, False),  # a prompt of it: 96 and 24 wide tiles for 132 multiprocessors
+        (1024, 768, False),
+        (128 * 264, 256, False),
+        (128 * 264 + 1, 256, True),
+        (128 * 264, 257, True),
+        (2**20, 255, False),  # Half of a wide tile would be empty.
+        (0, 768, False),
+    ],
+)
+def test_a_large_product_has_two_wide_tiles_for_each_multiprocessor(n_rows: int, n_cols: int, large: bool) -> None:
+    assert gelu_mlp_tiles.is_large_product(n_rows, n_cols, 132) is large
+
+
+@pytest.mark.parametrize(
+    ("element_size", "architecture", "describable", "block_cols"),
+    [(2, "sm_90", True, 256), (2, "sm_90", False, 128), (4, "sm_90", True, 64), (2, "sm_80", True, 128)],
+)
+def test_large_products_have_wide_tiles_on_hopper_in_half_precision(
+    element_size: int, architecture: str, describable: bool, block_cols: int
+) -> None:
+    small, large = (gelu_mlp_tiles.product_tile(element_size, architecture, describable, n) for n in (False, True))
+    assert large.block_cols == block_cols
+    assert (small == large) == (block_cols != 256)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU here may be no Hopper")
+@pytest.mark.parametrize(("stream", "of_out"), [(torch.bfloat16, 256), (torch.float32, 256), (torch.float64, 128)])
+def test_wide_tiles(stream: torch.dtype, of_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three row tiles and two column tiles, none of them full, in programs that take several."""
+    chosen = []
+
+    def note(*arguments: Any) -> gelu_mlp_tiles.ProductTile:
+        chosen.append(product_tile(*arguments))
+        return chosen[-1]
+
+    product_tile = gelu_mlp_tiles.product_tile
+    monkeypatch.setattr(gelu_mlp_tiles, "product_tile", note)
+    *inputs, residual = make_inputs(383, 272, n_hidden=264, dtype=torch.bfloat16, has_residual=True)
+    with chip.assume(chip.Chip("sm_90", 1)):
+        assert_mlp_parity(fastgpt_kernels, (*inputs, residual.to(stream)), dropout_p=0.25)
+    forward, backward = [256, of_out], [256]
+    assert [tile.block_cols for tile in chosen] == forward + forward + backward
 
 
 # --- dtypes and refusals --------------------------------------------------------------------------------------------

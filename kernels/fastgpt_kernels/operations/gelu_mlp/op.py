@@ -109,10 +109,15 @@ def _is_describable(matrix: Tensor) -> bool:
     return column_stride == 1 and starts_aligned and row_stride >= matrix.shape[1]
 
 
-def _product_tile(*matrices: Tensor | None) -> tiles.ProductTile:
-    present = [matrix for matrix in matrices if matrix is not None]
-    describable = all(map(_is_describable, present))
-    return tiles.product_tile(present[0].element_size(), chip.architecture(present[0].device), describable)
+def _product_tile(x: Tensor, *others: Tensor | None) -> tiles.ProductTile:
+    """The tile of a product of x. others: its other matrices, the result last."""
+    present = [x, *(matrix for matrix in others if matrix is not None)]
+    n_rows, n_cols = present[-1].shape
+    architecture, n_multiprocessors = chip.chip(x.device)
+    # Beside the operands of a wide tile, shared memory has no room for a float64 stream.
+    fits = present[-1].element_size() < 8
+    large = fits and tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
+    return tiles.product_tile(x.element_size(), architecture, all(map(_is_describable, present)), large)
 
 
 def _product(
@@ -245,7 +250,7 @@ def gelu_mlp_bwd(
     pre = pre.contiguous()  # A saved-tensor hook may have returned it in another layout.
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
     weight, transposed = _weight_rows(proj_weight.t())
-    tile = _product_tile(dproduct, weight, pre, dpre, hidden)
+    tile = _product_tile(dproduct, weight, pre, hidden, dpre)
     n_row_tiles = cdiv(dproduct.shape[0], tile.block_rows)
     partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=accumulator(pre.dtype))
     _launch_backward_pre(

@@ -25,6 +25,11 @@ class ProductTile(NamedTuple):
 # Two programs with up to 128 registers per thread and 112 KiB each fill a multiprocessor: one multiplies while the
 # other runs its epilogue. Compiled, not timed.
 _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
+# A program with twice as many columns asks L2 for three quarters of the operands, and L2 limits these kernels. It has a
+# multiprocessor to itself, so that nothing hides its epilogue. Predicted by counts, not timed.
+_WIDE_PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 256, 64, 8, 3, n_resident=1)
+# With fewer wide tiles for each multiprocessor, those that come last or stay idle cost more than L2 gains.
+_WIDE_TILES_PER_MULTIPROCESSOR = 2
 # By bytes per element; compiled without spills for every audited GPU, not timed. In half precision 32 inner elements
 # keep three stages within the 64 KiB of gfx942. float64, and float32 that is not rounded to tf32, use no tensor cores
 # here; with more stages in float32, triton 3.6 or 3.9 spills a few bytes on sm_86 and sm_120.
@@ -51,15 +56,23 @@ GELU_MLP_BWD_PRODUCT = RowsTile(16, 128, 8)
 _ROW_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def product_tile(element_size: int, architecture: str, describable: bool) -> ProductTile:
+def is_large_product(n_rows: int, n_cols: int, n_multiprocessors: int) -> bool:
+    """Whether a product (n_rows, n_cols) has enough wide tiles to keep all multiprocessors of Hopper at work."""
+    wide = _WIDE_PRODUCT_DESCRIPTORS_HOPPER
+    n_tiles = -(-n_rows // wide.block_rows) * -(-n_cols // wide.block_cols)
+    return n_cols >= wide.block_cols and n_tiles > _WIDE_TILES_PER_MULTIPROCESSOR * n_multiprocessors
+
+
+def product_tile(element_size: int, architecture: str, describable: bool, large: bool) -> ProductTile:
     """The tile of a fused product.
 
-    element_size: bytes of the operands' dtype. describable: tensor descriptors can hold all of its matrices.
+    element_size: bytes of the operands' dtype. describable: tensor descriptors can hold all of its matrices. large: by
+    `is_large_product`.
     """
     if architecture == "cpu":
         return _PRODUCT_OF_CPU
     if architecture == "sm_90" and element_size == 2 and describable:
-        return _PRODUCT_DESCRIPTORS_HOPPER
+        return _WIDE_PRODUCT_DESCRIPTORS_HOPPER if large else _PRODUCT_DESCRIPTORS_HOPPER
     if architecture == "sm_100" and (element_size, describable) in _PRODUCT_SM100:
         return _PRODUCT_SM100[element_size, describable]
     return (_PRODUCT if describable else _PRODUCT_OF_ODD_ROWS)[element_size]
