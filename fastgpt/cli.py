@@ -321,7 +321,7 @@ def train(
 
 @app.command()
 def params(
-    name: Annotated[str, typer.Argument(help="A preset (gpt2, gpt2-xl, gpt3-175b, ...) or a directory.")],
+    name: Annotated[str, typer.Argument(help="A preset (gpt2, gpt2-xl, gpt3-175b, ...), demo, or a directory.")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time, for memory and decoding.")] = 1,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context; n_positions by default.")] = None,
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in bytes/s, for the ceilings.")] = 4.3e12,

@@ -82,8 +82,11 @@ ALIASES = {
 
 # --- sources --------------------------------------------------------------------------------------------------------
 
-# A preset's name, a directory with a config.json, a shape, a transformers configuration, or a model.
+# A preset's name, demo, a directory with a config.json, a shape, a transformers configuration, or a model.
 Source: TypeAlias = "str | os.PathLike[str] | Shape | PreTrainedConfig | nn.Module"
+
+
+_DEMO = str(Path(__file__).parents[1] / "demo")
 
 
 def shape_of(source: Source) -> Shape:
@@ -115,6 +118,8 @@ def describe(source: Source) -> "tuple[str, Shape | PreTrainedConfig | nn.Module
             return name, _shape_or_config(_read_config(name))
         preset = name.lower().removeprefix("openai-community/").removeprefix("distilbert/")
         preset = ALIASES.get(preset, preset)
+        if preset == "demo":
+            return preset, _shape_or_config(_read_config(_DEMO))
         if preset not in PRESETS:
             raise ValueError(_unknown_name(name))
         return preset, PRESETS[preset]
@@ -127,9 +132,10 @@ def describe(source: Source) -> "tuple[str, Shape | PreTrainedConfig | nn.Module
 def _unknown_name(name: str) -> str:
     if Path(name).is_dir():
         return f"directory {name!r} holds no config.json"
-    close = difflib.get_close_matches(name.lower(), [*PRESETS, *ALIASES], n=1)
+    close = difflib.get_close_matches(name.lower(), ["demo", *PRESETS, *ALIASES], n=1)
     suggestion = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown model {name!r}{suggestion}: give one of {', '.join(PRESETS)}, or a directory with a config.json"
+    names = ", ".join(["demo", *PRESETS])
+    return f"unknown model {name!r}{suggestion}: give one of {names}, or a directory with a config.json"
 
 
 def _read_config(directory: str) -> PreTrainedConfig:

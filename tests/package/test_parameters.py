@@ -183,10 +183,16 @@ def test_a_directory_is_read(tmp_path, monkeypatch):
     assert count_parameters("gpt2").total == count_parameters(tiny_config(tie_word_embeddings=False)).total
 
 
+def test_the_bundled_model_is_counted_by_its_name():
+    model, _ = fastgpt.load_demo()
+    assert fastgpt.count_parameters("demo").total == model.num_parameters()
+
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"'gpt2-xxl' \(did you mean gpt2-xl\?\).* gpt3-175b, or a directory with"):
         count_parameters("gpt2-xxl")
-    with pytest.raises(ValueError, match="unknown model 'someone/something': give one of gpt2, "):
+    with pytest.raises(ValueError, match="unknown model 'someone/something': give one of demo, gpt2, "):
         report("someone/something")
     with pytest.raises(TypeError, match="not int"):
         count_parameters(7)  # type: ignore[arg-type]
