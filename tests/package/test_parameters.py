@@ -188,7 +188,6 @@ def test_the_bundled_model_is_counted_by_its_name():
     assert fastgpt.count_parameters("demo").total == model.num_parameters()
 
 
-
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"'gpt2-xxl' \(did you mean gpt2-xl\?\).* gpt3-175b, or a directory with"):
         count_parameters("gpt2-xxl")
