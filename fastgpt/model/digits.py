@@ -32,21 +32,19 @@ class Stored:
     def __init__(self, matrix: Int8Matrix, n_rows: int):
         self.matrix = matrix
 
-    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
-        """The product of rows and a matrix. whole: (r, 8 K) uint8, of which the first n of every 8 are the digits of an
-        input, each plus _ZERO. places: (r, n) float32, by which the digits of a row count. Returns (r, N)."""
-        digits = _by_place(_signed(whole), places)
-        return _joined(torch._int_mm(digits, self.matrix.values.t()) * self.matrix.scale, places)
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
+        """The product of rows and a matrix. digits: (r, K, n) int8. places: (r, n) float32, by which the digits of a
+        row count. Returns (r, N)."""
+        sums = torch._int_mm(_by_place(digits), self.matrix.values.t())
+        return _joined(sums.float().mul_(self.matrix.scale), places)
 
 
 class Transposed(Stored):
     """The same product of the transposes, for a single row: its digits are read where they lie, too."""
 
-    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
-        (_, n_inputs), n_digits = self.matrix.values.shape, places.shape[1]
-        columns = _signed(whole).as_strided((n_inputs, n_digits), (8, 1))
-        sums = torch._int_mm(self.matrix.values, columns)  # (N, n)
-        if n_digits == 1:
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
+        sums = torch._int_mm(self.matrix.values, digits[0])  # (N, n)
+        if places.shape[1] == 1:
             return sums.t() * (self.matrix.scale * places)
         return torch.mm(places, sums.float().t()).mul_(self.matrix.scale)
 
@@ -60,11 +58,11 @@ class Packed:
         self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [n_rows, values.shape[1]])
         self.zero_points = torch.zeros(len(values), dtype=torch.int32, device=values.device)
 
-    def __call__(self, whole: Tensor, places: Tensor) -> Tensor:
+    def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
         """As of `Stored`."""
-        digits = _by_place(whole, places)
+        unsigned = _by_place(digits).view(torch.uint8).bitwise_xor(_ZERO)  # each plus _ZERO
         product = torch.ops.onednn.qlinear_pointwise.default(
-            digits, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            unsigned, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )  # fmt: skip
         return _joined(product, places)
 
@@ -72,16 +70,9 @@ class Packed:
 Product = Stored | Packed
 
 
-def _signed(whole: Tensor) -> Tensor:
-    return whole.bitwise_xor(_ZERO).view(torch.int8)
-
-
-def _by_place(whole: Tensor, places: Tensor) -> Tensor:
-    """(r * n, K): the digits of a row's inputs that count the same, one row for each place."""
-    n_rows, n_digits = places.shape
-    n_inputs = whole.shape[1] // 8
-    digits = whole.as_strided((n_rows, n_digits, n_inputs), (8 * n_inputs, 1, 8))
-    return digits.contiguous().view(-1, n_inputs)
+def _by_place(digits: Tensor) -> Tensor:
+    """(r * n, K), dense: the digits of a row's inputs that count the same, one row for each place."""
+    return digits.transpose(1, 2).reshape(-1, digits.shape[1])
 
 
 def _joined(product: Tensor, places: Tensor) -> Tensor:
@@ -113,24 +104,36 @@ class Digits:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K), contiguous, at most float32. bias: (N,). Returns (r, N)."""
-        largest = _largest(x)
-        # `start` makes this float64. A row of zeros divides 0 by 0: the bytes of its NaN are multiplied by 0 below.
-        whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
-        places = largest * self.places
-        joined = [multiply(whole, places) for multiply in self.products]
+        digits, places = _one_digit(x) if self.n_digits == 1 else self._several_digits(x)
+        joined = [multiply(digits, places) for multiply in self.products]
         product = joined[0] if len(joined) == 1 else torch.cat(joined, 1)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
+    def _several_digits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The digits (r, K, n) int8, eight bytes from one input to the next, and their places (r, n) float32."""
+        largest = _largest(x)
+        # `start` makes this float64. A row of zeros divides 0 by 0: the bytes of its NaN are multiplied by 0 later.
+        whole = torch.addcdiv(self.start, x.float(), largest, value=self.steps_of_largest).view(torch.uint8)  # (r, 8 K)
+        signed = whole.bitwise_xor(_ZERO).view(torch.int8).unflatten(1, (-1, 8))
+        return signed[..., : self.n_digits], largest * self.places
+
+
+def _one_digit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `Digits._several_digits`, of rows that are rounded to whole multiples of a 127th of their largest input."""
+    step = _largest(x) / 127
+    # As there, a row of zeros has NaN here, and a step of 0.
+    return (x / step).round_().to(torch.int8)[..., None], step
+
 
 def _largest(x: Tensor) -> Tensor:
-    """(r, 1) float32: of each row."""
-    return torch.linalg.vector_norm(x.float(), torch.inf, 1, keepdim=True)
+    """(r, 1) float32: of each row. In two passes, because torch takes ten times as long for this norm in one."""
+    return x.abs().amax(1, keepdim=True).float()
 
 
 def rounded(x: Tensor) -> Tensor:
-    """The rows whose products one digit gives: rounded to int8, with a scale for each. Returns float64."""
-    largest = _largest(x).clamp(min=torch.finfo(torch.float32).tiny)
-    return (127 * x.double() / largest).round() * (largest / 127)
+    """The rows whose products one digit gives, each input rounded to int8. Returns float64."""
+    digits, step = _one_digit(x)
+    return digits.squeeze(-1).double() * step.double()
 
 
 @functools.cache
