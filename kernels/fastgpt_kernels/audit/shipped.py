@@ -156,8 +156,8 @@ def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, kind: str
     def rounded(matrix: Tensor) -> Matrix:
         if kind == "int4":  # Searching steps for weights that no kernel reads here would take minutes.
             n_in, n_out = matrix.shape
-            values, steps = ((n_out, n_in // 2), torch.uint8), ((n_out, n_in // 64), torch.int8)
-            return Int4Matrix(*(torch.zeros(shape, dtype=dtype) for shape, dtype in (values, steps)), torch.ones(n_out))
+            values = torch.zeros(n_out, n_in // 2, dtype=torch.uint8)
+            return Int4Matrix(values, torch.zeros(n_out, n_in // 64, dtype=torch.int8), torch.ones(n_out))
         return Int8Matrix.nearest(matrix) if kind == "int8" else matrix
 
     def product_of(n_in: int, n_out: int) -> tuple[Matrix, Tensor]:
