@@ -51,19 +51,19 @@ def test_greedy_tokens_equal_transformers(n_rows: int, route) -> None:
     assert route() == {"generate: the engine, on kernels"}
 
 
-@pytest.mark.parametrize(("n_rows", "head"), [(1, False), (6, True)])
-def test_int8_weights_give_the_tokens_of_their_floats(n_rows: int, head: bool, route) -> None:
+@pytest.mark.parametrize(("bits", "n_rows", "head"), [(8, 1, False), (8, 6, True), (4, 1, True), (4, 6, False)])
+def test_rounded_weights_give_the_tokens_of_their_floats(bits: int, n_rows: int, head: bool, route) -> None:
     """Also where the same model was called before, and its workspace kept, with other weights."""
     theirs, ours = small_pair()
     inputs = on_device(left_padded(ragged(n_rows + 2, 131)[2:]))
     ours.generate(**inputs, **GREEDY, max_new_tokens=6)
-    expected = fastgpt.quantize(theirs, head=head).generate(**inputs, **GREEDY, max_new_tokens=6)
-    assert (
-        fastgpt.quantize(ours, head=head).generate(**inputs, **GREEDY, max_new_tokens=6).tolist() == expected.tolist()
-    )
+    options: dict[str, Any] = {"bits": bits, "group_size": 32, "head": head}
+    expected = fastgpt.quantize(theirs, **options).generate(**inputs, **GREEDY, max_new_tokens=6)
+    fastgpt.quantize(ours, **options)
+    assert ours.generate(**inputs, **GREEDY, max_new_tokens=6).tolist() == expected.tolist()
     assert route() == {"generate: the engine, on kernels"}
     with workspace.tier("persistent"):
-        assert "because the persistent kernel reads no int8 weights" in fastgpt.explain(ours)
+        assert f"because the persistent kernel reads no int{bits} weights" in fastgpt.explain(ours)
 
 
 def test_rows_stop_at_end_of_text_and_are_padded() -> None:

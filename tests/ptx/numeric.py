@@ -100,6 +100,12 @@ def packed2(operation, is_bf16, *operands):
     return pack(bits(operation(*low)), bits(operation(*high)))
 
 
+def sum_of_halves(x, y):
+    """s16x2: the sums of the halves of 32-bit words, without a carry from the lower to the upper one."""
+    low, upper = u4(0xFFFF), u4(0xFFFF0000)
+    return ((x + y) & low) | ((x & upper) + (y & upper))
+
+
 def packed_f4(operation, *operands):
     """f32x2: an operation on both float32 in 64-bit words."""
     return operation(*(np.ascontiguousarray(x).view(f4) for x in operands)).view(u8)

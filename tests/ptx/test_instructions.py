@@ -72,6 +72,16 @@ def test_pairs_of_halves_are_compared(kind: str, comparison: str, expected) -> N
     np.testing.assert_array_equal(y, expected(rounded[:, :2], rounded[:, 2:]))
 
 
+def test_halves_of_words_are_added_without_a_carry() -> None:
+    x, y = results(
+        ".reg .b32 %q<4>; mov.b32 %q1, %f1; mov.b32 %q2, %f2; add.s16x2 %q3, %q1, %q2; mov.b32 %f5, %q3; "
+        "mov.b32 %f6, %q1;"
+    )
+    halves = x.view(np.uint16)
+    np.testing.assert_array_equal(y.view(np.uint16)[:, :2], halves[:, :2] + halves[:, 2:4])
+    assert (halves[:, 0].astype(int) + halves[:, 2] > 0xFFFF).any()
+
+
 def test_extremes_of_three() -> None:
     x, y = results("max.f32 %f5, %f1, %f2, %f3; min.f32 %f6, %f1, %f2, %f3;")
     np.testing.assert_array_equal(y, np.stack([x[:, :3].max(1), x[:, :3].min(1)], 1))

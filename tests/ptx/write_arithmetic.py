@@ -43,6 +43,11 @@ class Arithmetic(Writer):
         self.put(operands[0], f"packed_f4({operation}, {', '.join(values)})", "u8")
 
     def op_add(self, parts, operands):
+        if parts[-1] == "s16x2":
+            self.checked(parts, "s16x2")
+            x, y = (self.get(operand, "u4", array=True) for operand in operands[1:])
+            self.put(operands[0], f"sum_of_halves({x}, {y})", "u4")
+            return
         self.arithmetic("+", parts, operands)
 
     def op_sub(self, parts, operands):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common import chip
 from ..common.decode_weights import DecodeLayer, DecodeWeights, Matrix
+from ..common.int4 import Int4Matrix
 from ..common.int8 import Int8Matrix
 from ..common.precision import float32_products
 from ..operations.attention import op as attention
@@ -166,12 +167,21 @@ def _run_large_gelu_mlp(dtype: torch.dtype, **options: Any) -> None:
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, *, int8: bool = False) -> DecodeWeights:
+def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, kind: str = "") -> DecodeWeights:
+    """kind: of the matrices, int8, int4 in groups of 64, or empty for dtype."""
+
     def new(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
+    def rounded(matrix: Tensor) -> Matrix:
+        if kind == "int4":  # Searching steps for weights that no kernel reads here would take minutes.
+            n_in, n_out = matrix.shape
+            values = torch.zeros(n_out, n_in // 2, dtype=torch.uint8)
+            return Int4Matrix(values, torch.zeros(n_out, n_in // 64, dtype=torch.int8), torch.ones(n_out))
+        return Int8Matrix.nearest(matrix) if kind == "int8" else matrix
+
     def product_of(n_in: int, n_out: int) -> tuple[Matrix, Tensor]:
-        return Int8Matrix.nearest(new(n_in, n_out)) if int8 else new(n_in, n_out), new(n_out)
+        return rounded(new(n_in, n_out)), new(n_out)
 
     norm = new(n_channels), new(n_channels)
     layer = DecodeLayer(
@@ -179,7 +189,7 @@ def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, *, int8: 
         *norm, *product_of(n_channels, 4 * n_channels), *product_of(4 * n_channels, n_channels),
     )  # fmt: skip
     wte = new(_VOCABULARY, n_channels)
-    head = Int8Matrix.nearest(wte.t()) if int8 else wte
+    head = rounded(wte.t()) if kind else wte
     return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer,), *norm, head, 1e-5, n_heads, "gelu_new")
 
 
@@ -194,16 +204,20 @@ def _decode(_: str) -> Iterator[Call]:
     # One row; the most that are fused in any size, and in narrow ones; the most for which norms and products are
     # kernels of their own; new tokens of one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (64, False), (4, True), (9, True)
-    # With int8 weights, the tiles of many rows grow with their number; the dtype of the rows changes little else.
-    int8_forms = {
-        (torch.bfloat16, "small"): ((1, False), (8, False), (16, False), (64, False)),
-        (torch.bfloat16, "xl"): forms[:2],
-        (torch.float32, "small"): ((1, False), (8, False)),
+    # With rounded weights, the tiles of many rows grow with their number; the dtype of the rows changes little else.
+    # Of int4, 4 rows are fused at most.
+    rounded_forms = {
+        (torch.bfloat16, "small", "int8"): ((1, False), (8, False), (16, False), (64, False)),
+        (torch.bfloat16, "small", "int4"): ((1, False), (4, False), (16, False), (64, False)),
+        (torch.bfloat16, "xl", "int8"): forms[:2],
+        (torch.bfloat16, "xl", "int4"): forms[:2],
+        (torch.float32, "small", "int8"): ((1, False), (8, False)),
+        (torch.float32, "small", "int4"): forms[:3],
     }
-    for dtype, size, int8 in product((torch.bfloat16, torch.float32), ("small", "xl"), (False, True)):
-        weights = cache(partial(_decode_weights, *_SIZES[size], dtype, int8=int8))  # made by the first call that runs
+    for dtype, size, rounding in product((torch.bfloat16, torch.float32), ("small", "xl"), ("", "int8", "int4")):
+        weights = cache(partial(_decode_weights, *_SIZES[size], dtype, rounding))  # made by the first call that runs
         float_forms = forms if dtype == torch.bfloat16 else forms[:2]
-        for n_rows, one_sequence in int8_forms.get((dtype, size), ()) if int8 else float_forms:
+        for n_rows, one_sequence in rounded_forms.get((dtype, size, rounding), ()) if rounding else float_forms:
 
             def run(
                 n_rows: int = n_rows, one_sequence: bool = one_sequence, made: Callable[[], DecodeWeights] = weights
@@ -217,7 +231,7 @@ def _decode(_: str) -> Iterator[Call]:
                         places += torch.arange(n_rows)
                 step.decode(weights, *state)  # type: ignore[arg-type]
 
-            kind = f"{_NAMES[dtype]}{' int8' * int8} {size}"
+            kind = " ".join(filter(None, (_NAMES[dtype], rounding, size)))
             yield Call("decode", f"{kind} B={n_rows}{' one sequence' * one_sequence}", run)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
 from fastgpt_kernels.common.activations import ACTIVATIONS
+from fastgpt_kernels.common.decode_weights import Matrix
+from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step import kernels as decode_step_kernels
 from fastgpt_kernels.operations.decode_step import tiles as decode_step_tiles
@@ -21,7 +23,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.generate import KVCache, view_weights
 from fastgpt.model.compat import CACHE
-from fastgpt.model.rounded import Int8Linear
+from fastgpt.model.rounded import RoundedLinear
 
 only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 HALVES = [torch.bfloat16, torch.float16]
@@ -56,8 +58,9 @@ def make_case(
     n_tokens: int = 40,
     n_steps: int = 2,
     trained: bool = False,
-    int8: bool = False,
-    int8_head: bool = False,
+    bits: int | None = None,
+    rounded_head: bool = False,
+    group_size: int = 64,
     **changes: Any,
 ) -> Case:
     theirs, ours = pair(tiny_config(**{"n_embd": 128, "n_head": 2, "n_positions": 96} | changes))
@@ -67,11 +70,11 @@ def make_case(
     ours.load_state_dict(theirs.state_dict())
     ours.to(DEVICE, dtype)
     rounded: dict[str, Tensor] = {}
-    if int8:
-        fastgpt.quantize(ours, head=int8_head)
-        products = {name: part for name, part in ours.named_modules() if isinstance(part, Int8Linear)}
+    if bits is not None:
+        fastgpt.quantize(ours, bits=bits, group_size=group_size, head=rounded_head)
+        products = {name: part for name, part in ours.named_modules() if isinstance(part, RoundedLinear)}
         rounded = {f"{name}.weight": product.matrix.to_float(torch.float64) for name, product in products.items()}
-        if int8_head:
+        if rounded_head:
             theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())  # no longer the table
             rounded["lm_head.weight"] = rounded["lm_head.weight"].t()
         theirs.load_state_dict(rounded, strict=False)
@@ -175,7 +178,10 @@ def test_configurations(changes: dict[str, Any], n_rows: int) -> None:
 def test_bug_a_slice_too_narrow_for_tensor_cores(dtype: torch.dtype, int8: bool, changes: dict[str, Any]) -> None:
     """Eight slices of fewer than 128 columns have fewer than the 16 that a product on tensor cores takes."""
     n_ulps = 2 if int8 else 1
-    assert_case(make_case(dtype, [1, 0], n_tokens=6, n_steps=1, int8=int8, int8_head=int8, **changes), n_ulps=n_ulps)
+    assert_case(
+        make_case(dtype, [1, 0], n_tokens=6, n_steps=1, bits=8 if int8 else None, rounded_head=int8, **changes),
+        n_ulps=n_ulps,
+    )
 
 
 # --- int8 weights ---------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def test_int8_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int) -> Non
     # On trained-like weights, float32's errors differ by factors from draw to draw, whatever computes them.
     trained = n_rows == 5 and dtype == torch.bfloat16
     starts = [0, 3, 0, 1, 4, 0, 2, 0, 5][:n_rows]
-    assert_case(make_case(dtype, starts, int8=True, int8_head=n_rows != 5, trained=trained), n_ulps=2)
+    assert_case(make_case(dtype, starts, bits=8, rounded_head=n_rows != 5, trained=trained), n_ulps=2)
 
 
 @pytest.mark.parametrize("n_rows", [1, 9])
@@ -200,7 +206,56 @@ def test_int8_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int) -> Non
 )
 def test_int8_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> None:
     starts = [2, 0, 0, 1, 4, 0, 3, 0, 1][:n_rows]
-    assert_case(make_case(torch.float32, starts, int8=True, int8_head=True, **changes), n_ulps=2)
+    assert_case(make_case(torch.float32, starts, bits=8, rounded_head=True, **changes), n_ulps=2)
+
+
+# --- int4 weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 5, 9])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int, group_size: int) -> None:
+    """As of int8 weights, beside float64 on the rounded weights."""
+    starts = [0, 3, 0, 1, 4, 0, 2, 0, 5][:n_rows]
+    case = make_case(dtype, starts, bits=4, group_size=group_size, rounded_head=n_rows != 5, n_layer=1)
+    assert_case(case, n_ulps=2)
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 9])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_embd": 160, "n_head": 2, "group_size": 32},
+        {"n_embd": 192, "n_inner": 320},
+        {"n_embd": 128, "n_inner": 64, "n_head": 1, "activation_function": "relu"},
+    ],
+    ids=str,
+)
+def test_int4_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> None:
+    """Widths that are no power of two, and parts of a product that end within a block."""
+    starts = [2, 0, 0, 1, 4, 0, 3, 0, 1][:n_rows]
+    assert_case(make_case(torch.float32, starts, bits=4, rounded_head=True, n_layer=1, **changes), n_ulps=2)
+
+
+@pytest.mark.parametrize("architecture", ["cpu", "sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("n_cols", [16, 128, 800])
+def test_bug_a_slice_of_int4_too_narrow_for_tensor_cores(n_cols: int, architecture: str) -> None:
+    """Of 16 columns, compiled products were wrong for one row of 128 channels; the interpreter's were right."""
+    for kernel, n_rows in product(("norm_product", "project", "head"), (1, 4)):
+        tile = decode_step_tiles.decode_tile(kernel, n_rows, n_cols, 1, architecture, 128)
+        assert tile.block_cols >= max(128, n_cols)
+        assert not tile.slices or tile.block_cols // tile.slices >= 32
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("n_cols", [128, 768, 1280, 1600, 6400])
+def test_groups_are_not_divided_among_the_parts_of_a_product(n_cols: int, group_size: int) -> None:
+    for n_out in (128, 768, 1600):
+        n_parts, cols = decode_step_tiles.decode_parts(n_cols, n_out, group_size)
+        assert cols % group_size == 0
+        assert (n_parts - 1) * cols < n_cols <= n_parts * cols
+        assert decode_step_tiles.decode_product_parts(1, n_cols, n_out)[1] % group_size == 0
 
 
 # --- the kernels of more rows ---------------------------------------------------------------------------------------
@@ -211,14 +266,27 @@ def a_step(n_rows: int, dtype: torch.dtype) -> DecodeStep:
     return DecodeStep(view_weights(model.to(DEVICE, dtype)), n_rows, 8)
 
 
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, True), *product(HALVES, (True, False))], ids=str)
+KINDS = "", "int8", "int4"
+
+
+def stored_as(kind: str, numbers: Tensor, dtype: torch.dtype) -> Matrix:
+    if kind == "int4":
+        return Int4Matrix.nearest(numbers, 32)
+    return Int8Matrix.nearest(numbers) if kind == "int8" else numbers.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "int8"), (torch.float32, "int4"), *product(HALVES, KINDS)], ids=str
+)
 @pytest.mark.parametrize(("n_rows", "n_in", "n_out"), [(1, 64, 48), (17, 50, 67), (70, 131, 65), (16, 513, 32)])
-def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype, int8: bool) -> None:
+def test_the_product_of_many_rows(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype, kind: str) -> None:
+    if kind == "int4":
+        n_in = n_in // 32 * 32
     torch.manual_seed(0)
     x, bias = torch.randn(n_rows, n_in).to(dtype), torch.randn(n_out).to(dtype)
     numbers = torch.randn(n_in, n_out) * torch.logspace(-2, 1, n_out)
-    matrix = Int8Matrix.nearest(numbers) if int8 else numbers.to(dtype)
-    floats = matrix.to_float(torch.float64) if isinstance(matrix, Int8Matrix) else matrix.double()
+    matrix = stored_as(kind, numbers, dtype)
+    floats = matrix.double() if isinstance(matrix, Tensor) else matrix.to_float(torch.float64)
     step, draws = a_step(n_rows, dtype), [drawn_again(x, seed) for seed in range(8)]
     for activation in ("none", "gelu_new"):
         act = ACTIVATIONS.get(activation, lambda y: y)

@@ -30,13 +30,54 @@ def _await_previous_launch(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _weight_offsets(cols, outs, n_cols, n_out, scale_ptr):
-    """Of a tile (cols, outs) of a matrix (n_cols, n_out), which lies transposed if it is int8 and so has a scale."""
-    if scale_ptr is None:
-        offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+def _load_weight(
+    weight_ptr, steps_ptr, scale_ptr, first, end, outs, in_out, n_cols, n_out,
+    BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """A tile (BLOCK_COLS, outs) of a matrix (n_cols, n_out), of which the columns from `first` up to `end` count.
+
+    The matrix lies transposed if it is int8 and so has a scale, or int4 and so has steps for every GROUP of values.
+    """
+    cols = first + tl.arange(0, BLOCK_COLS)
+    if steps_ptr is not None:
+        weight = tl.trans(
+            _load_int4(weight_ptr, steps_ptr, first, end, outs, in_out, n_cols, BLOCK_COLS, GROUP, EVICTION)
+        )
     else:
-        offsets = cols[:, None] + outs.to(tl.int64)[None, :] * n_cols
-    return offsets
+        if scale_ptr is None:
+            offsets = cols.to(tl.int64)[:, None] * n_out + outs[None, :]
+        else:
+            offsets = cols[:, None] + outs.to(tl.int64)[None, :] * n_cols
+        in_weight = (cols < end)[:, None] & in_out[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=in_weight, other=0.0, eviction_policy=EVICTION)
+    return weight
+
+
+@triton.jit
+def _load_int4(
+    values_ptr, steps_ptr, first, end, outs, in_out, n_cols,
+    BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """A tile (outs, BLOCK_COLS) of an `Int4Matrix`, transposed, as int8. first, end: multiples of GROUP.
+
+    Each byte is loaded once. Its values meet the step of their group before they are told apart, as whole rows of
+    bytes; interleaving the two halves then moves nothing between threads.
+    """
+    n_outs: tl.constexpr = outs.shape[0]
+    n_groups: tl.constexpr = BLOCK_COLS // GROUP
+    row = outs.to(tl.int64)[:, None]
+    pairs = first // 2 + tl.arange(0, BLOCK_COLS // 2)
+    groups = first // GROUP + tl.arange(0, n_groups)
+    in_values = in_out[:, None] & (2 * pairs < end)[None, :]
+    in_steps = in_out[:, None] & (groups * GROUP < end)[None, :]
+    value_offsets = row * (n_cols // 2) + pairs[None, :]
+    values = tl.load(values_ptr + value_offsets, mask=in_values, other=0, eviction_policy=EVICTION)
+    steps = tl.load(steps_ptr + row * (n_cols // GROUP) + groups[None, :], mask=in_steps, other=0)
+
+    in_groups = tl.reshape(values, (n_outs, n_groups, GROUP // 2))
+    low = ((in_groups & 15).to(tl.int8) - 8) * steps[:, :, None]
+    high = ((in_groups >> 4).to(tl.int8) - 8) * steps[:, :, None]
+    return tl.reshape(tl.join(low, high), (n_outs, BLOCK_COLS))
 
 
 @triton.jit
@@ -122,14 +163,15 @@ def _decode_embed_kernel(
 
 @triton.jit
 def _decode_norm_product_kernel(
-    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr,
-    new_stream_ptr, y_ptr, n_rows, n_cols, n_out, eps,
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, steps_ptr, scale_ptr,
+    bias_ptr, new_stream_ptr, y_ptr, n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
-    SLICES: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
 
-    weight: (n_cols, n_out), or int8 (n_out, n_cols) with a scale for each column of y. The first program also stores
+    weight: (n_cols, n_out), or int8 (n_out, n_cols) with a scale for each column of y, or int4, see `_load_weight`. The
+    first program also stores
     the stream with the partial sums added.
     """
     program = tl.program_id(0)
@@ -138,9 +180,9 @@ def _decode_norm_product_kernel(
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     in_out = outs < n_out
 
-    in_weight = (cols < n_cols)[:, None] & in_out[None, :]
-    weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
-    weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    weight = _load_weight(
+        weight_ptr, steps_ptr, scale_ptr, 0, n_cols, outs, in_out, n_cols, n_out, BLOCK_COLS, GROUP, "evict_first"
+    )
     bias = tl.load(bias_ptr + outs, mask=in_out, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
@@ -161,14 +203,15 @@ def _decode_norm_product_kernel(
 
 @triton.jit
 def _decode_head_kernel(
-    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, scale_ptr, logits_ptr,
+    stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, steps_ptr, scale_ptr,
+    logits_ptr,
     n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows.
 
-    head: (n_out, n_cols), or int8 with a scale for each column of the logits.
+    head: (n_out, n_cols), or int8 with a scale for each column of the logits, or int4 with steps, too.
     """
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
@@ -187,7 +230,10 @@ def _decode_head_kernel(
         in_out = outs < n_out
         head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
         in_head = in_out[:, None] & (cols < n_cols)[None, :]
-        head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
+        if steps_ptr is not None:
+            head = _load_int4(head_ptr, steps_ptr, 0, n_cols, outs, in_out, n_cols, BLOCK_COLS, GROUP, "evict_first")
+        else:
+            head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
         logits = _scaled(_rows_times(normalised, head, SLICES, IS_TRANSPOSED=True), scale_ptr, outs, in_out)
         in_logits = (rows < n_rows)[:, None] & in_out[None, :]
         tl.store(logits_ptr + rows[:, None] * n_out + outs[None, :], logits, mask=in_logits)
@@ -286,15 +332,16 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _decode_project_kernel(
-    x_ptr, peak_ptr, total_ptr, weight_ptr, scale_ptr, partial_ptr,
+    x_ptr, peak_ptr, total_ptr, weight_ptr, steps_ptr, scale_ptr, partial_ptr,
     n_rows, n_cols, n_out, n_heads, head_dim, cols_per_part,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_SPLITS: tl.constexpr,
-    SLICES: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICES: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
 
     x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. weight: (n_cols, n_out), or int8
-    (n_out, n_cols) with a scale for each column. The sums of part p go to partial[p] (n_rows, n_out).
+    (n_out, n_cols) with a scale for each column, or int4, see `_load_weight`. The sums of part p go to partial[p]
+    (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)
     tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
@@ -304,9 +351,11 @@ def _decode_project_kernel(
     in_part, in_out = (within < cols_per_part) & (cols < n_cols), outs < n_out
     inside = (rows < n_rows)[:, None] & in_part[None, :]
 
-    weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
-    in_weight = in_part[:, None] & in_out[None, :]
-    weight = tl.load(weight_ptr + weight_offsets, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    first = part * cols_per_part
+    weight = _load_weight(
+        weight_ptr, steps_ptr, scale_ptr, first, tl.minimum(first + cols_per_part, n_cols), outs, in_out, n_cols, n_out,
+        BLOCK_COLS, GROUP, "evict_first",
+    )  # fmt: skip
     _await_previous_launch(OVERLAP)
 
     if N_SPLITS > 1:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...common.arithmetic import activation_and_derivative
 from ..layer_norm.kernels import _normalise
-from .kernels import _await_previous_launch, _load_residual, _scaled, _weight_offsets
+from .kernels import _await_previous_launch, _load_residual, _load_weight, _scaled
 
 
 @triton.jit
@@ -41,14 +41,14 @@ def _decode_norm_kernel(
 
 @triton.jit
 def _decode_product_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out, cols_per_part,
+    x_ptr, weight_ptr, steps_ptr, scale_ptr, bias_ptr, y_ptr, n_rows, n_cols, n_out, cols_per_part,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, over one part of the columns of x.
 
     x: (n_rows, n_cols). weight: (n_cols, n_out), or int8 (n_out, n_cols), every value of which x's dtype holds exactly,
-    with a scale for each column. The sums of part p go to y[p] (n_rows, n_out).
+    with a scale for each column, or int4, see `_load_weight`. The sums of part p go to y[p] (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)
     tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles % N_PARTS
@@ -62,8 +62,9 @@ def _decode_product_kernel(
     # from asking for the others.
     cols = first + tl.arange(0, BLOCK_COLS)
     in_cols = cols < end
-    weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
-    first_weight = tl.load(weight_ptr + weight_offsets, mask=in_cols[:, None] & in_out[None, :], other=0.0)
+    first_weight = _load_weight(
+        weight_ptr, steps_ptr, scale_ptr, first, end, outs, in_out, n_cols, n_out, BLOCK_COLS, GROUP, ""
+    )
     _await_previous_launch(OVERLAP)
     in_x = in_rows[:, None] & in_cols[None, :]
     first_x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=in_x, other=0.0)
@@ -73,8 +74,9 @@ def _decode_product_kernel(
         cols = start + tl.arange(0, BLOCK_COLS)
         in_cols = cols < end
         x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=in_rows[:, None] & in_cols[None, :], other=0.0)
-        weight_offsets = _weight_offsets(cols, outs, n_cols, n_out, scale_ptr)
-        weight = tl.load(weight_ptr + weight_offsets, mask=in_cols[:, None] & in_out[None, :], other=0.0)
+        weight = _load_weight(
+            weight_ptr, steps_ptr, scale_ptr, start, end, outs, in_out, n_cols, n_out, BLOCK_COLS, GROUP, ""
+        )
         sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
     sums = tl.dot(first_x, first_weight.to(first_x.dtype), sums, input_precision="ieee")
 

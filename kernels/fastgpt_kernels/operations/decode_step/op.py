@@ -5,6 +5,8 @@ what these do not take through torch's products around the same attention kernel
 Nothing waits for the device, so that a CUDA graph can capture the step.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -13,7 +15,6 @@ from torch import Tensor
 from ...common import activations, chip
 from ...common.decode_weights import DecodeLayer, DecodeWeights, Matrix
 from ...common.int4 import Int4Matrix
-from ...common.int8 import Int8Matrix
 from ...common.launch import cdiv, launch
 from ..layer_norm import op as layer_norm
 from . import tiles
@@ -33,16 +34,15 @@ MAX_HEAD_DIM = 128
 class DecodeStep:
     """The step for one batch size, with its scratch memory. It keeps no weights, only their sizes.
 
-    weights: a model's own tensors, dense, on one device, of one dtype but for int8 matrices. n_rows: B. n_slots: T of
-    the caches. one_sequence: the rows are consecutive newest tokens of one sequence, which share the cache of one row.
+    weights: a model's own tensors, dense, on one device, of one dtype but for rounded matrices. n_rows: B. n_slots: T
+    of the caches. one_sequence: the rows are consecutive newest tokens of one sequence, which share the cache of one
+    row.
     """
 
     @staticmethod
     def obstacle(weights: DecodeWeights) -> str | None:
         """Why the kernels cannot decode with these weights; None when they can."""
         n_channels = weights.wte.shape[1]
-        if any(isinstance(part, Int4Matrix) for part in (weights.head, weights.layers[0].fc_weight)):
-            return "the decode kernels read no int4 weights yet"
         if weights.wte.dtype not in DTYPES:
             return f"there is no decode kernel for {weights.wte.dtype}"
         if n_channels // weights.n_heads > MAX_HEAD_DIM:
@@ -58,8 +58,9 @@ class DecodeStep:
         self.device = weights.wte.device
         self.architecture = chip.architecture(self.device)
         self.overlap = chip.overlaps_launches(self.device)
-        element_size = _values_and_scale(weights.layers[0].fc_weight)[0].element_size()
-        self.is_fused = n_rows <= tiles.decode_max_rows(self.n_channels, element_size, self.architecture)
+        parts = _parts(weights.layers[0].fc_weight)
+        element_size, group = parts.values.element_size(), parts.group
+        self.is_fused = n_rows <= tiles.decode_max_rows(self.n_channels, element_size, self.architecture, group)
         self.is_on_kernels = self.is_fused or tiles.decode_multiplies(n_rows, element_size, self.architecture)
         n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
         self.n_splits = n_splits if self.is_fused else 1
@@ -75,7 +76,7 @@ class DecodeStep:
         self.streams = new(2, n_rows, self.n_channels, dtype=torch.float32)
         # Of a product into the stream, by the length of its inner axis: its parts, and the columns of a part.
         self.parts = {
-            n: tiles.decode_parts(n, self.n_channels)
+            n: tiles.decode_parts(n, self.n_channels, group)
             if self.is_fused
             else tiles.decode_product_parts(n_rows, n, self.n_channels)
             for n in (self.n_channels, self.n_hidden)
@@ -133,25 +134,26 @@ class DecodeStep:
         options = {"num_warps": num_warps, "OVERLAP": self.overlap}
         return options | ({"launch_pdl": True} if self.overlap else {})
 
-    def _tile(self, kernel: str, n_cols: int, element_size: int) -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
-        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, element_size, self.architecture)
+    def _tile(self, kernel: str, n_cols: int, parts: "_Parts") -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
+        size = parts.values.element_size()
+        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, size, self.architecture, parts.group)
         blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
-        return tile, blocks | {"SLICES": tile.slices} | self._launch_options(tile.num_warps)
+        return tile, blocks | {"SLICES": tile.slices, "GROUP": parts.group} | self._launch_options(tile.num_warps)
 
     def _norm_product(
         self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
         norm_weight: Tensor, norm_bias: Tensor, matrix: Matrix, bias: Tensor, activation: str, y: Tensor,
     ) -> None:  # fmt: skip
         """Fill y with act(layer_norm(stream) @ weight + bias), and new_stream if partial sums were added."""
-        weight, scale = _values_and_scale(matrix)
         if not self.is_fused:
             self._norm(stream, n_parts, part_bias, new_stream, norm_weight, norm_bias)
             self._product(self.normalised, matrix, bias, activation, y)
             return
-        tile, options = self._tile("norm_product", self.n_channels, weight.element_size())
+        parts = _parts(matrix)
+        tile, options = self._tile("norm_product", self.n_channels, parts)
         launch(
             _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
-            stream, self.partial, part_bias, norm_weight, norm_bias, weight, scale, bias, new_stream, y,
+            stream, self.partial, part_bias, norm_weight, norm_bias, *parts[:3], bias, new_stream, y,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=y.shape[1], eps=self.eps,
             N_PARTIALS=n_parts, ACTIVATION=activation, **options,
         )  # fmt: skip
@@ -169,15 +171,15 @@ class DecodeStep:
 
     def _project(self, x: Tensor, n_splits: int, matrix: Matrix) -> int:
         """Write x @ matrix to `partial` as sums of several parts. Returns the number of parts."""
-        (n_cols, n_out), (weight, scale) = matrix.shape, _values_and_scale(matrix)
+        (n_cols, n_out), parts = matrix.shape, _parts(matrix)
         n_parts, cols_per_part = self.parts[n_cols]
         if not self.is_fused:
             self._product(x, matrix, None, "none", self.partial, cols_per_part)
             return n_parts
-        tile, options = self._tile("project", cols_per_part, weight.element_size())
+        tile, options = self._tile("project", cols_per_part, parts)
         launch(
             _decode_project_kernel, cdiv(n_out, tile.block_out) * n_parts,
-            x, self.peak, self.total, weight, scale, self.partial,
+            x, self.peak, self.total, *parts[:3], self.partial,
             n_rows=self.n_rows, n_cols=n_cols, n_out=n_out, n_heads=self.n_heads,
             head_dim=self.n_channels // self.n_heads, cols_per_part=cols_per_part, N_SPLITS=n_splits, **options,
         )  # fmt: skip
@@ -186,19 +188,19 @@ class DecodeStep:
     def _head(
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
-        head, scale = _values_and_scale(weights.head)
         if not self.is_fused:
             self._norm(stream, n_parts, part_bias, stream, weights.ln_f_weight, weights.ln_f_bias)
-            if scale is None:
-                _head_product(self.normalised, head, logits)
+            if isinstance(weights.head, Tensor):
+                _head_product(self.normalised, weights.head, logits)
             else:
                 self._product(self.normalised, weights.head, None, "none", logits)
             return
-        tile, options = self._tile("head", self.n_channels, head.element_size())
+        parts = _parts(weights.head)
+        tile, options = self._tile("head", self.n_channels, parts)
         n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
             _decode_head_kernel, min(n_tiles, tiles.decode_head_programs(stream.device)),
-            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, head, scale, logits,
+            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, *parts[:3], logits,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=logits.shape[1], eps=weights.eps,
             N_PARTIALS=n_parts, STAGES=tile.num_stages, **options,
         )  # fmt: skip
@@ -222,16 +224,16 @@ class DecodeStep:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str, y: Tensor, cols_per_part: int = 0
     ) -> None:
         """Fill y with act(x @ matrix + bias), or y (parts, B, out) with the sums of parts of the inner axis."""
-        (n_cols, n_out), (weight, scale) = matrix.shape, _values_and_scale(matrix)
+        (n_cols, n_out), parts = matrix.shape, _parts(matrix)
         n_rows, n_parts = len(x), cdiv(n_cols, cols_per_part or n_cols)
-        sizes = x.element_size(), weight.element_size()
-        tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture)
+        sizes = x.element_size(), parts.values.element_size()
+        tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture, parts.group)
         launch(
             _decode_product_kernel, cdiv(n_rows, tile.block_rows) * n_parts * cdiv(n_out, tile.block_out),
-            x, weight, scale, bias, y,
+            x, *parts[:3], bias, y,
             n_rows=n_rows, n_cols=n_cols, n_out=n_out, cols_per_part=cols_per_part or n_cols,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out, N_PARTS=n_parts,
-            HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages,
+            GROUP=parts.group, HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages,
             **self._launch_options(tile.num_warps),
         )  # fmt: skip
 
@@ -264,13 +266,23 @@ class DecodeStep:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
 
 
-def _values_and_scale(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    assert not isinstance(matrix, Int4Matrix), "`obstacle` tells of them"
-    return matrix if isinstance(matrix, Int8Matrix) else (matrix, None)
+class _Parts(NamedTuple):
+    """A matrix as the kernels take it. group: values for each step, 0 where there are none."""
+
+    values: Tensor
+    steps: Tensor | None
+    scale: Tensor | None
+    group: int
+
+
+def _parts(matrix: Matrix) -> _Parts:
+    if isinstance(matrix, Int4Matrix):
+        return _Parts(*matrix, matrix.group_size)
+    return _Parts(matrix, None, None, 0) if isinstance(matrix, Tensor) else _Parts(matrix.values, None, matrix.scale, 0)
 
 
 def _dense(matrix: Matrix) -> Tensor:
-    assert isinstance(matrix, Tensor), "int8 matrices have kernels for any number of rows"
+    assert isinstance(matrix, Tensor), "rounded matrices have kernels for any number of rows"
     return matrix
 
 

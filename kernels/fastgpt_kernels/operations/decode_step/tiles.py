@@ -22,6 +22,8 @@ _PRODUCT_MAX_BLOCK_ROWS, _PRODUCT_PART_OUT, _PRODUCT_PART_COLS = 64, 64, 128
 
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
+# The same of int4: with 16, what triton 3.7.1 compiles multiplies the wrong values.
+_TENSOR_CORE_INT4_COLS = 32
 
 
 class DecodeTile(NamedTuple):
@@ -47,23 +49,27 @@ def _has_tensor_cores(element_size: int, architecture: str) -> bool:
     return element_size < 4 and not architecture.startswith("gfx")
 
 
-def decode_max_rows(n_channels: int, element_size: int, architecture: str) -> int:
+def decode_max_rows(n_channels: int, element_size: int, architecture: str, group: int = 0) -> int:
     """How many rows the fused kernels take. More go through torch's products, because every program repeats the norm.
 
-    element_size: bytes of the weights' dtype, 1 for int8.
+    element_size: bytes of the weights' dtype, 1 for int8 and int4. group: weights that share a step, 0 without steps.
     """
     if n_channels > DECODE_MAX_CHANNELS:
         return 0
-    spills = element_size == 1 and architecture == "sm_100"  # 4 bytes, in an int8 head of 8 rows, with triton 3.6
+    # A head of 8 rows: of int8 4 bytes with triton 3.6, of int4 4 to 12 bytes on sm_80, sm_89 and sm_120.
+    spills = group > 0 or (element_size == 1 and architecture == "sm_100")
     return 8 if n_channels <= 1024 and _has_tensor_cores(element_size, architecture) and not spills else 4
 
 
-def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str) -> DecodeTile:
+def decode_tile(
+    kernel: str, n_rows: int, n_cols: int, element_size: int, architecture: str, group: int = 0
+) -> DecodeTile:
     """The tile of a kernel, norm_product, project or head: compiled, not timed.
 
-    n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype, 1 for int8.
+    n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype, 1 for int8 and
+    int4. group: weights that share a step, which a block holds whole; 0 where there are no steps.
     """
-    block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols))
+    block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols, group))
     is_wide = block_cols > 1024
     spills = kernel == "head" and is_wide and n_rows > 1
     if spills or not _has_tensor_cores(element_size, architecture):
@@ -81,7 +87,8 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
         # By count: with twice the columns, half as many programs repeat the norm.
         block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
         n_slices, num_stages = num_warps, 2 if is_wide or n_rows > 4 else 3
-        block_cols = max(block_cols, _TENSOR_CORE_COLS * n_slices)  # Narrower ones are masked.
+        cols_of_slice = _TENSOR_CORE_INT4_COLS if group else _TENSOR_CORE_COLS
+        block_cols = max(block_cols, cols_of_slice * n_slices)  # Narrower ones are masked.
     if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
         block_out = 64
     return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
@@ -90,7 +97,7 @@ def decode_tile(kernel: str, n_rows: int, n_cols: int, element_size: int, archit
 def decode_multiplies(n_rows: int, element_size: int, architecture: str) -> bool:
     """Whether rows that the fused kernels do not take go through the product kernel. If not, torch multiplies.
 
-    element_size: bytes of the weights' dtype, 1 for int8, which torch does not multiply.
+    element_size: bytes of the weights' dtype, 1 for int8 and int4, which torch does not multiply.
     """
     # By count not slower than torch up to 64 rows, where launches overlap.
     is_expected = n_rows <= 64 and architecture in ("cpu", "sm_90", "sm_100", "sm_120")
@@ -98,19 +105,22 @@ def decode_multiplies(n_rows: int, element_size: int, architecture: str) -> bool
 
 
 def decode_product_tile(
-    n_rows: int, n_out: int, n_parts: int, element_size: int, weight_size: int, architecture: str
+    n_rows: int, n_out: int, n_parts: int, element_size: int, weight_size: int, architecture: str, group: int = 0
 ) -> DecodeTile:
     """The tile of the product kernel: by count for half precision on sm_90, not timed.
 
     n_parts: of the inner axis. element_size, weight_size: bytes of the dtype of the rows and of the weights.
+    group: as for `decode_tile`.
     """
     block_rows = min(_PRODUCT_MAX_BLOCK_ROWS, _power_of_two(max(16, n_rows)))
     if architecture == "cpu":
-        return DecodeTile(block_rows, 64, 64, 4, 2)
+        return DecodeTile(block_rows, max(64, group), 64, 4, 2)
     if weight_size == 1:
         # float32 has no exact tensor cores.
-        block_cols = 128 if element_size == 2 else 32
-        return DecodeTile(block_rows, block_cols, 16 if block_rows == 16 else 32, 4 if block_rows > 16 else 2, 4)
+        block_cols = 128 if element_size == 2 else max(32, group)
+        # Of int4 and 64 rows, 4 warps spill 8 bytes on sm_120.
+        num_warps = 2 if block_rows == 16 else 8 if group and block_rows == _PRODUCT_MAX_BLOCK_ROWS else 4
+        return DecodeTile(block_rows, block_cols, 16 if block_rows == 16 else 32, num_warps, 4)
     # Of 32 rows, tensor cores of sm_90 take no less work than of 64.
     block_rows, num_warps = (16, 4) if n_rows <= 16 else (_PRODUCT_MAX_BLOCK_ROWS, 8)
     # So wide that every multiprocessor has at most one program.
@@ -127,12 +137,16 @@ def decode_product_parts(n_rows: int, n_cols: int, n_out: int) -> tuple[int, int
     return -(-n_blocks // blocks), blocks * _PRODUCT_PART_COLS
 
 
-def decode_parts(n_cols: int, n_out: int) -> tuple[int, int]:
-    """How many parts split-K divides the inner axis of a product into the stream into, and the columns of a part."""
+def decode_parts(n_cols: int, n_out: int, group: int = 0) -> tuple[int, int]:
+    """How many parts split-K divides the inner axis of a product into the stream into, and the columns of a part.
+
+    group: as for `decode_tile`.
+    """
     n_tiles = -(-n_out // 16)
     n_parts = max(-(-n_cols // _DECODE_PART_COLS), min(-(-_DECODE_PROGRAMS // n_tiles), -(-n_cols // 128)))
     cols = -(-n_cols // n_parts)
-    cols = -(-cols // 16) * 16
+    multiple = max(16, group)
+    cols = -(-cols // multiple) * multiple
     return -(-n_cols // cols), cols
 
 
