@@ -43,7 +43,7 @@ QUANTISERS = {"torchao": torchao, "optimum.quanto": quanto, "hqq": hqq}
 def with_linear_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape)
+            linear = nn.Linear(module.weight.shape[0], module.weight.shape[1])
             linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
             model.set_submodule(name, linear)
 
