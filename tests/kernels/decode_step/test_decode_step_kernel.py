@@ -13,6 +13,7 @@ from fastgpt_kernels.common.decode_weights import Matrix
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step import kernels as decode_step_kernels
+from fastgpt_kernels.operations.decode_step import op as decode_step_op
 from fastgpt_kernels.operations.decode_step import tiles as decode_step_tiles
 from fastgpt_kernels.operations.decode_step.op import DecodeStep
 from fastgpt_kernels.operations.decode_step.reference import multiply
@@ -311,6 +312,23 @@ def test_the_parts_of_a_product(dtype: torch.dtype) -> None:
     for part, columns, weights in zip(parts, x.split(128, 1), matrix.split(128), strict=True):
         exact = columns.double() @ weights.double()
         assert max_error(part, exact) <= 1e-6 * exact.abs().max()
+
+
+def test_bug_the_last_norm_stored_over_the_row_that_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 channels lie in two threads each, of which one could read what the other had stored: seen in PTX."""
+    rows: list[tuple[Tensor, Tensor | None]] = []
+
+    def note(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        if kernel is decode_step_op._decode_norm_kernel:
+            rows.append((arguments[0], arguments[5]))
+        launch(kernel, n_programs, *arguments, **options)
+
+    launch = decode_step_op.launch
+    monkeypatch.setattr(decode_step_op, "launch", note)
+    assert_case(make_case(torch.bfloat16, [0] * 9, n_embd=64, n_head=1))
+    assert rows
+    for read, stored in rows:
+        assert stored is None or stored.data_ptr() != read.data_ptr()
 
 
 @pytest.mark.parametrize("n_rows", [1, 9, 64, 65, 200])

@@ -189,7 +189,7 @@ class DecodeStep:
         self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
     ) -> None:
         if not self.is_fused:
-            self._norm(stream, n_parts, part_bias, stream, weights.ln_f_weight, weights.ln_f_bias)
+            self._norm(stream, n_parts, part_bias, None, weights.ln_f_weight, weights.ln_f_bias)
             if isinstance(weights.head, Tensor):
                 _head_product(self.normalised, weights.head, logits)
             else:
@@ -208,10 +208,11 @@ class DecodeStep:
     # --- the kernels of more rows ---
 
     def _norm(
-        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
+        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor | None,
         norm_weight: Tensor, norm_bias: Tensor,
     ) -> None:  # fmt: skip
-        """Fill `normalised` with layer_norm(stream), and new_stream if partial sums were added."""
+        """Fill `normalised` with layer_norm(stream), and new_stream, if there is one, where partial sums are added."""
+        new_stream = new_stream if n_parts else None
         block_cols = triton.next_power_of_2(self.n_channels)
         launch(
             _decode_norm_kernel, self.n_rows,

@@ -22,7 +22,7 @@ _PRODUCT_MAX_BLOCK_ROWS, _PRODUCT_PART_OUT, _PRODUCT_PART_COLS = 64, 64, 128
 
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
-# The same of int4: with 16, what triton 3.7.1 compiles multiplies the wrong values.
+# The same of int4: with 16, PTX of triton 3.7.1 gave wrong products when it was executed on a CPU.
 _TENSOR_CORE_INT4_COLS = 32
 
 
