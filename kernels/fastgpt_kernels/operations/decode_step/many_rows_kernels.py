@@ -20,10 +20,10 @@ def _decode_norm_kernel(
     n_rows, n_cols, eps,
     BLOCK_COLS: tl.constexpr, N_PARTIALS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises one row of the stream, to which it adds the partial sums first.
+    """One program normalises one row of the stream, to which it adds the partial sums first and stores it.
 
-    new_stream: where the sum is stored, another memory than the stream's, because several threads may hold an element:
-    one could read what another has stored. None where nobody reads it.
+    new_stream: of other memory than the stream, because several threads may hold an element, and one could read what
+    another has stored.
     """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     cols = tl.arange(0, BLOCK_COLS)
@@ -35,7 +35,7 @@ def _decode_norm_kernel(
     _await_previous_launch(OVERLAP)
 
     x = _load_residual(stream_ptr, partial_ptr, partial_bias_ptr, rows, cols, inside, n_rows, n_cols, N_PARTIALS)
-    if new_stream_ptr is not None:
+    if N_PARTIALS > 0:
         tl.store(new_stream_ptr + offsets, x, mask=inside)
     normalised, _ = _normalise(x, inside, n_cols, eps)
     y = normalised * norm_weight[None, :] + norm_bias[None, :]

@@ -128,7 +128,7 @@ class DecodeStep:
             )  # fmt: skip
             stream, spare = spare, stream
             n_parts, part_bias = self._project(self.hidden, 1, layer.mlp_proj_weight), layer.mlp_proj_bias
-        self._head(weights, stream, n_parts, part_bias, logits)
+        self._head(weights, stream, spare, n_parts, part_bias, logits)
 
     def _launch_options(self, num_warps: int) -> dict[str, int | bool]:
         options = {"num_warps": num_warps, "OVERLAP": self.overlap}
@@ -186,10 +186,11 @@ class DecodeStep:
         return n_parts
 
     def _head(
-        self, weights: DecodeWeights, stream: Tensor, n_parts: int, part_bias: Tensor | None, logits: Tensor
-    ) -> None:
+        self, weights: DecodeWeights, stream: Tensor, spare: Tensor, n_parts: int, part_bias: Tensor | None,
+        logits: Tensor,
+    ) -> None:  # fmt: skip
         if not self.is_fused:
-            self._norm(stream, n_parts, part_bias, None, weights.ln_f_weight, weights.ln_f_bias)
+            self._norm(stream, n_parts, part_bias, spare, weights.ln_f_weight, weights.ln_f_bias)
             if isinstance(weights.head, Tensor):
                 _head_product(self.normalised, weights.head, logits)
             else:
@@ -208,11 +209,10 @@ class DecodeStep:
     # --- the kernels of more rows ---
 
     def _norm(
-        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor | None,
+        self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
         norm_weight: Tensor, norm_bias: Tensor,
     ) -> None:  # fmt: skip
-        """Fill `normalised` with layer_norm(stream), and new_stream, if there is one, where partial sums are added."""
-        new_stream = new_stream if n_parts else None
+        """Fill `normalised` with layer_norm(stream), and new_stream if partial sums were added."""
         block_cols = triton.next_power_of_2(self.n_channels)
         launch(
             _decode_norm_kernel, self.n_rows,
