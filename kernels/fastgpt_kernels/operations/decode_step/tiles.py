@@ -81,6 +81,8 @@ def decode_tile(
         block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
         if is_wide and n_rows > 2:  # Of an int8 head, 4 spill a register on sm_90 with triton 3.7.
             block_out = 2 if kernel == "head" and element_size == 1 else block_out // 2
+        if group and is_wide and n_rows > 2 and kernel == "head":  # 8 spill 24 bytes there with triton 3.6.
+            num_warps = 16
         n_slices, num_stages = 0, 2
     else:
         num_warps = 16 if kernel == "norm_product" and is_wide and n_rows > 1 else 8
