@@ -1,9 +1,10 @@
-"""fastgpt and transformers, ctranslate2, onnxruntime and OpenVINO on a CPU, with the same weights, interleaved.
+"""fastgpt and transformers beside other engines on a CPU, with the same weights, interleaved.
 
-The other engines live in processes of their own: `benchmarks/peers/cpu_engines.py` says why.
+The other engines live in processes of their own: `benchmarks/peers/cpu_engines.py` says why. What is missing is left
+out, with the reason; llama-cpp-python compiles llama.cpp, which takes minutes.
 
-pip install ctranslate2 onnxruntime onnx onnxscript openvino     # what is missing is left out, with the reason
-python -m benchmarks cpu --model gpt2 --int8 --out benchmarks/results/cpu/DATE-gpt2-peers.json
+pip install ctranslate2 onnxruntime onnx onnxscript openvino gguf llama-cpp-python
+python -m benchmarks cpu --model gpt2 --quantized --out benchmarks/results/cpu/DATE-gpt2-peers.json
 """
 
 import json
@@ -21,7 +22,10 @@ from fastgpt.bench import plotting
 from fastgpt.bench.runs import compare
 from fastgpt.bench.workloads import BASELINES
 
-from ..peers.contenders import CPU_PEERS, INT8_PEERS, OUR_INT8
+from ..peers.contenders import CPU_PEERS, OUR_QUANTIZED, QUANTIZED_PEERS
+
+# Of the engines that are installed under another name.
+PACKAGES = {"llama.cpp": "llama-cpp-python"}
 
 
 def main(
@@ -33,16 +37,18 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="tokens that decode adds")] = 32,
     baselines: Annotated[str, typer.Option(help="of transformers; comma-separated")] = ",".join(BASELINES),
     peers: Annotated[str, typer.Option(help="other engines; comma-separated")] = ",".join(CPU_PEERS),
-    int8: Annotated[bool, typer.Option("--int8", help="fastgpt and the other engines with int8 weights, too")] = False,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="fastgpt and the other engines with int8 and int4 weights, too")
+    ] = False,
     runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 7,
 ) -> None:
     """Compare tokens/s in float32 with transformers and other engines, after a parity check of each."""
-    known = CPU_PEERS | OUR_INT8 | INT8_PEERS
+    known = CPU_PEERS | OUR_QUANTIZED | QUANTIZED_PEERS
     names = [name for name in peers.split(",") if name]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}: give some of {', '.join(known)}")
-    names += [name for name in OUR_INT8 | INT8_PEERS if int8 and name not in names]
+    names += [name for name in OUR_QUANTIZED | QUANTIZED_PEERS if quantized and name not in names]
     try:
         options = benchmark.BenchmarkOptions(
             model=model,
@@ -61,18 +67,18 @@ def main(
     with benchmark.progress_bar(Console(stderr=True)) as progress:
         result = benchmark.run_benchmark(options, progress, {name: known[name] for name in names})
     timed = {row["contender"].partition("-")[0] for row in result["results"]}
-    result["versions"] |= {name: metadata.version(name) for name in CPU_PEERS if name in timed}
-    result["int8_ratios"] = int8_ratios(result["results"])
+    result["versions"] |= {name: metadata.version(PACKAGES.get(name, name)) for name in CPU_PEERS if name in timed}
+    result["quantized_ratios"] = quantized_ratios(result["results"])
     out.write_text(json.dumps(result, indent=2) + "\n")
     plotting.render(result, Console(width=120))
 
 
-def int8_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as fast fastgpt is with int8 weights as each other engine with int8 weights, by workload."""
+def quantized_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as fast fastgpt is with rounded weights as each other engine with rounded weights, by workload."""
     samples = {(row["workload"], row["contender"]): row["samples_s"] for row in rows}
     return [
         {"workload": workload, "contender": ours, "baseline": name} | compare(samples[workload, ours], taken_s)
         for (workload, name), taken_s in samples.items()
-        for ours in OUR_INT8
-        if name in INT8_PEERS and (workload, ours) in samples
+        for ours in OUR_QUANTIZED
+        if name in QUANTIZED_PEERS and (workload, ours) in samples
     ]

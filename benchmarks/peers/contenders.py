@@ -1,6 +1,7 @@
 """Contenders other than torch and transformers. One that is not installed, or that differs, is left out with a reason.
 
-On a CPU these are whole models, ctranslate2, onnxruntime and OpenVINO with the same weights, for prefill and decode.
+On a CPU these are whole models, ctranslate2, onnxruntime, OpenVINO and llama.cpp with the same weights, for prefill and
+decode.
 On a GPU they are operations of liger-kernel, cut-cross-entropy, flash-attn and quack-kernels.
 Shapes: B batch, T tokens, H heads, V vocabulary.
 """
@@ -22,23 +23,29 @@ from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import OURS, Work, contender, decode, prefill
 
 from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
-from .int8_engines import CTranslate2Int8, OnnxRuntime8Bit, OnnxRuntimeInt8
+from .llama_engines import LlamaCpp, LlamaCppQ4, LlamaCppQ8
 from .openvino_engines import OpenVino, OpenVinoInt8
+from .quantized_engines import CTranslate2Int8, OnnxRuntime8Bit, OnnxRuntimeInt8
 
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
-def _contender(build: Callable[[GPT2LMHeadModel, int], Remote], *, rounds: bool = False) -> MakeWork:
-    """build: starts the engine of a model in float32 on the CPU, for B sequences. rounds: whether to int8 weights."""
+def _contender(build: Callable[[GPT2LMHeadModel, int], Remote], *, allowed: float | None = None) -> MakeWork:
+    """build: starts the engine of a model in float32 on the CPU, for B sequences.
+
+    allowed: the error of an engine that rounds, as `accuracy_of` has it. Any other must pass `check_engine`.
+    """
     # Converting takes longer than timing: prefill and decode share an engine.
     build = lru_cache(maxsize=1)(build)
 
     def make(workload: str, base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype: torch.dtype) -> Work:
         _check_place(workload, ids, dtype)
         engine = build(base, ids.shape[0])
-        accuracy = int8_accuracy(engine.logits(ids), base, ids) if rounds else {}
-        if not rounds:
+        accuracy = {}
+        if allowed is None:
             check_engine(engine, base, ids, n_new_tokens)
+        else:
+            accuracy = accuracy_of(engine.logits(ids), base, ids, allowed)
         seconds = partial(engine.seconds, workload, ids, n_new_tokens)
         return Work(
             run=seconds,
@@ -65,7 +72,7 @@ def _quantized(**options: Any) -> MakeWork:
         _check_place(workload, ids, dtype)
         model = fastgpt.quantize(contender(OURS, base, ids.device, dtype), **options)
         with torch.no_grad():
-            accuracy = int8_accuracy(model(ids, use_cache=False).logits, base, ids, allowed)
+            accuracy = accuracy_of(model(ids, use_cache=False).logits, base, ids, allowed)
         is_decode = workload == "decode"
         work = decode(OURS, model, ids, n_new_tokens) if is_decode else prefill(OURS, model, ids)
         return replace(work, accuracy=accuracy)
@@ -91,11 +98,11 @@ def check_engine(engine: Engine, base: GPT2LMHeadModel, ids: Tensor, n_new_token
 MAX_INT8_ERROR = 0.1
 # The same of int4, which is 0.24 on new weights of gpt2 in groups of 64.
 MAX_INT4_ERROR = 0.5
+# The same of llama.cpp in float32, whose GELU is a table in float16: 0.0005 on new weights of gpt2.
+MAX_TABLE_ERROR = 0.005
 
 
-def int8_accuracy(
-    logits: Tensor, base: GPT2LMHeadModel, ids: Tensor, allowed: float = MAX_INT8_ERROR
-) -> dict[str, float]:
+def accuracy_of(logits: Tensor, base: GPT2LMHeadModel, ids: Tensor, allowed: float) -> dict[str, float]:
     """How far logits (B, T, V) of ids are from transformers' in float32.
 
     logit_error: the root mean square of the differences, as a share of that of transformers' logits around their mean.
@@ -118,19 +125,22 @@ CPU_PEERS: dict[str, MakeWork] = {
     "ctranslate2": _contender(partial(Remote, CTranslate2)),
     "onnxruntime": _contender(partial(Remote, OnnxRuntime)),
     "openvino": _contender(partial(Remote, OpenVino)),
+    "llama.cpp": _contender(partial(Remote, LlamaCpp), allowed=MAX_TABLE_ERROR),
 }
 # With int8 weights, or int4; the other engines have them in the head too, and round rows to int8.
-OUR_INT8: dict[str, MakeWork] = {
+OUR_QUANTIZED: dict[str, MakeWork] = {
     "fastgpt-int8": _quantized(),
     "fastgpt-int8-head": _quantized(head=True),
     "fastgpt-int8-rows": _quantized(head=True, activations=True),
     "fastgpt-int4": _quantized(bits=4, head=True),
 }
-INT8_PEERS: dict[str, MakeWork] = {
-    "ctranslate2-int8": _contender(partial(Remote, CTranslate2Int8), rounds=True),
-    "onnxruntime-int8": _contender(partial(Remote, OnnxRuntimeInt8), rounds=True),
-    "onnxruntime-8bit": _contender(partial(Remote, OnnxRuntime8Bit), rounds=True),
-    "openvino-int8": _contender(partial(Remote, OpenVinoInt8), rounds=True),
+QUANTIZED_PEERS: dict[str, MakeWork] = {
+    "ctranslate2-int8": _contender(partial(Remote, CTranslate2Int8), allowed=MAX_INT8_ERROR),
+    "onnxruntime-int8": _contender(partial(Remote, OnnxRuntimeInt8), allowed=MAX_INT8_ERROR),
+    "onnxruntime-8bit": _contender(partial(Remote, OnnxRuntime8Bit), allowed=MAX_INT8_ERROR),
+    "openvino-int8": _contender(partial(Remote, OpenVinoInt8), allowed=MAX_INT8_ERROR),
+    "llama.cpp-q8": _contender(partial(Remote, LlamaCppQ8), allowed=MAX_INT8_ERROR),
+    "llama.cpp-q4": _contender(partial(Remote, LlamaCppQ4), allowed=MAX_INT4_ERROR),
 }
 
 # --- operations -----------------------------------------------------------------------------------------------------

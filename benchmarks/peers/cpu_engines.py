@@ -1,4 +1,4 @@
-"""Other implementations of GPT-2 on a CPU with the weights of a model: ctranslate2 and onnxruntime.
+"""Other implementations of GPT-2 on a CPU with the weights of a model: their processes, ctranslate2 and onnxruntime.
 
 Each runs in a process of its own, which takes the time itself. Shapes: B batch, T tokens, H heads, V vocabulary.
 """

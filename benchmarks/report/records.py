@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..peers.contenders import CPU_PEERS
+
 Row = dict[str, Any]
 
 
@@ -54,7 +56,7 @@ def benchmarks(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _exact(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """A benchmark without the contenders whose weights are rounded."""
-    rounded = {row["contender"] for row in content["results"] if "logit_error" in row}
+    rounded = {row["contender"] for row in content["results"] if "logit_error" in row} - CPU_PEERS.keys()
     return {
         **content,
         "results": [row for row in content["results"] if row["contender"] not in rounded],
@@ -62,9 +64,9 @@ def _exact(content: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def int8(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Benchmarks with int8 weights, by the model's name and the tokens."""
-    if not content.get("int8_ratios"):
+def quantized(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Benchmarks with int8 or int4 weights, by the model's name and the tokens."""
+    if not content.get("quantized_ratios"):
         return {}
     options = content["options"]
     return {f"{Path(options['model']).name}, {options['batch']} x {options['prompt_tokens']} tokens": content}

@@ -15,7 +15,19 @@ from fastgpt.doctor import versions
 from fastgpt.text import DTYPES
 
 from ..peers.contenders import CPU_PEERS
-from .records import Result, Row, benchmarks, cold_starts, curve, forwards, int8, lookups, operations, products, traffic
+from .records import (
+    Result,
+    Row,
+    benchmarks,
+    cold_starts,
+    curve,
+    forwards,
+    lookups,
+    operations,
+    products,
+    quantized,
+    traffic,
+)
 
 RESULTS = Path("benchmarks/results")
 _BASELINES = {
@@ -120,7 +132,7 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
         ("Peak memory", lambda content: curve(content, "memory"), _memory_table),
         ("Time of a token", lambda content: curve(content, "latency"), _latency_table),
         ("Bytes, counted and not measured,", traffic, _traffic_table),
-        ("int8 weights", int8, _int8_table),
+        ("int8 and int4 weights", quantized, _quantized_table),
         ("Cold start", cold_starts, _cold_start_table),
         ("Prompt lookup", lookups, _lookup_table),
         ("Forwards of several tokens", forwards, _forward_table),
@@ -165,17 +177,17 @@ def _traffic_table(rows: Sequence[Row]) -> str:
     return markdown_table(["what reads and writes", "fastgpt, GB", "transformers sdpa, GB"], table)
 
 
-def _int8_table(content: Mapping[str, Any]) -> str:
-    """fastgpt in floats and everyone in int8: speeds, and how far the logits are from those of the float weights."""
+def _quantized_table(content: Mapping[str, Any]) -> str:
+    """fastgpt in floats and everyone who rounds: speeds, and how far the logits are from those of the float weights."""
     table = []
-    ours = list(dict.fromkeys(entry["contender"] for entry in content["int8_ratios"]))
+    ours = list(dict.fromkeys(entry["contender"] for entry in content["quantized_ratios"]))
     for row in content["results"]:
         if row["contender"] != OURS and "logit_error" not in row:
             continue
         ratios = [
             plotting.with_quartiles(entry)
             for name in ours
-            for entry in content["int8_ratios"]
+            for entry in content["quantized_ratios"]
             if (entry["workload"], entry["contender"], entry["baseline"]) == (row["workload"], name, row["contender"])
         ]
         errors = [f"{row[name]:.2g}" if name in row else "-" for name in ("logit_error", "kl_divergence")]

@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.cpu import command as cpu
 from benchmarks.peers import contenders as peers
 from benchmarks.peers import cpu_engines as engines
-from benchmarks.peers import int8_engines, openvino_engines
+from benchmarks.peers import llama_engines, openvino_engines, quantized_engines
 from fastgpt import bench as benchmark
 from fastgpt.accounting import Shape
 from fastgpt.bench import BenchmarkOptions, operations, workloads
@@ -87,23 +87,40 @@ def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: s
 
 
 @pytest.mark.parametrize(
-    ("package", "build"),
+    ("package", "build", "allowed"),
     [
-        ("ctranslate2", int8_engines.CTranslate2Int8),
-        ("onnxruntime", int8_engines.OnnxRuntimeInt8),
-        ("onnxruntime", int8_engines.OnnxRuntime8Bit),
-        ("openvino", openvino_engines.OpenVinoInt8),
+        ("ctranslate2", quantized_engines.CTranslate2Int8, peers.MAX_INT8_ERROR),
+        ("onnxruntime", quantized_engines.OnnxRuntimeInt8, peers.MAX_INT8_ERROR),
+        ("onnxruntime", quantized_engines.OnnxRuntime8Bit, peers.MAX_INT8_ERROR),
+        ("openvino", openvino_engines.OpenVinoInt8, peers.MAX_INT8_ERROR),
+        ("llama_cpp", llama_engines.LlamaCppQ8, peers.MAX_INT8_ERROR),
+        ("llama_cpp", llama_engines.LlamaCppQ4, peers.MAX_INT4_ERROR),
     ],
 )
-def test_engines_with_int8_weights_are_accurate(base: GPT2LMHeadModel, package: str, build: Any) -> None:
+def test_engines_with_rounded_weights_are_accurate(
+    base: GPT2LMHeadModel, package: str, build: Any, allowed: float
+) -> None:
     pytest.importorskip(package)
     if package == "onnxruntime":
         pytest.importorskip("onnxscript")
     ids = token_ids(2, 9, base.config.vocab_size)
     engine = build(copy.deepcopy(base), 2, 1)
-    assert peers.int8_accuracy(engine.logits(ids), base, ids)["logit_error"] > 0
+    assert peers.accuracy_of(engine.logits(ids), base, ids, allowed)["logit_error"] > 0
     assert engine.generate(ids, 4)[0].shape == (2, 4)
     assert engine.n_bytes < 0.6 * sum(p.nbytes for p in base.parameters())
+
+
+@pytest.mark.parametrize("n_batch", [1, 3])
+def test_llama_cpp_rounds_only_its_gelu(base: GPT2LMHeadModel, n_batch: int) -> None:
+    pytest.importorskip("llama_cpp")
+    ids = token_ids(n_batch, 9, base.config.vocab_size)
+    engine = llama_engines.LlamaCpp(base, n_batch, 2)
+    peers.accuracy_of(engine.logits(ids), base, ids, peers.MAX_TABLE_ERROR)
+    tokens, times = engine.generate(ids, 12)
+    assert torch.equal(tokens, Transformers(base).generate(ids, 12)[0])
+    assert len(times) == 12
+    assert times == sorted(times)
+    peers.accuracy_of(engine.logits(ids), base, ids, peers.MAX_TABLE_ERROR)  # Nothing is left of the call before.
 
 
 def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
@@ -142,9 +159,10 @@ def test_no_engine_is_loaded_beside_torch() -> None:
         "    ids = torch.arange(9)[None]\n"
         "    for name, make in peers.CPU_PEERS.items():\n"
         "        assert make('prefill', base, ids, 4, torch.float32).seconds() > 0\n"
-        "    print({'ctranslate2', 'onnxruntime', 'openvino'} & set(sys.modules))\n"
+        "    print({'ctranslate2', 'llama_cpp', 'onnxruntime', 'openvino'} & set(sys.modules))\n"
     )
     pytest.importorskip("ctranslate2")
+    pytest.importorskip("llama_cpp")
     pytest.importorskip("onnxscript")
     pytest.importorskip("openvino")
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -163,19 +181,19 @@ def test_gate_is_red_on_wrong_logits_and_on_wrong_tokens(base: GPT2LMHeadModel) 
 def test_the_gate_of_int8_is_red_on_another_model(base: GPT2LMHeadModel) -> None:
     ids = token_ids(2, 9, base.config.vocab_size)
     logits = Transformers(base).logits(ids)
-    assert peers.int8_accuracy(logits, base, ids) == {"logit_error": 0.0, "kl_divergence": 0.0}
+    assert peers.accuracy_of(logits, base, ids, 0.1) == {"logit_error": 0.0, "kl_divergence": 0.0}
     noise = 0.01 * torch.randn(logits.shape) * (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()
-    accuracy = peers.int8_accuracy(logits + noise, base, ids)
+    accuracy = peers.accuracy_of(logits + noise, base, ids, 0.1)
     assert accuracy["logit_error"] == pytest.approx(0.01, rel=0.1)
     assert 0 < accuracy["kl_divergence"] < 0.01
     with pytest.raises(ParityError, match="of their spread"):
-        peers.int8_accuracy(logits.roll(1, 1), base, ids)
+        peers.accuracy_of(logits.roll(1, 1), base, ids, 0.1)
 
 
 @pytest.mark.parametrize("workload", ["prefill", "decode"])
 def test_fastgpt_with_rounded_weights_is_a_contender(base: GPT2LMHeadModel, workload: str) -> None:
     ids = token_ids(1, 9, base.config.vocab_size)
-    works = [make(workload, base, ids, 4, torch.float32) for make in peers.OUR_INT8.values()]
+    works = [make(workload, base, ids, 4, torch.float32) for make in peers.OUR_QUANTIZED.values()]
     assert works[0].held_bytes() > works[1].held_bytes() - 2 * base.lm_head.weight.numel() > 0
     assert works[1].held_bytes() == works[2].held_bytes() > works[3].held_bytes()
     for work in works:
@@ -187,7 +205,7 @@ def test_fastgpt_with_rounded_weights_is_a_contender(base: GPT2LMHeadModel, work
 def test_int8_is_compared_with_int8() -> None:
     taken = {"fastgpt": 5.0, "fastgpt-int8": 2.0, "fastgpt-int8-head": 1.0, "ctranslate2-int8": 3.0, "ctranslate2": 9.0}
     rows = [{"workload": "decode", "contender": name, "samples_s": [s] * 5} for name, s in taken.items()]
-    found = {(row["contender"], row["baseline"]): row["ratio"] for row in cpu.int8_ratios(rows)}
+    found = {(row["contender"], row["baseline"]): row["ratio"] for row in cpu.quantized_ratios(rows)}
     assert found == {("fastgpt-int8", "ctranslate2-int8"): 1.5, ("fastgpt-int8-head", "ctranslate2-int8"): 3.0}
 
 

@@ -119,7 +119,7 @@ def test_a_document_without_its_markers_is_an_error() -> None:
         report.with_section("# A page", "measured", "table")
 
 
-def test_int8_has_a_table_of_its_own(checkout: Path) -> None:
+def test_quantized_weights_have_a_table_of_their_own(checkout: Path) -> None:
     """The tables and plots of exact weights leave out contenders whose weights are rounded."""
     content = json.loads((checkout / FLOAT32).read_text())
     without = records.benchmarks(content)[""]
@@ -129,14 +129,14 @@ def test_int8_has_a_table_of_its_own(checkout: Path) -> None:
         content["results"] += [row | accuracy for row in content["results"] if row["contender"] == "fastgpt"]
         content["ratios"] += [{"workload": "decode", "baseline": name, "ratio": 9.0, "paired": paired}]
     ratio = {"contender": "fastgpt-int8", "baseline": "engine-int8", "ratio": 2.0, "paired": paired}
-    content["int8_ratios"] = [{"workload": workload} | ratio for workload in ("prefill", "decode")]
-    assert records.benchmarks(content)[""] == {**without, "int8_ratios": content["int8_ratios"]}
-    (name, rows), *others = records.int8(content).items()
+    content["quantized_ratios"] = [{"workload": workload} | ratio for workload in ("prefill", "decode")]
+    assert records.benchmarks(content)[""] == {**without, "quantized_ratios": content["quantized_ratios"]}
+    (name, rows), *others = records.quantized(content).items()
     assert (name, others) == ("gpt2, 1 x 512 tokens", [])
-    table = tables._int8_table(rows).splitlines()[2:]
+    table = tables._quantized_table(rows).splitlines()[2:]
     assert len(table) == 6, "prefill and decode of fastgpt in floats, and of two in int8"
     assert [line for line in table if "2.00x (1.50 - 2.50)" in line and "engine-int8" in line and "0.012" in line]
-    assert not records.int8(without)
+    assert not records.quantized(without)
 
 
 # --- operations -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ PARENTS = {"fastgpt": ROOT, "fastgpt_kernels": ROOT / "kernels", "benchmarks": R
 # What need not be installed is imported where it is used, and so are the modules that import triton.
 OPTIONAL = {
     "triton", "accelerate", "matplotlib",
-    "ctranslate2", "onnx", "onnxruntime", "openvino", "liger_kernel", "cut_cross_entropy", "quack", "flash_attn",
+    "ctranslate2", "gguf", "llama_cpp", "onnx", "onnxruntime", "openvino",
+    "liger_kernel", "cut_cross_entropy", "quack", "flash_attn",
 }  # fmt: skip
 
 
