@@ -55,8 +55,11 @@ def obstacle(model: GPT2LMHeadModel, n_rows: int) -> str | None:
     """
     decode_step, persistent_decoder = _decoders()
     weights = view_weights(model)
-    if not all(map(Tensor.is_contiguous, _tensors(weights))):
+    tensors = _tensors(weights)
+    if not all(map(Tensor.is_contiguous, tensors)):
         return "a parameter is not contiguous"
+    if any(map(Tensor.is_neg, tensors)):  # Its memory holds the values without their sign.
+        return "a parameter has torch's negative bit"
     if _selected_tier == "persistent":
         wte, n_hidden = weights.wte, weights.layers[0].fc_weight.shape[1]
         shape = n_rows, wte.shape[1], weights.n_heads, n_hidden, weights.activation

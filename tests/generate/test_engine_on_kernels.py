@@ -235,6 +235,19 @@ def test_lookup_with_a_repetition_penalty_is_left_to_torch(route) -> None:
     assert "prompt lookup with a repetition penalty has no kernel" in " ".join(route())
 
 
+@pytest.mark.parametrize("name", ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.ln_1.bias", "lm_head.weight"])
+def test_bug_negated_weights_are_read_without_their_sign(name: str, route) -> None:
+    """Of a view with torch's negative bit the kernels would read what lies in memory."""
+    theirs, ours = small_pair()
+    ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 8}
+    ours.generate(ids, **options)
+    for model in (theirs, ours):
+        weight = model.get_parameter(name)
+        weight.data = torch._neg_view(weight.data * 2)
+    assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
+    assert "a parameter has torch's negative bit" in fastgpt.explain(ours)
+
+
 # --- what is kept between calls -------------------------------------------------------------------------------------
 
 
