@@ -22,7 +22,8 @@ _PRODUCT_MAX_BLOCK_ROWS, _PRODUCT_PART_OUT, _PRODUCT_PART_COLS = 64, 64, 128
 
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
-# The same of int4: with 16, PTX of triton 3.7.1 gave wrong products when it was executed on a CPU.
+# The same of int4: triton up to 3.7.1 gives each of four lanes 8 columns of what `tl.join` made (kWidth = 8), so that
+# of 16 columns a product has 8 twice and 8 not at all. With 3.8.0 it is right.
 _TENSOR_CORE_INT4_COLS = 32
 
 
