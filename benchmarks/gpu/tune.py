@@ -121,8 +121,9 @@ _MANY_ROWS = {"block_cols": (64, 128, 256), "block_out": (32, 64), "num_warps": 
 TUNABLES = (
     Tunable("add_layer_norm", "forward", "layer_norm_tile", _ROWS, _kernel("fwd")),
     Tunable("add_layer_norm", _BOTH, "layer_norm_tile", _ROWS, _kernel("bwd")),
-    Tunable("add_layer_norm", _BOTH, "_BWD_PROGRAMS_PER_MULTIPROCESSOR", {"": (1, 2, 4, 8)}),
+    Tunable("add_layer_norm", _BOTH, "_BWD_WARPS_PER_MULTIPROCESSOR", {"": (4, 8, 16, 32)}),
     Tunable("add_layer_norm", _BOTH, "LAYER_NORM_REDUCE_COLS", {"": (8, 16, 32, 64)}),
+    Tunable("add_layer_norm", _BOTH, "LAYER_NORM_REDUCE_WARPS", {"": (2, 4, 8, 16)}),
     *(Tunable(operation, "forward", "attention_tile", _SCORES, _kernel("fwd")) for operation in _ATTENTIONS),
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dq")) for operation in _ATTENTIONS),
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dkdv")) for operation in _ATTENTIONS),

@@ -18,7 +18,7 @@ def sum_shapes_of(*shape: int) -> Shapes:
 
 
 def several_programs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tiles, "layer_norm_bwd_programs", lambda x: 7)
+    patch.setattr(tiles, "layer_norm_bwd_programs", lambda x, tile: 7)
     patch.setattr(tiles, "layer_norm_reduce_partials", lambda architecture: 4)
     patch.setattr(tiles, "layer_norm_tile", lambda *_: tiles.LayerNormTile(64, 2, 4))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import DTYPES, forward, gradients, max_error
 from fastgpt_kernels import reference
-from fastgpt_kernels.common import launch
+from fastgpt_kernels.common import chip, launch
 from fastgpt_kernels.operations.layer_norm import op as module
 from fastgpt_kernels.operations.layer_norm import tiles as layer_norm_tiles
 from fastgpt_kernels.operations.layer_norm.op import add_layer_norm, layer_norm, supports
@@ -139,6 +139,15 @@ def test_autocast_on_cpu_leaves_dtypes_alone(dtype: torch.dtype) -> None:
     assert y == expected.dtype == dtype
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_programs_of_backward_fill_the_registers_of_every_multiprocessor(architecture: str) -> None:
+    """With 16 warps of 128 registers a thread, however many warps a program has."""
+    with chip.assume(chip.Chip(architecture, 100)):
+        for tile in layer_norm_tiles.layer_norm_tiles("bwd", architecture):
+            n_programs = layer_norm_tiles.layer_norm_bwd_programs(torch.zeros(1), tile)
+            assert n_programs * tile.num_warps == 100 * 16
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +181,7 @@ def test_package_finds_the_kernels() -> None:
 def test_bug_weight_gradient_misses_rows(n_rows: int, n_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums sized unlike the grid; in integers, where every row shows."""
     x, upstream = make_tensor(n_rows, 4), make_tensor(n_rows, 4, seed=5).mul(4).round()
-    monkeypatch.setattr(layer_norm_tiles, "layer_norm_bwd_programs", lambda x: n_programs)
+    monkeypatch.setattr(layer_norm_tiles, "layer_norm_bwd_programs", lambda x, tile: n_programs)
     monkeypatch.setattr(layer_norm_tiles, "layer_norm_reduce_partials", lambda architecture: 4)
     *_, dbias = results((x, torch.ones(4), torch.zeros(4)), [upstream])
     assert torch.equal(dbias, upstream.sum(0))

@@ -156,7 +156,7 @@ def layer_norm_bwd(
         return dx, dadded, dweight.zero_(), dbias.zero_()
     n_cols = x.shape[-1]
     tile = tiles.layer_norm_tile("bwd", n_cols, chip.architecture(x.device))
-    n_programs = min(cdiv(x.numel() // n_cols, tile.block_rows), tiles.layer_norm_bwd_programs(x))
+    n_programs = min(cdiv(x.numel() // n_cols, tile.block_rows), tiles.layer_norm_bwd_programs(x, tile))
     partials = x.new_empty((2, n_programs, n_cols), dtype=accumulator(x.dtype))
     _launch_backward(x, weight, dy, dsum, eps, dx, None if added_dtype is None else dadded, dweight, dbias, partials)
     return dx, dadded, dweight, dbias
@@ -194,7 +194,7 @@ def _launch_backward(
         _layer_norm_bwd_reduce_kernel, cdiv(n_cols, tiles.LAYER_NORM_REDUCE_COLS),
         partials[0], partials[1], dweight, dbias, n_partials=n_programs, n_cols=n_cols,
         BLOCK_PARTIALS=tiles.layer_norm_reduce_partials(architecture), BLOCK_COLS=tiles.LAYER_NORM_REDUCE_COLS,
-        ACCUMULATOR=triton_accumulator(x.dtype),
+        ACCUMULATOR=triton_accumulator(x.dtype), num_warps=tiles.LAYER_NORM_REDUCE_WARPS,
     )  # fmt: skip
 
 
