@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fastgpt_kernels.common.precision import autocast, autocast_dtype
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils._pytree import tree_map_only
 
 CURE = "pass logits_to_keep=0 to the model, which computes the loss from the logits as transformers does"
@@ -160,9 +161,11 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dlogits,) = grads
-        if dlogits is None:
-            return None, None, None
         hidden_states, weight = ctx.saved_tensors
+        if dlogits is None:
+            if compiled_autograd.in_compiled_autograd_region:  # which adds up gradients without asking for None
+                return *(x.new_zeros(()).expand_as(x) for x in (hidden_states, weight)), None
+            return None, None, None
         dtype = dlogits.dtype
         dhidden = dweight = None
         with autocast(dlogits.device, None):

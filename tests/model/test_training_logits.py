@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils._pytree import tree_leaves
 from torch.utils.dlpack import from_dlpack, to_dlpack
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -290,6 +291,17 @@ def test_a_second_step_waits_for_nothing(computed) -> None:
     (dweight,) = torch.autograd.grad(output.loss, steps()[1].lm_head.weight, retain_graph=True, allow_unused=True)
     assert dweight is None
     assert len(computed) == 1
+
+
+@pytest.mark.parametrize("compiler", [lambda graph: graph, torch.compile(backend="eager")], ids=["recorded", "compiled"])
+def test_backward_under_compiled_autograd(compiler: Callable, computed) -> None:
+    """It adds up gradients without asking whether one is None, as that of logits is which nobody reads."""
+    theirs, ours, *both = steps()
+    for step in both:
+        with compiled_autograd._enable(compiler):
+            step.loss.backward()
+    assert_same_gradients(theirs, ours)
+    assert not computed
 
 
 def test_hooks_of_frameworks_compute_nothing(computed) -> None:
