@@ -3,17 +3,15 @@
 Exit codes: 0 done, 1 the work failed, 2 wrong usage. An error is one line; --debug adds the traceback.
 """
 
-import os
 import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-import transformers
 import typer
 
 from . import accounting, measured, ops
@@ -29,10 +27,11 @@ from .terminal import (
     Interrupted,
     check_outputs,
     check_text,
+    chosen_bits,
     notes,
     numbers,
     print_json,
-    settle_streams,
+    run,
     strict_json,
     tables,
     words,
@@ -49,9 +48,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-# click's UsageError, wherever this version of typer keeps it.
-UsageError: Any = typer.BadParameter.__base__
-
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; without it the GPU, if there is one.")]
@@ -61,13 +57,6 @@ Dtype = Annotated[
 Int8 = Annotated[bool, typer.Option("--int8", help="Round the weights of the blocks to int8, in memory.")]
 Int4 = Annotated[bool, typer.Option("--int4", help="The same to int4, in groups of 64.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
-
-
-def chosen_bits(int8: bool, int4: bool) -> int | None:
-    """Those to which weights are rounded. Raises ValueError when both are asked for."""
-    if int8 and int4:
-        raise ValueError("say --int8 or --int4, not both")
-    return 8 if int8 else 4 if int4 else None
 
 
 @app.callback()
@@ -401,44 +390,4 @@ def _measure(model: str, place: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on `arguments` (sys.argv by default) and exit with its code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    n_options = arguments.index("--") if "--" in arguments else len(arguments)  # after "--" all is text
-    options, rest = arguments[:n_options], arguments[n_options:]
-    debug = "--debug" in options
-    settle_streams()
-    transformers.logging.set_verbosity_error()
-    try:
-        if not sys.stderr.isatty():
-            transformers.logging.disable_progress_bar()
-        said = [word for word in options if word != "--debug"] + rest
-        code = app(said, prog_name="fastgpt", standalone_mode=False, obj=said)
-        sys.stdout.flush()
-    except UsageError as error:
-        command = error.ctx.command_path if error.ctx else "fastgpt"
-        _fail(f"{error.format_message()} (see {command} --help)", code=2)
-    except Interrupted as interrupted:
-        _fail(str(interrupted), interrupted.code)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", code=130)
-    except BrokenPipeError:
-        _fail(None, code=1)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(" ".join(str(error).split()) or type(error).__name__, code=1)
-    else:
-        if code == 130:  # typer's answer to Ctrl-C
-            _fail("interrupted", code)
-        sys.exit(code or 0)
-
-
-def _fail(message: str | None, code: int) -> None:
-    """Print the message, if there is one, on one line and exit."""
-    if message is not None:
-        print(f"error: {message}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Nobody reads standard output. Python would flush it again at exit and print an error, so discard it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    run(app, sys.argv[1:] if arguments is None else arguments)

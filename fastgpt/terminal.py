@@ -1,4 +1,4 @@
-"""What the commands share: checks of what was typed, and where results and notes go."""
+"""What the commands share: checks of what was typed, where results and notes go, and how a command ends."""
 
 import json
 import math
@@ -10,19 +10,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import transformers
 import typer
 from rich.console import Console
 
 notes = Console(stderr=True, highlight=False)
-
-
-class Interrupted(Exception):
-    """A signal ended a command, which says how to go on. code: the exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
 
 # --- what was typed -------------------------------------------------------------------------------------------------
 
@@ -55,6 +47,13 @@ def check_text(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt is not UTF-8 from its character {error.start} on") from error
+
+
+def chosen_bits(int8: bool, int4: bool) -> int | None:
+    """Those to which weights are rounded. Raises ValueError when both are asked for."""
+    if int8 and int4:
+        raise ValueError("say --int8 or --int4, not both")
+    return 8 if int8 else 4 if int4 else None
 
 
 def check_outputs(files: dict[str, Path | None]) -> None:
@@ -132,3 +131,61 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- how a command ends ---------------------------------------------------------------------------------------------
+
+# click's UsageError, wherever this version of typer keeps it.
+UsageError: Any = typer.BadParameter.__base__
+
+
+class Interrupted(Exception):
+    """A signal ended a command, which says how to go on. code: the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run(app: typer.Typer, arguments: list[str]) -> None:
+    """Run an app's command and exit with its code. An error is one line; with --debug it is raised instead."""
+    n_options = arguments.index("--") if "--" in arguments else len(arguments)  # after "--" all is text
+    options, rest = arguments[:n_options], arguments[n_options:]
+    debug = "--debug" in options
+    settle_streams()
+    transformers.logging.set_verbosity_error()
+    try:
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        said = [word for word in options if word != "--debug"] + rest
+        code = app(said, prog_name="fastgpt", standalone_mode=False, obj=said)
+        sys.stdout.flush()
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fastgpt"
+        _fail(f"{error.format_message()} (see {command} --help)", code=2)
+    except Interrupted as interrupted:
+        _fail(str(interrupted), interrupted.code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", code=130)
+    except BrokenPipeError:
+        _fail(None, code=1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(" ".join(str(error).split()) or type(error).__name__, code=1)
+    else:
+        if code == 130:  # typer's answer to Ctrl-C
+            _fail("interrupted", code)
+        sys.exit(code or 0)
+
+
+def _fail(message: str | None, code: int) -> None:
+    """Print the message, if there is one, on one line and exit."""
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Nobody reads standard output. Python would flush it again at exit and print an error, so discard it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
