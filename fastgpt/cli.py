@@ -334,7 +334,7 @@ def verify(
 ) -> None:
     """Check a checkpoint: its files, then that it loads and runs; and print the sha256 of its files."""
     with notes.status("checking") as status:
-        report = verify_checkpoint(directory, progress=status.update)
+        report = verify_checkpoint(directory, tell=status.update)
     if as_json:
         print_json(asdict(report))
     else:

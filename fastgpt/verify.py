@@ -1,13 +1,12 @@
 """Verify a checkpoint directory: list everything that is wrong with it, and hash its files."""
 
 import hashlib
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,6 @@ from .checkpoint.loading import OTHER_CONFIGURATIONS, LoadingMixin, read_config
 
 MAX_PROBLEMS = 200
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class CheckpointReport:
@@ -62,21 +59,16 @@ class CheckpointReport:
     problems: list[str]
     warnings: list[str]
 
-    @property
-    def ok(self) -> bool:
-        return not self.problems
 
-    def to_json(self) -> str:
-        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
-
-
-def verify_checkpoint(directory: str | os.PathLike[str], *, progress: Progress | None = None) -> CheckpointReport:
+def verify_checkpoint(
+    directory: str | os.PathLike[str], *, tell: Callable[[str], None] = lambda message: None
+) -> CheckpointReport:
     """Check configuration, names, shapes, dtypes and values of a GPT-2 in safetensors format, and hash its files.
 
     All problems that the files show are listed. If they show none, the model is loaded and runs once.
-    progress: called with a message before each long step. Raises CheckpointFileError when there is no such directory.
+    tell: called with a message before each long step. Raises CheckpointFileError when there is no such directory.
     """
-    directory, tell = Path(directory), progress or (lambda message: None)
+    directory = Path(directory)
     if directory.is_file():
         raise CheckpointFileError(f"{directory}: is a file: give the directory that holds it and config.json")
     if not directory.is_dir():

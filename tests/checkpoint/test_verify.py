@@ -47,9 +47,8 @@ def test_sound_checkpoint(head, tied, tmp_path):
     model = getattr(transformers, head)(tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     messages: list[str] = []
-    report = verify_checkpoint(tmp_path, progress=messages.append)
+    report = verify_checkpoint(tmp_path, tell=messages.append)
     assert report.problems == []
-    assert report.ok
     assert report.n_parameters == model.num_parameters()
     assert report.dtypes == ["BF16"]
     names = {path.name for path in tmp_path.iterdir()}
@@ -57,15 +56,8 @@ def test_sound_checkpoint(head, tied, tmp_path):
     for name in names:
         assert report.files[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         assert any(name in message for message in messages)
-    assert json.loads(report.to_json()) == {
-        "ok": True,
-        "directory": str(tmp_path),
-        "files": report.files,
-        "n_parameters": report.n_parameters,
-        "dtypes": ["BF16"],
-        "problems": [],
-        "warnings": [],
-    }
+    assert report.directory == str(tmp_path)
+    assert report.warnings == []
 
 
 def shard(directory: Path) -> list[Path]:
@@ -160,7 +152,7 @@ def test_bug_a_file_that_vanishes_hides_what_was_found(saved):
             if message.startswith(step):
                 (saved / name).unlink(missing_ok=True)
 
-    report = verify_checkpoint(saved, progress=remove)
+    report = verify_checkpoint(saved, tell=remove)
     assert any("not valid JSON" in problem for problem in report.problems)
     assert set(report.files) <= {"config.json", "generation_config.json"}
 
