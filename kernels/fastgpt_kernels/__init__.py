@@ -97,7 +97,7 @@ def _interprets() -> bool:
 
 def _module(operation: str) -> ModuleType:
     _import_module(operation)
-    # Where torch.compile sees what is imported while it traces: of sys.modules it has a copy from before.
+    # Not from sys.modules, of which torch.compile, while it traces, has a copy from before the import.
     return _folder(operation).op
 
 
@@ -124,8 +124,8 @@ def _import_module(operation: str) -> None:
         ) from error
 
 
-# What holds for a process is a constant to torch.compile, which could not look into it. As
-# `torch.compiler.assume_constant_result` says it, which imports the whole compiler.
+# What these return holds for the whole process: torch.compile, which cannot trace them, takes it as a constant. This is
+# the mark that `torch.compiler.assume_constant_result` sets; calling that would import the whole compiler.
 for _function in (why_unavailable, _import_module):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 

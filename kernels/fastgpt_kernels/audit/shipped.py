@@ -200,9 +200,9 @@ def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dty
 
 
 def _decode(_: str) -> Iterator[Call]:
-    # The narrowest and the widest size; those between use the same tiles.
-    # One row; the most that are fused in any size, and in narrow ones; the most for which norms and products are
-    # kernels of their own; new tokens of one sequence, for prompt lookup.
+    # Of the sizes, the narrowest and the widest; those between use the same tiles. Of the rows, one, the most that are
+    # fused in any size, the most in narrow ones, and the most for which norms and products are kernels of their own;
+    # then new tokens of one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (64, False), (4, True), (9, True)
     # With rounded weights, the tiles of many rows grow with their number; the dtype of the rows changes little else.
     # Of int4, 4 rows are fused at most.

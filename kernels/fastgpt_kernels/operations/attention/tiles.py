@@ -119,7 +119,7 @@ def attention_tile(
     tf32 = _ATTENTION_TF32_ON.get(architecture, _ATTENTION_TF32)
     if precision == "tf32" and (replacement := tf32.get((kernel, padded_dim))):
         return replacement
-    special = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
-    tile = _ATTENTION_ON.get(architecture, {}).get(key) or special.get(key) or ATTENTION[key]
+    off_hopper = {} if architecture == "sm_90" else _ATTENTION_OFF_HOPPER
+    tile = _ATTENTION_ON.get(architecture, {}).get(key) or off_hopper.get(key) or ATTENTION[key]
     # A thread on AMD GPUs can use 512 registers only in programs of at most 4 warps.
     return tile._replace(num_warps=4) if architecture.startswith("gfx") else tile

@@ -34,9 +34,10 @@ def _load_weight(
     weight_ptr, steps_ptr, scale_ptr, first, end, outs, in_out, n_cols, n_out,
     BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BLOCK_COLS, outs) of a matrix (n_cols, n_out), of which the columns from `first` up to `end` count.
+    """A tile (BLOCK_COLS, outs) of a matrix (n_cols, n_out): its rows from `first` on, zero from `end` on.
 
-    The matrix lies transposed if it is int8 and so has a scale, or int4 and so has steps for every GROUP of values.
+    A matrix with a scale for each column is stored transposed: as int8 or, where it also has a step for every GROUP of
+    values, as int4.
     """
     cols = first + tl.arange(0, BLOCK_COLS)
     if steps_ptr is not None:
@@ -82,7 +83,7 @@ def _load_int4(
 
 @triton.jit
 def _scaled(sums, scale_ptr, outs, in_out):
-    """The sums (rows, outs) of a product, times the scale of each column if the matrix is int8."""
+    """The sums (rows, outs) of a product, times the scale of each column if the matrix is int8 or int4."""
     if scale_ptr is not None:
         sums *= tl.load(scale_ptr + outs, mask=in_out, other=0.0)[None, :]
     return sums
@@ -170,9 +171,8 @@ def _decode_norm_product_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_OUT columns of act(layer_norm(stream) @ weight + bias) for all rows.
 
-    weight: (n_cols, n_out), or int8 (n_out, n_cols) with a scale for each column of y, or int4, see `_load_weight`. The
-    first program also stores
-    the stream with the partial sums added.
+    weight: (n_cols, n_out), in floats, int8 or int4 (`_load_weight`). The first program also stores the stream with the
+    partial sums added.
     """
     program = tl.program_id(0)
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
@@ -211,7 +211,7 @@ def _decode_head_kernel(
 ):  # fmt: skip
     """One program computes every n-th tile of layer_norm(stream) @ head^T for all rows.
 
-    head: (n_out, n_cols), or int8 with a scale for each column of the logits, or int4 with steps, too.
+    head: (n_out, n_cols), in floats, in int8 with a scale for each row, or in int4 with steps too.
     """
     rows, cols = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
@@ -339,9 +339,8 @@ def _decode_project_kernel(
 ):  # fmt: skip
     """One program multiplies one part of the columns of x (n_rows, n_cols) by BLOCK_OUT columns of weight.
 
-    x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. weight: (n_cols, n_out), or int8
-    (n_out, n_cols) with a scale for each column, or int4, see `_load_weight`. The sums of part p go to partial[p]
-    (n_rows, n_out).
+    x: the output of attention in N_SPLITS splits, or a plain matrix if that is 1. weight: (n_cols, n_out), in floats,
+    int8 or int4 (`_load_weight`). The sums of part p go to partial[p] (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)
     tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles

@@ -20,9 +20,9 @@ def _decode_norm_kernel(
     n_rows, n_cols, eps,
     BLOCK_COLS: tl.constexpr, N_PARTIALS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises one row of the stream, to which it adds the partial sums first and stores it.
+    """One program adds the partial sums to one row of the stream, stores the sum, and normalises it.
 
-    new_stream: of other memory than the stream, because several threads may hold an element, and one could read what
+    new_stream: memory other than the stream's, because several threads may hold an element, and one could read what
     another has stored.
     """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -51,8 +51,8 @@ def _decode_product_kernel(
 ):  # fmt: skip
     """One program computes a tile of act(x @ weight * scale + bias) on tensor cores, over one part of the columns of x.
 
-    x: (n_rows, n_cols). weight: (n_cols, n_out), or int8 (n_out, n_cols), every value of which x's dtype holds exactly,
-    with a scale for each column, or int4, see `_load_weight`. The sums of part p go to y[p] (n_rows, n_out).
+    x: (n_rows, n_cols). weight: (n_cols, n_out), in floats, int8 or int4 (`_load_weight`); x's dtype holds every int8
+    value exactly. The sums of part p go to y[p] (n_rows, n_out).
     """
     n_tiles = tl.cdiv(n_out, BLOCK_OUT)
     tile, part = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles % N_PARTS

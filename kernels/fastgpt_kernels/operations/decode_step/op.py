@@ -1,8 +1,8 @@
 """One decode step of GPT-2: the logits of the newest token of every row, with keys and values added to a static cache.
 
-A few rows go through five fused kernels per layer, more rows through seven, where norms are kernels of their own, and
-what these do not take through torch's products around the same attention kernel.
-Nothing waits for the device, so that a CUDA graph can capture the step.
+A few rows go through five fused kernels per layer. More rows go through seven, in which the norms are kernels of their
+own, or, where these do not run, through torch's products around the same attention kernel. Nothing waits for the
+device, so that a CUDA graph can capture the step.
 """
 
 from typing import NamedTuple

@@ -6,7 +6,7 @@ import torch
 
 from ...common.chip import resident_programs
 
-# Wider rows go through torch's products, because a program holds all rows of the stream.
+# Wider rows do not take the fused kernels, whose programs hold all rows of the stream.
 DECODE_MAX_CHANNELS = 2048
 # The longest part of the inner axis that a program of the two products into the stream takes.
 _DECODE_PART_COLS = 1024
@@ -46,18 +46,21 @@ def _power_of_two(n: int) -> int:
 
 
 def _has_tensor_cores(element_size: int, architecture: str) -> bool:
-    """float32 has no exact ones; for AMD's, triton needs more registers and shared memory than there are."""
+    """Whether a few rows are multiplied on tensor cores.
+
+    Not in float32, in which none are exact, nor on AMD, where triton needs more registers and shared memory than exist.
+    """
     return element_size < 4 and not architecture.startswith("gfx")
 
 
 def decode_max_rows(n_channels: int, element_size: int, architecture: str, group: int = 0) -> int:
-    """How many rows the fused kernels take. More go through torch's products, because every program repeats the norm.
+    """How many rows the fused kernels take. Every program repeats the norm, so that more rows cost more than a launch.
 
     element_size: bytes of the weights' dtype, 1 for int8 and int4. group: weights that share a step, 0 without steps.
     """
     if n_channels > DECODE_MAX_CHANNELS:
         return 0
-    # A head of 8 rows: of int8 4 bytes with triton 3.6, of int4 4 to 12 bytes on sm_80, sm_89 and sm_120.
+    # A head of 8 rows spills 4 bytes in int8 on sm_100 with triton 3.6, in int4 4 to 12 on sm_80, sm_89 and sm_120.
     spills = group > 0 or (element_size == 1 and architecture == "sm_100")
     return 8 if n_channels <= 1024 and _has_tensor_cores(element_size, architecture) and not spills else 4
 
@@ -80,9 +83,9 @@ def decode_tile(
             num_warps = max(num_warps, 8)
         # 32 bytes, one memory sector, of every row of the weights.
         block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
-        if is_wide and n_rows > 2:  # Of an int8 head, 4 spill a register on sm_90 with triton 3.7.
+        if is_wide and n_rows > 2:  # With 4 columns, an int8 head spills a register on sm_90 with triton 3.7.
             block_out = 2 if kernel == "head" and element_size == 1 else block_out // 2
-        if group and is_wide and n_rows > 2 and kernel == "head":  # 8 spill 24 bytes there with triton 3.6.
+        if group and is_wide and n_rows > 2 and kernel == "head":  # 8 warps spill 24 bytes with triton 3.6.
             num_warps = 16
         n_slices, num_stages = 0, 2
     else:

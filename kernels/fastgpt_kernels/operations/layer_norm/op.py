@@ -289,10 +289,10 @@ def _add_layer_norm_gradients(ctx: Any, grads: tuple[Tensor | None, ...], backwa
     x_dtype, residual_dtype, bias_dtype = ctx.dtypes
     dx = dweight = dbias = None
     if dy is not None:
-        has_two = x_dtype != summed.dtype and summed.shape[-1] <= tiles.LAYER_NORM_TWO_DTYPES_COLS
-        added_dtype = x_dtype if has_two else None
+        in_two_dtypes = x_dtype != summed.dtype and summed.shape[-1] <= tiles.LAYER_NORM_TWO_DTYPES_COLS
+        added_dtype = x_dtype if in_two_dtypes else None
         dsum, dx, dweight, dbias = backward(summed, weight, dy, dsum, ctx.eps, bias_dtype, added_dtype)
-        dx = dx if has_two else None
+        dx = dx if in_two_dtypes else None
     if dx is None and dsum is not None:
         dx = dsum.to(x_dtype)
     return dx, None if dsum is None else dsum.to(residual_dtype), dweight, dbias, None, None

@@ -30,8 +30,8 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(hidden @ weight^T) against labels; the (N, V) logits never exist at once.
 
     hidden: (N, C), weight: (V, C), both in float32, bfloat16, float16 or float64, with any strides; under autocast the
-    logits are computed in its dtype. labels: (N,) int64. label_smoothing and z_loss are compiled in, once for
-    each value. The rest as in `reference.linear_cross_entropy`.
+    logits are computed in its dtype. labels: (N,) int64. label_smoothing, z_loss: each new value compiles the kernel
+    again. The rest as in `reference.linear_cross_entropy`.
     Returns a scalar, or (N,) with zeros at ignored labels for none, in float32 (float64 for float64 inputs).
     Raises ValueError when shapes, dtypes or devices do not fit, and when a label is out of range (on a GPU its loss and
     gradients are NaN instead).

@@ -150,7 +150,7 @@ def kept_tokens(scores: Tensor, options: SamplingOptions) -> Tensor:
 def gumbel_noise(seed: Tensor, positions: Tensor, continuations: Tensor, n_tokens: int) -> Tensor:
     """(B, V) standard Gumbel noise in float32, a function of the arguments alone.
 
-    seed: as `reference.seed_tensor` gives it. positions: (B,), of the new tokens. continuations: (B,). n_tokens: V.
+    seed: as `dropout.seed_tensor` gives it. positions: (B,), of the new tokens. continuations: (B,). n_tokens: V.
     """
     # One Philox call draws 32 bits for each of four tokens.
     groups = torch.arange(-(-n_tokens // 4), device=positions.device)[None]
@@ -161,9 +161,9 @@ def gumbel_noise(seed: Tensor, positions: Tensor, continuations: Tensor, n_token
 def noise_of_words(words: Tensor) -> Tensor:
     """Standard Gumbel noise -log(-log(u)) in float32 from u = (word + 1/2) / 2**32, for int64 words of 32 bits.
 
-    The kernels take the same steps in the same order, so that only a device's logarithm, and a product and a sum that
-    it rounds once, tell their noise from this: by a few ulps. A draw differs where the two best
-    of a row's noisy scores lie that close together, about one in a million.
+    The kernels take the same steps in the same order. Their noise differs from this by a few ulps, because a device has
+    another logarithm and may round a product and a sum once. A draw differs where the two best of a row's noisy scores
+    lie that close together: about one in a million.
     """
     # float32 has few numbers near 1, from where large noise comes: there, -log(u) is the series of v = 1 - u.
     u, v = ((x.float() + 0.5) * 2.0**-32 for x in (words, 0xFFFFFFFF - words))
