@@ -4,7 +4,8 @@ where that is asked for, of rows rounded to int8.
 A row is written in base 256, as rows of bytes: x = step * sum of 256^i * digit_i. Their products with int8 values are
 sums of whole numbers, which the processor adds without rounding, 64 at a time with AVX512 where it adds 16 floats. Four
 rows of bytes take hardly longer than one, because reading the weights takes most of the time. The weights are a quarter
-of float32's bytes.
+of float32's bytes. This is the Ozaki scheme on integer units (arXiv 2409.13313) with one of the two matrices in int8
+already: only the other has to be split.
 
 r rows, K inputs, N outputs.
 """

@@ -1,4 +1,8 @@
-"""A matrix as int4 values, a step for each group of them, and one float32 scale for each column."""
+"""A matrix as int4 values, a step for each group of them, and one float32 scale for each column.
+
+Two levels of scales, of which the inner ones, the steps, are whole numbers: what QServe (arXiv 2405.04532) calls
+progressive group quantisation. Here it has no zero points.
+"""
 
 from typing import NamedTuple
 
