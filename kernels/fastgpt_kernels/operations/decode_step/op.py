@@ -58,8 +58,8 @@ class DecodeStep:
         self.device = weights.wte.device
         self.architecture = chip.architecture(self.device)
         self.overlap = chip.overlaps_launches(self.device)
-        parts = _parts(weights.layers[0].fc_weight)
-        element_size, group = parts.values.element_size(), parts.group
+        operand = _operand(weights.layers[0].fc_weight)
+        element_size, group = operand.values.element_size(), operand.group
         self.is_fused = n_rows <= tiles.decode_max_rows(self.n_channels, element_size, self.architecture, group)
         self.is_on_kernels = self.is_fused or tiles.decode_multiplies(n_rows, element_size, self.architecture)
         n_splits = tiles.decode_splits(n_rows * weights.n_heads, n_slots, self.architecture)
@@ -134,11 +134,11 @@ class DecodeStep:
         options = {"num_warps": num_warps, "OVERLAP": self.overlap}
         return options | ({"launch_pdl": True} if self.overlap else {})
 
-    def _tile(self, kernel: str, n_cols: int, parts: "_Parts") -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
-        size = parts.values.element_size()
-        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, size, self.architecture, parts.group)
+    def _tile(self, kernel: str, n_cols: int, operand: "_Operand") -> tuple[tiles.DecodeTile, dict[str, int | bool]]:
+        size = operand.values.element_size()
+        tile = tiles.decode_tile(kernel, self.n_rows, n_cols, size, self.architecture, operand.group)
         blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "BLOCK_OUT": tile.block_out}
-        return tile, blocks | {"SLICES": tile.slices, "GROUP": parts.group} | self._launch_options(tile.num_warps)
+        return tile, blocks | {"SLICES": tile.slices, "GROUP": operand.group} | self._launch_options(tile.num_warps)
 
     def _norm_product(
         self, stream: Tensor, n_parts: int, part_bias: Tensor | None, new_stream: Tensor,
@@ -149,11 +149,11 @@ class DecodeStep:
             self._norm(stream, n_parts, part_bias, new_stream, norm_weight, norm_bias)
             self._product(self.normalised, matrix, bias, activation, y)
             return
-        parts = _parts(matrix)
-        tile, options = self._tile("norm_product", self.n_channels, parts)
+        operand = _operand(matrix)
+        tile, options = self._tile("norm_product", self.n_channels, operand)
         launch(
             _decode_norm_product_kernel, cdiv(y.shape[1], tile.block_out),
-            stream, self.partial, part_bias, norm_weight, norm_bias, *parts[:3], bias, new_stream, y,
+            stream, self.partial, part_bias, norm_weight, norm_bias, *operand[:3], bias, new_stream, y,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=y.shape[1], eps=self.eps,
             N_PARTIALS=n_parts, ACTIVATION=activation, **options,
         )  # fmt: skip
@@ -171,15 +171,15 @@ class DecodeStep:
 
     def _project(self, x: Tensor, n_splits: int, matrix: Matrix) -> int:
         """Write x @ matrix to `partial` as sums of several parts. Returns the number of parts."""
-        (n_cols, n_out), parts = matrix.shape, _parts(matrix)
+        (n_cols, n_out), operand = matrix.shape, _operand(matrix)
         n_parts, cols_per_part = self.parts[n_cols]
         if not self.is_fused:
             self._product(x, matrix, None, "none", self.partial, cols_per_part)
             return n_parts
-        tile, options = self._tile("project", cols_per_part, parts)
+        tile, options = self._tile("project", cols_per_part, operand)
         launch(
             _decode_project_kernel, cdiv(n_out, tile.block_out) * n_parts,
-            x, self.peak, self.total, *parts[:3], self.partial,
+            x, self.peak, self.total, *operand[:3], self.partial,
             n_rows=self.n_rows, n_cols=n_cols, n_out=n_out, n_heads=self.n_heads,
             head_dim=self.n_channels // self.n_heads, cols_per_part=cols_per_part, N_SPLITS=n_splits, **options,
         )  # fmt: skip
@@ -196,12 +196,12 @@ class DecodeStep:
             else:
                 self._product(self.normalised, weights.head, None, "none", logits)
             return
-        parts = _parts(weights.head)
-        tile, options = self._tile("head", self.n_channels, parts)
+        operand = _operand(weights.head)
+        tile, options = self._tile("head", self.n_channels, operand)
         n_tiles = cdiv(logits.shape[1], tile.block_out)
         launch(
             _decode_head_kernel, min(n_tiles, tiles.decode_head_programs(stream.device)),
-            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, *parts[:3], logits,
+            stream, self.partial, part_bias, weights.ln_f_weight, weights.ln_f_bias, *operand[:3], logits,
             n_rows=self.n_rows, n_cols=self.n_channels, n_out=logits.shape[1], eps=weights.eps,
             N_PARTIALS=n_parts, STAGES=tile.num_stages, **options,
         )  # fmt: skip
@@ -225,16 +225,16 @@ class DecodeStep:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str, y: Tensor, cols_per_part: int = 0
     ) -> None:
         """Fill y with act(x @ matrix + bias), or y (parts, B, out) with the sums of parts of the inner axis."""
-        (n_cols, n_out), parts = matrix.shape, _parts(matrix)
+        (n_cols, n_out), operand = matrix.shape, _operand(matrix)
         n_rows, n_parts = len(x), cdiv(n_cols, cols_per_part or n_cols)
-        sizes = x.element_size(), parts.values.element_size()
-        tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture, parts.group)
+        sizes = x.element_size(), operand.values.element_size()
+        tile = tiles.decode_product_tile(n_rows, n_out, n_parts, *sizes, self.architecture, operand.group)
         launch(
             _decode_product_kernel, cdiv(n_rows, tile.block_rows) * n_parts * cdiv(n_out, tile.block_out),
-            x, *parts[:3], bias, y,
+            x, *operand[:3], bias, y,
             n_rows=n_rows, n_cols=n_cols, n_out=n_out, cols_per_part=cols_per_part or n_cols,
             BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, BLOCK_OUT=tile.block_out, N_PARTS=n_parts,
-            GROUP=parts.group, HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages,
+            GROUP=operand.group, HAS_BIAS=bias is not None, ACTIVATION=activation, STAGES=tile.num_stages,
             **self._launch_options(tile.num_warps),
         )  # fmt: skip
 
@@ -267,8 +267,8 @@ class DecodeStep:
         return layer_norm.add_layer_norm_fwd(branch, stream, weight, bias, self.eps, stream.dtype)
 
 
-class _Parts(NamedTuple):
-    """A matrix as the kernels take it. group: values for each step, 0 where there are none."""
+class _Operand(NamedTuple):
+    """A matrix as the kernels take it: three pointers, and how many values share a step, 0 where there are no steps."""
 
     values: Tensor
     steps: Tensor | None
@@ -276,10 +276,12 @@ class _Parts(NamedTuple):
     group: int
 
 
-def _parts(matrix: Matrix) -> _Parts:
+def _operand(matrix: Matrix) -> _Operand:
+    if isinstance(matrix, Tensor):
+        return _Operand(matrix, None, None, 0)
     if isinstance(matrix, Int4Matrix):
-        return _Parts(*matrix, matrix.group_size)
-    return _Parts(matrix, None, None, 0) if isinstance(matrix, Tensor) else _Parts(matrix.values, None, matrix.scale, 0)
+        return _Operand(*matrix, matrix.group_size)
+    return _Operand(matrix.values, None, matrix.scale, 0)
 
 
 def _dense(matrix: Matrix) -> Tensor:
