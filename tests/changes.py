@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 from unittest import mock
 
+import peft
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -202,8 +203,6 @@ def _widen(model: Any, stack: ExitStack) -> None:
 
 
 def _adapter(model: Any, stack: ExitStack) -> None:
-    import peft
-
     torch.manual_seed(0)
     lora = peft.LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
     peft.inject_adapter_in_model(lora, model)

@@ -22,7 +22,7 @@ from models import pair, tiny_config, token_ids
 from paths import ROOT
 
 from benchmarks.__main__ import main as benchmarks_main
-from benchmarks.gpu import cold_start
+from benchmarks.gpu import cold_start, supervise
 from benchmarks.gpu import command as gpu
 from benchmarks.gpu import kernels as gpu_kernels
 from benchmarks.gpu import models as gpu_models
@@ -304,7 +304,6 @@ def loses_the_gpu(run: Run) -> Iterator[Part]:
 
 def lost_gpu() -> None:
     """As a kernel that reads outside its memory: from then on every call of this process fails."""
-    from benchmarks.gpu import supervise
 
     def fail(*arguments: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")

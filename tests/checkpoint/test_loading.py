@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -158,7 +159,6 @@ def test_cross_attention_may_be_new_as_a_whole(saved, tmp_path):
 
 
 def test_adapter_directory_loads_its_base_checked(saved, tmp_path):
-    peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(load(saved), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = load(tmp_path / "adapter")

@@ -6,6 +6,7 @@ from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from models import lively, tiny_config, token_ids
@@ -137,8 +138,6 @@ CPT = {"cpt_token_ids": [3, 5, 7, 9], "cpt_mask": [1] * 4, "cpt_tokens_type_mask
 
 @pytest.mark.parametrize("method", ["PromptTuning", "PromptEncoder", "PrefixTuning", "CPT"])
 def test_soft_prompts_take_part(method: str) -> None:
-    import peft
-
     found = []
     for is_ours in (False, True):
         model = stock()

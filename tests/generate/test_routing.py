@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -64,7 +65,6 @@ def test_calls_go_where_they_can_be_served(options: dict, reason: str | None, ro
 
 
 def _with_lora(model: Any) -> None:
-    peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     torch.manual_seed(0)
     peft.inject_adapter_in_model(lora, model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgpt_kernels.common import int4
 from fastgpt_kernels.common.int4 import GROUP_SIZES, Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
 from models import pair, tiny_config, token_ids
@@ -86,8 +87,6 @@ def test_an_int4_matrix_is_an_int8_matrix() -> None:
 
 
 def test_parts_of_a_matrix_are_rounded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgpt_kernels.common import int4
-
     torch.manual_seed(0)
     matrix = torch.randn(128, 67)
     whole = Int4Matrix.nearest(matrix, 64)

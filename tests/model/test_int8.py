@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -198,7 +199,6 @@ def test_gradients_flow_through_but_not_into_the_weights(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_adapters_learn_on_top(bits: int) -> None:
-    peft = pytest.importorskip("peft")
     model = fastgpt.quantize(pair(tiny_config())[1], bits=bits)
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)

@@ -35,6 +35,7 @@ PyMODINIT_FUNC PyInit_stand_in(void) { return PyModule_Create(&module); }
 
 def stand_in() -> Any:
     """A driver that builds its launcher as triton's own do, and whose GPU knows one kernel."""
+    # Here and not above, because one of the machines has no triton.
     from triton.backends.compiler import GPUTarget
     from triton.runtime.build import compile_module_from_src
 

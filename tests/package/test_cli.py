@@ -13,7 +13,7 @@ from fastgpt_kernels import KernelUnavailableError
 from models import tiny_config
 
 import fastgpt
-from fastgpt import cli, terminal
+from fastgpt import cli, ops, terminal
 from fastgpt import generate as engine
 
 
@@ -390,8 +390,6 @@ def test_doctor(run) -> None:
 
 
 def test_doctor_fails_when_the_answers_are_wrong(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgpt import ops
-
     layer_norm = ops.layer_norm
     monkeypatch.setattr(ops, "layer_norm", lambda *arguments: layer_norm(*arguments) * 1.001)
     result = run("doctor", "--device", "cpu")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import peft
 import torch
 import transformers
 from models import lively, tiny_config, token_ids
@@ -126,8 +127,6 @@ def describing(model: Any, _: Tensor) -> Any:
 
 
 def adapted(model: Any, _: Tensor) -> Any:
-    import peft
-
     torch.manual_seed(2)
     lora = peft.LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
     return peft.get_peft_model(model, lora).eval().generate(input_ids=prompt(), **GREEDY)
