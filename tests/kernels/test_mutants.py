@@ -27,10 +27,10 @@ TESTS = {
     "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
     "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
     "common/dropout_kernels.py": ["kernels/attention"],
-    "operations/decode_step/kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
-    "operations/decode_step/many_rows_kernels.py": ["kernels/decode_step/test_decode_step_kernel.py"],
+    "operations/decode_step/kernels.py": ["kernels/decode_step"],
+    "operations/decode_step/many_rows_kernels.py": ["kernels/decode_step"],
     "operations/decode_step/row_products.py": ["kernels/decode_step"],
-    "operations/decode_step/op.py": ["kernels/decode_step/test_decode_step_kernel.py"],
+    "operations/decode_step/op.py": ["kernels/decode_step"],
     "operations/sampling/kernels.py": ["kernels/sampling"],
     "operations/sampling/filter_kernels.py": ["kernels/sampling"],
     "operations/sampling/op.py": ["kernels/sampling"],
@@ -85,6 +85,15 @@ def test_every_mutant_changes_one_place(file: str) -> None:
 def test_there_are_sixty_mutants_or_more() -> None:
     assert len({(mutant.file, mutant.before, mutant.after) for mutant in MUTANTS}) == len(MUTANTS) >= 60
     assert {mutant.file for mutant in MUTANTS} == TESTS.keys()
+
+
+def test_the_documentation_counts_them() -> None:
+    of_the_rule = [mutant for mutant in MUTANTS if mutant.file.startswith("fastgpt/")]
+    n_kernels, n_rule = len(MUTANTS) - len(of_the_rule), len(of_the_rule)
+    n_noticed = n_kernels - sum(bool(mutant.survives) for mutant in MUTANTS)
+    text = " ".join((ROOT / "tests" / "README.md").read_text().split())
+    assert f"holds {n_kernels} mistakes in the kernels and {n_rule} in the rule" in text
+    assert f"{n_noticed} and {n_rule} are noticed" in text
 
 
 @pytest.mark.mutants
