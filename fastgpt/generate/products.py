@@ -20,8 +20,7 @@ from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
-import fastgpt.model.digits as digits
-
+from ..model import digits
 from .ways import Prepared, Rows, columns, exactness, ways
 
 # --- half precision -------------------------------------------------------------------------------------------------

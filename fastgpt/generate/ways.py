@@ -21,7 +21,7 @@ from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
-import fastgpt.model.digits as digits
+from ..model import digits
 
 # --- one way --------------------------------------------------------------------------------------------------------
 
