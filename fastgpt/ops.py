@@ -21,7 +21,6 @@ from .checkpoint.headers import shown
 
 BACKENDS = ("auto", "torch", "triton")
 
-
 # Checked on use and not on import, so that `fastgpt doctor` can still run and explain a wrong name.
 _selected = os.environ.get("FASTGPT_BACKEND", "auto")
 

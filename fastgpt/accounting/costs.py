@@ -127,9 +127,9 @@ def decode_bytes(
     """Bytes read to decode one token of each sequence: every weight once, and the keys and values of the context.
 
     Weights: L*(4*C^2 + 2*C*F + 9*C + F) + 2*C + V*C elements; where F = 4*C, a layer has 12*C^2 + 13*C.
-    block_bits: 8 or 4 after `fastgpt.quantize`: a layer's 4*C^2 + 2*C*F have as many bits each, with an fp32 scale for
-    each of its 5*C + F columns and, of 4 bits, a byte for every 64 of them. head_bits: so do the V*C of the head, with
-    V scales. None where they have element_bytes.
+    block_bits: 8 or 4 after `fastgpt.quantize`: of each of a layer's 4*C^2 + 2*C*F elements, besides an fp32 scale for
+    each of its 5*C + F columns and, with 4 bits, a byte for every 64 elements. head_bits: the same for the V*C elements
+    and V columns of the head. None where an element has element_bytes.
     """
     C, F, V = shape.n_embd, shape.hidden_width, shape.vocab_size
 

@@ -85,7 +85,6 @@ ALIASES = {
 # A preset's name, demo, a directory with a config.json, a shape, a transformers configuration, or a model.
 Source: TypeAlias = "str | os.PathLike[str] | Shape | PreTrainedConfig | nn.Module"
 
-
 _DEMO = str(Path(__file__).parents[1] / "demo")
 
 
@@ -176,10 +175,10 @@ def _shape_or_config(config: PreTrainedConfig) -> "Shape | PreTrainedConfig":
     )
 
 
+# --- counting -------------------------------------------------------------------------------------------------------
+
 # Building a layer without weights takes milliseconds, so the time to count is bounded.
 _MOST_LAYERS_BUILT = 1_000
-
-# --- counting -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

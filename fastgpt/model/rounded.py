@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 # 128 three quarters. From there on they gain little, and their products take much memory in the head.
 MAX_ROWS_IN_DIGITS = 128
 
-# Of int4, by the perplexity of the demo beside the bytes.
+# Of int4: a compromise between the bytes and the demo's perplexity.
 DEFAULT_GROUP_SIZE = 64
 
 # --- the modules ----------------------------------------------------------------------------------------------------

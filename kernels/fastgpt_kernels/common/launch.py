@@ -48,7 +48,11 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 
 def launch(kernel: Any, n_programs: int, x: Tensor, *pointers: Tensor | None, **arguments: Any) -> None:
-    """Run n_programs programs of a kernel on the GPU of x, its first argument."""
+    """Run n_programs programs of a kernel on the GPU of x, its first argument.
+
+    Always through triton: for steps that CUDA graphs replay, whose host time hardly counts. The launchers of operations
+    that a model calls one by one are decorated with `launching`.
+    """
     with on_device(x):
         kernel[(n_programs,)](x, *pointers, **arguments, **FP_FUSION)
 

@@ -150,7 +150,7 @@ class PersistentDecoder:
 
 
 def _tables(weights: DecodeWeights) -> tuple[Tensor, Tensor, Tensor]:
-    assert isinstance(weights.head, Tensor)  # no int8 weights here
+    assert isinstance(weights.head, Tensor)  # no rounded weights here
     return weights.wte, weights.wpe, weights.head
 
 
@@ -175,7 +175,7 @@ def _pack(layers: tuple[DecodeLayer, ...], stream: Tensor, biases: Tensor, group
             (layer.fc_weight, layer.fc_bias),
             (layer.mlp_proj_weight, layer.mlp_proj_bias),
         ):
-            assert isinstance(weight, Tensor)  # `generate()` gives int8 weights to the kernels of single steps
+            assert isinstance(weight, Tensor)  # `generate()` gives rounded weights to the kernels of `decode_step`
             n_in, n_out = weight.shape
             n_slice, n_parts = -(-n_out // n_programs), n_in // n_channels
             stop = start + n_slice * n_parts
