@@ -297,8 +297,8 @@ def find_weights(
 ) -> Path:
     """The file or index that transformers would load from this directory.
 
-    use_safetensors: pickle files are found only with False. variant: "fp16" for
-    model.fp16.safetensors. named: the file's name, when the configuration fixes it.
+    use_safetensors: pickle files are found only with False. variant: "fp16" for model.fp16.safetensors. named: the
+    file's name, when the configuration fixes it.
     Raises CheckpointFileError, with the names that were tried, when there is no such file or only pickle files.
     """
     pickles = [_with_variant(name, variant) for name in PICKLE_NAMES]
