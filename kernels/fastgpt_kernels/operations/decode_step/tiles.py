@@ -20,6 +20,9 @@ _DECODE_MAX_SPLITS = 32
 # columns that a program takes at a time.
 _PRODUCT_MAX_BLOCK_ROWS, _PRODUCT_PART_OUT, _PRODUCT_PART_COLS = 64, 64, 128
 
+# Blocks of more columns of the inner axis are wide: fewer of their rows and columns fit into registers.
+_NARROW_COLS = 1024
+
 # The fewest columns of the inner axis that a product on tensor cores takes; triton compiles none with fewer.
 _TENSOR_CORE_COLS = 16
 # The same of int4: triton up to 3.7.1 gives each of four lanes 8 columns of what `tl.join` made (kWidth = 8), so that
@@ -73,31 +76,42 @@ def decode_tile(
     n_cols: columns of the inner axis that a program takes. element_size: bytes of the weights' dtype, 1 for int8 and
     int4. group: weights that share a step, which a block holds whole; 0 where there are no steps.
     """
-    block_rows, block_cols = _power_of_two(n_rows), _power_of_two(max(16, n_cols, group))
-    is_wide = block_cols > 1024
-    spills = kernel == "head" and is_wide and n_rows > 1
-    if spills or not _has_tensor_cores(element_size, architecture):
-        is_whole = kernel == "head" or element_size == 1  # rows of the head and columns of int8 are read whole
-        num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if is_whole else 16)
-        if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
-            num_warps = max(num_warps, 8)
-        # 32 bytes, one memory sector, of every row of the weights.
-        block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
-        if is_wide and n_rows > 2:  # With 4 columns, an int8 head spills a register on sm_90 with triton 3.7.
-            block_out = 2 if kernel == "head" and element_size == 1 else block_out // 2
-        if group and is_wide and n_rows > 2 and kernel == "head":  # 8 warps spill 24 bytes with triton 3.6.
-            num_warps = 16
-        n_slices, num_stages = 0, 2
+    block_cols = _power_of_two(max(16, n_cols, group))
+    spills = kernel == "head" and n_rows > 1 and block_cols > _NARROW_COLS
+    if _has_tensor_cores(element_size, architecture) and not spills:
+        tile = _tile_on_tensor_cores(kernel, n_rows, block_cols, group)
     else:
-        num_warps = 16 if kernel == "norm_product" and is_wide and n_rows > 1 else 8
-        # By count: with twice the columns, half as many programs repeat the norm.
-        block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
-        n_slices, num_stages = num_warps, 2 if is_wide or n_rows > 4 else 3
-        cols_of_slice = _TENSOR_CORE_INT4_COLS if group else _TENSOR_CORE_COLS
-        block_cols = max(block_cols, cols_of_slice * n_slices)  # Narrower ones are masked.
-    if architecture == "cpu":  # Few programs, because starting one takes the interpreter longer than its work.
-        block_out = 64
-    return DecodeTile(block_rows, block_cols, block_out, num_warps, num_stages, n_slices)
+        tile = _tile_without_tensor_cores(kernel, n_rows, block_cols, element_size, architecture, group)
+    # In the interpreter few programs, because starting one takes longer than its work.
+    return tile._replace(block_out=64) if architecture == "cpu" else tile
+
+
+def _tile_on_tensor_cores(kernel: str, n_rows: int, block_cols: int, group: int) -> DecodeTile:
+    is_wide = block_cols > _NARROW_COLS
+    num_warps = 16 if kernel == "norm_product" and is_wide and n_rows > 1 else 8
+    # By count: with twice the columns, half as many programs repeat the norm.
+    block_out = 32 if kernel == "norm_product" and n_rows > 2 and not is_wide else 16
+    num_stages = 2 if is_wide or n_rows > 4 else 3
+    cols_of_slice = _TENSOR_CORE_INT4_COLS if group else _TENSOR_CORE_COLS
+    block_cols = max(block_cols, cols_of_slice * num_warps)  # Narrower ones are masked.
+    return DecodeTile(_power_of_two(n_rows), block_cols, block_out, num_warps, num_stages, slices=num_warps)
+
+
+def _tile_without_tensor_cores(
+    kernel: str, n_rows: int, block_cols: int, element_size: int, architecture: str, group: int
+) -> DecodeTile:
+    is_wide = block_cols > _NARROW_COLS
+    is_whole = kernel == "head" or element_size == 1  # rows of the head and columns of int8 are read whole
+    num_warps = min(4 * (2 if is_wide else 1) * (2 if n_rows > 1 else 1), 8 if is_whole else 16)
+    if kernel == "norm_product" and architecture in ("sm_80", "sm_86", "sm_89", "sm_90"):  # 4 warps spill there.
+        num_warps = max(num_warps, 8)
+    # 32 bytes, one memory sector, of every row of the weights.
+    block_out = min(16, 32 // element_size) if not is_whole or n_rows == 1 else 8
+    if is_wide and n_rows > 2:  # With 4 columns, an int8 head spills a register on sm_90 with triton 3.7.
+        block_out = 2 if kernel == "head" and element_size == 1 else block_out // 2
+    if group and is_wide and n_rows > 2 and kernel == "head":  # 8 warps spill 24 bytes with triton 3.6.
+        num_warps = 16
+    return DecodeTile(_power_of_two(n_rows), block_cols, block_out, num_warps, num_stages=2)
 
 
 def decode_multiplies(n_rows: int, element_size: int, architecture: str) -> bool:
