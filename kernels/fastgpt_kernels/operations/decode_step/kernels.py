@@ -204,8 +204,7 @@ def _decode_norm_product_kernel(
 @triton.jit
 def _decode_head_kernel(
     stream_ptr, partial_ptr, partial_bias_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr, steps_ptr, scale_ptr,
-    logits_ptr,
-    n_rows, n_cols, n_out, eps,
+    logits_ptr, n_rows, n_cols, n_out, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_OUT: tl.constexpr, N_PARTIALS: tl.constexpr,
     SLICES: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -228,11 +227,11 @@ def _decode_head_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_out, BLOCK_OUT), tl.num_programs(0), num_stages=STAGES):
         outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         in_out = outs < n_out
-        head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
-        in_head = in_out[:, None] & (cols < n_cols)[None, :]
         if steps_ptr is not None:
             head = _load_int4(head_ptr, steps_ptr, 0, n_cols, outs, in_out, n_cols, BLOCK_COLS, GROUP, "evict_first")
         else:
+            head_offsets = outs.to(tl.int64)[:, None] * n_cols + cols[None, :]
+            in_head = in_out[:, None] & (cols < n_cols)[None, :]
             head = tl.load(head_ptr + head_offsets, mask=in_head, other=0.0, eviction_policy="evict_first")
         logits = _scaled(_rows_times(normalised, head, SLICES, IS_TRANSPOSED=True), scale_ptr, outs, in_out)
         in_logits = (rows < n_rows)[:, None] & in_out[None, :]
