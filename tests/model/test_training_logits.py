@@ -293,9 +293,7 @@ def test_a_second_step_waits_for_nothing(computed) -> None:
     assert len(computed) == 1
 
 
-@pytest.mark.parametrize(
-    "compiler", [lambda graph: graph, torch.compile(backend="eager")], ids=["recorded", "compiled"]
-)
+@pytest.mark.parametrize("compiler", [lambda graph: graph, torch.compile(backend="eager")])
 def test_backward_under_compiled_autograd(compiler: Callable, computed) -> None:
     """It adds up gradients without asking whether one is None, as that of logits is which nobody reads."""
     theirs, ours, *both = steps()
