@@ -30,6 +30,7 @@ from .terminal import (
     chosen_bits,
     notes,
     numbers,
+    path,
     print_json,
     run,
     strict_json,
@@ -137,10 +138,13 @@ def bench(
         str, typer.Option(help="hf-eager, hf-sdpa, hf-compile; comma-separated.")
     ] = "hf-eager,hf-sdpa",
     runs: Annotated[int, typer.Option(min=5, help="Timed runs of each contender.")] = 7,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the result as a PNG.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Write the result to this file.")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", parser=path, help="Draw the result as a PNG.")] = None,
     profile_file: Annotated[
-        Path | None, typer.Option("--profile", help="Trace one run of each workload, for chrome://tracing.")
+        Path | None,
+        typer.Option("--profile", parser=path, help="Trace one run of each workload, for chrome://tracing."),
     ] = None,
 ) -> None:
     """Measure tokens/s compared with transformers on the same weights, after a parity check."""
@@ -183,7 +187,7 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="The text, in UTF-8.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="The text, in UTF-8.")],
     model: Model = "demo",
     context: Annotated[
         int | None,
@@ -222,13 +226,16 @@ def evaluate(
 def train(
     invocation: typer.Context,
     text: Annotated[
-        Path, typer.Argument(help="A text file in UTF-8, or a directory whose *.txt files are taken in order.")
+        Path,
+        typer.Argument(parser=path, help="A text file in UTF-8, or a directory whose *.txt files are taken in order."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run: the model, checkpoints, log.jsonl and loss.png.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder of the run: the model, checkpoints, log.jsonl and loss.png.")
+    ],
     model: Model = "demo",
     validation: Annotated[
         Path | None,
-        typer.Option(help="Text to measure on; without it the end of the text."),
+        typer.Option(parser=path, help="Text to measure on; without it the end of the text."),
     ] = None,
     held_out: Annotated[
         float,
@@ -329,7 +336,7 @@ def params(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A directory with config.json and weights.")],
+    directory: Annotated[Path, typer.Argument(parser=path, help="A directory with config.json and weights.")],
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: its files, then that it loads and runs; and print the sha256 of its files."""

@@ -32,6 +32,13 @@ def numbers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
 
 
+def path(text: str) -> Path:
+    """A path as it was typed. Raises BadParameter on an empty one, which `Path` would take for the current folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
 @contextmanager
 def wrong_usage() -> Iterator[None]:
     """Turn a ValueError of the work into an error of usage."""
