@@ -123,7 +123,7 @@ def has_rounded_head(config: PreTrainedConfig) -> bool:
 
 def group_problem(n_inputs: int, group_size: Any) -> str | None:
     """Why the weights of products with n_inputs cannot share steps in such groups; None if they can."""
-    if group_size not in GROUP_SIZES:
+    if not isinstance(group_size, int) or group_size not in GROUP_SIZES:
         return f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, not {shown(group_size)}"
     return f"groups of {group_size} do not divide {n_inputs} inputs" if n_inputs % group_size else None
 

@@ -130,6 +130,7 @@ def test_a_damaged_checkpoint_of_int4_weights_is_told(change: Any, words: str, t
         ({"group_size": 128}, "groups of 128 do not divide 64 inputs"),
         ({"group_size": 0}, "group_size must be one of 32, 64, 128, not 0"),
         ({"group_size": "32"}, "group_size must be one of 32, 64, 128, not '32'"),
+        ({"group_size": 32.0}, "group_size must be one of 32, 64, 128, not 32.0"),
         ({"group_size": [32]}, "group_size must be one of 32, 64, 128, not"),
     ],
 )

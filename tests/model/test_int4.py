@@ -100,6 +100,7 @@ def test_parts_of_a_matrix_are_rounded_as_the_whole(monkeypatch: pytest.MonkeyPa
         ({"bits": 3}, "rounds to 8 bits or 4, not 3"),
         ({"bits": 4, "activations": True}, "activations=True needs bits=8"),
         ({"bits": 4, "group_size": 16}, "group_size must be one of 32, 64, 128, not 16"),
+        ({"bits": 4, "group_size": 64.0}, r"group_size must be one of 32, 64, 128, not 64\.0"),
         ({"bits": 4, "group_size": 128}, r"attn\.c_attn\.weight: groups of 128 do not divide 64 inputs"),
     ],
 )
