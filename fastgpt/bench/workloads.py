@@ -17,6 +17,7 @@ from transformers import AutoConfig, CompileConfig, GenerationConfig, GPT2Config
 from transformers.generation.streamers import BaseStreamer
 
 from ..accounting.shapes import ALIASES, PRESETS
+from ..checkpoint.fit import rounding_of
 from ..checkpoint.loading import load_without_code
 from ..demo import load_demo
 from ..model.patching import patch, unpatch
@@ -35,7 +36,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
 
     name: demo, a preset's name (weights are random: nothing is downloaded), a directory, or a Hub id.
     random_weights: take only the configuration of a directory or id. seed: of random weights.
-    Returns (model, "demo" | "random" | "loaded"). Raises ValueError or OSError when there is no such GPT-2.
+    Returns (model, "demo" | "random" | "loaded"). Raises ValueError or OSError when there is no such GPT-2,
+    and ValueError when its weights are rounded.
     """
     is_preset = ALIASES.get(name, name) in PRESETS and not Path(name).is_dir()
     if name == "demo":
@@ -49,6 +51,8 @@ def load_base(name: str, *, random_weights: bool = False, seed: int = 0) -> tupl
             ours, weights = OurModel(config), "random"
     else:
         ours, weights = OurModel.from_pretrained(name, dtype=torch.float32), "loaded"
+    if (rounding := rounding_of(ours.config)) is not None:
+        raise ValueError(f"{name} has int{rounding.bits} weights: bench takes the model in floats that was rounded")
     model = unpatch(ours).float().eval()
     # Without an end token every run makes all the tokens asked for.
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from fastgpt_kernels import reference
-from models import lively, tiny_config
+from models import lively, pair, tiny_config
 from rich.console import Console
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+import fastgpt
 from fastgpt import accounting
 from fastgpt import bench as benchmark
 from fastgpt import generate as engine
@@ -168,6 +169,13 @@ def test_preset_has_the_size_of_its_name(name: str, monkeypatch: pytest.MonkeyPa
     base, weights = workloads.load_base(name)
     assert weights == "random"
     assert accounting.shape_of(base) == accounting.PRESETS[name]
+
+
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_a_model_with_rounded_weights_is_refused(random_weights: bool, tmp_path: Path) -> None:
+    fastgpt.quantize(pair(tiny_config())[1], bits=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has int4 weights: bench takes the model in floats"):
+        workloads.load_base(str(tmp_path), random_weights=random_weights)
 
 
 def test_random_weights_depend_on_the_seed_and_leave_the_generator_alone(directory: str) -> None:
