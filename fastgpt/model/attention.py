@@ -26,11 +26,9 @@ def attend(
     """Attention under any mask from `attention_mask` or a user.
 
     query: (B, H, Tq, D). key, value: (B, H, Tk, D). mask: (B, Tk) bool over the keys, combined with the causal mask; a
-    complete mask with four axes, bool (True = attend) or additive; or None or `nothing_hidden`, where is_causal says
-    whether it is causal. Returns (B, H, Tq, D).
+    complete mask with four axes, bool (True = attend) or additive; or None, where is_causal says whether it is causal.
+    Returns (B, H, Tq, D).
     """
-    # Our blocks have replaced `nothing_hidden` by None, but a block may have a forward of its own.
-    mask = None if is_nothing_hidden(mask) else mask
     if is_causal if mask is None else mask.ndim == 2:
         return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
@@ -120,7 +118,8 @@ def nothing_hidden(x: Tensor) -> Tensor:
     """An empty mask that a model passes to its blocks in place of None: no padding, no packed sequences.
 
     Without a mask, transformers looks for packed sequences in the positions, which waits for the device, and under
-    torch.compile it always makes a mask for them. A mask with four axes is passed on unchanged.
+    torch.compile it always makes a mask for them. A mask with four axes is passed on unchanged, and the call of a block
+    replaces this one by None.
     """
     return x.new_empty((1, 1, 0, 0), dtype=torch.bool)
 

@@ -150,6 +150,12 @@ def _dtype_read_by(module: nn.Module, kind: type[nn.Module], product: str, x: Te
 class GPT2Block(hf.GPT2Block):
     """One layer; one operation computes the residual sum and the second LayerNorm."""
 
+    def __call__(self, *args, **kwargs) -> Tensor:
+        # Before hooks and whatever else surrounds the forward, which see None there on transformers' model.
+        if len(args) > 2 and is_nothing_hidden(args[2]):
+            args = (*args[:2], None, *args[3:])
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -161,7 +167,6 @@ class GPT2Block(hf.GPT2Block):
         **kwargs,
     ) -> Tensor:
         past = take_cache(past, kwargs)
-        attention_mask = None if is_nothing_hidden(attention_mask) else attention_mask
         if not is_as_imported(hf.GPT2Block):
             encoder = encoder_hidden_states, encoder_attention_mask
             return super().forward(hidden_states, past, attention_mask, *encoder, use_cache, **kwargs)  # type: ignore[arg-type]

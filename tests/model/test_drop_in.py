@@ -1,5 +1,6 @@
 """Adapters, hooks, checkpointing, Trainer, compile and export work as with transformers."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,31 @@ def test_other_hooks_on_every_submodule(kind: str) -> None:
         names.append(sorted(seen))
     assert names[0] == names[1]
     assert len(names[0]) > 20
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_bug_a_hook_of_a_block_saw_an_empty_mask(is_patched: bool) -> None:
+    """Calibrating quantisers keep the arguments of blocks; where nothing is hidden, transformers' mask is None."""
+
+    def arguments(model: Any) -> list[Any]:
+        seen: list[Any] = []
+
+        def look(_: Any, args: tuple, kwargs: dict) -> None:
+            seen.append([type(value).__name__ for value in args] + [(k, type(kwargs[k]).__name__) for k in kwargs])
+
+        for block in model.transformer.h:
+            block.register_forward_pre_hook(look, with_kwargs=True)
+        ids = token_ids(2, 9, 131)
+        model(ids)
+        model.train()(ids, labels=ids, use_cache=False)
+        model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+        return seen
+
+    theirs, ours = pair(tiny_config())
+    expected = arguments(copy.deepcopy(theirs))
+    assert arguments(fastgpt.patch(theirs) if is_patched else ours) == expected
+    assert len(expected) == 2 * 4
+    assert all(seen[2] == "NoneType" for seen in expected), "transformers has a mask"
 
 
 @torch.no_grad()
