@@ -1,6 +1,7 @@
 """Every adapter and soft prompt of PEFT over fastgpt's model gives what it gives over transformers'."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -8,6 +9,7 @@ import pytest
 import torch
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 PRODUCTS = ["c_attn", "c_fc", "c_proj"]
 SOFT: dict[str, Any] = {"num_virtual_tokens": 4}
@@ -80,3 +82,51 @@ def test_peft(kind: str) -> None:
     with torch.no_grad():
         without = plain(token_ids(2, 9, 131)).logits
     assert (theirs[2][:, -9:] - without).abs().max() > 1e-4, "the adapter changes nothing"
+
+
+def test_adapters_that_take_turns(tmp_path: Path) -> None:
+    """Swapped in place, loaded beside each other, chosen for each row, switched off, merged and taken out."""
+    ids = token_ids(2, 9, 131)
+
+    def logits_and_tokens(model: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            logits = model.eval()(ids).logits
+        return [logits, model.generate(ids, max_new_tokens=8, do_sample=False)]
+
+    def turns(make: Any) -> list[list[torch.Tensor]]:
+        for rank in (4, 8):
+            torch.manual_seed(rank)
+            options: dict[str, Any] = {"target_modules": PRODUCTS, "fan_in_fan_out": True, "init_lora_weights": False}
+            trained = peft.get_peft_model(make(), peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **options))
+            trained.save_pretrained(str(tmp_path / str(rank)))
+        model: Any = peft.PeftModel.from_pretrained(make(), str(tmp_path / "4"))
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        found = [logits_and_tokens(model)]
+        hotswap_adapter(model, str(tmp_path / "8"), adapter_name="default")
+        found.append(logits_and_tokens(model))
+        model.load_adapter(str(tmp_path / "4"), "second")
+        model.set_adapter("second")
+        found.append(logits_and_tokens(model))
+        with torch.no_grad():
+            logits = model(ids, adapter_names=["default", "second"]).logits
+        names = {"adapter_names": ["default", "second"]}
+        found.append([logits, model.generate(ids, max_new_tokens=8, do_sample=False, **names)])
+        with model.disable_adapter():
+            found.append(logits_and_tokens(model))
+        model.set_adapter("default")
+        model.merge_adapter()
+        found.append(logits_and_tokens(model))
+        model.unmerge_adapter()
+        found.append(logits_and_tokens(model.unload()))
+        return found
+
+    theirs, ours = (turns(lambda place=place: pair(tiny_config(n_positions=128))[place]) for place in (0, 1))
+    for (our_logits, our_tokens), (their_logits, their_tokens) in zip(ours, theirs, strict=True):
+        assert_same_within_rounding(our_logits, their_logits, n_ulps=1024)
+        assert our_tokens.tolist() == their_tokens.tolist()
+    first, swapped, second, of_each_row, without, merged, unloaded = (logits for logits, _ in theirs)
+    assert (first - swapped).abs().max() > 1e-3, "nothing was swapped"
+    assert_same_within_rounding(second, first, n_ulps=1024)
+    assert_same_within_rounding(of_each_row, torch.stack([swapped[0], second[1]]), n_ulps=1024)
+    assert_same_within_rounding(merged, swapped, n_ulps=1024)
+    assert_same_within_rounding(unloaded, without, n_ulps=1024)
