@@ -133,28 +133,33 @@ def _linear_cross_entropy(_: str) -> Iterator[Call]:
 def _gelu_mlp(architecture: str) -> Iterator[Call]:
     # Multiples of 16 go through tensor descriptors where the chip has them, odd widths through pointers.
     sizes = (torch.float64, 64), *product((torch.bfloat16, torch.float32), (64, 65))
-    for (dtype, width), form in product(sizes, _MLP_FORMS):
-        label = f"{_NAMES[dtype]} {form}{' odd' * (width % 2)}"
-        run = partial(_run_gelu_mlp, 32, width, 4 * width, dtype, **_MLP_FORMS[form])
-        yield from _with_tf32(Call("gelu_mlp", label, run))
+    for dtype, width in sizes:
+        for form, options in _mlp_forms(dtype):
+            label = f"{_NAMES[dtype]} {form}{' odd' * (width % 2)}"
+            yield from _with_tf32(
+                Call("gelu_mlp", label, partial(_run_gelu_mlp, 32, width, 4 * width, dtype, **options))
+            )
     if architecture == "sm_90":  # whose products of many rows have a tile of their own
-        for form, options in _MLP_FORMS.items():
+        for form, options in _mlp_forms(torch.bfloat16):
             yield Call("gelu_mlp", f"bf16 {form} many rows", partial(_run_large_gelu_mlp, torch.bfloat16, **options))
 
 
-# Among the activations the exact GELU takes the most registers.
-_MLP_FORMS: dict[str, dict[str, Any]] = {
-    "gelu_new": {"activation": "gelu_new"},
-    "gelu residual dropout": {"activation": "gelu", "has_residual": True, "dropout_p": 0.1, "seed": 0},
-}
+def _mlp_forms(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Labels and options. Among the activations the exact GELU takes the most registers."""
+    yield "gelu_new", {"activation": "gelu_new"}
+    training = {"activation": "gelu", "dropout_p": 0.1, "seed": 0}
+    yield "gelu residual dropout", training | {"residual_dtype": dtype}
+    if dtype == torch.bfloat16:  # Under autocast the stream stays in float32.
+        yield "gelu fp32 residual dropout", training | {"residual_dtype": torch.float32}
 
 
 def _run_gelu_mlp(
-    n_rows: int, width: int, n_hidden: int, dtype: torch.dtype, *, has_residual: bool = False, **options: Any
-) -> None:
+    n_rows: int, width: int, n_hidden: int, dtype: torch.dtype, *,
+    residual_dtype: torch.dtype | None = None, **options: Any,
+) -> None:  # fmt: skip
     shapes = (n_rows, width), (width, n_hidden), (n_hidden,), (n_hidden, width), (width,)
     inputs = [_random(*shape, dtype=dtype) for shape in shapes]
-    residual = _random(n_rows, width, dtype=dtype) if has_residual else None
+    residual = None if residual_dtype is None else _random(n_rows, width, dtype=residual_dtype)
     _with_backward(gelu_mlp.gelu_mlp, *inputs, residual=residual, **options)()
 
 
