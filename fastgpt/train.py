@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import is_bf16_available
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
 
+from .checkpoint.fit import rounding_of
 from .checkpoint.headers import one_line, read_json
 from .corpus import Corpus
 from .curve import draw_curve
@@ -182,12 +183,16 @@ def fine_tune(
     last checkpoint, if there is one. say: takes a line for each evaluation.
     After Ctrl-C the result has step < n_steps, and what is saved is a checkpoint.
     Raises TrainingError when the loss is not finite or the disk is full, ValueError when the options of a resumed run
-    differ, or another run writes into the folder.
+    differ, another run writes into the folder, or the model's weights are rounded.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this training runs in one process: for several, see examples/ddp.py")
     if device.index:
         raise ValueError(f"training takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES")
+    if (rounding := rounding_of(model.config)) is not None:
+        raise ValueError(
+            f"{name} has int{rounding.bits} weights, which get no gradient: train it in floats, then round it"
+        )
     n_steps = settings.n_steps(len(corpus.training))
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
