@@ -33,7 +33,7 @@ _LAYER_NORM_BWD = (
     LayerNormTile(4096, 1, 8),
 )
 # Replacements on GPUs where triton (3.6 to 3.9) spills a register of the tiles above: compiled, not timed.
-_LAYER_NORM_BWD_AMPERE = {512: LayerNormTile(512, 1, 4), 1024: LayerNormTile(1024, 2, 8)}
+_LAYER_NORM_BWD_AMPERE = {512: LayerNormTile(512, 2, 4), 1024: LayerNormTile(1024, 2, 8)}
 _LAYER_NORM_ON = {
     ("bwd", "sm_80"): _LAYER_NORM_BWD_AMPERE,
     ("bwd", "sm_86"): _LAYER_NORM_BWD_AMPERE,
