@@ -17,7 +17,9 @@ PARTS = {
     "norms, loss, MLP, sampling": ["*layer_norm bf16*", "linear_cross_entropy bf16*", "gelu_mlp bf16*", "sample *"],
     "attention": ["causal_attention bf16*"],
     "decoding, small": ["decode bf16 small*", "decode bf16 int8 small*", "decode bf16 int4 small*"],
-    "decoding, xl": ["decode bf16 xl*", "decode bf16 int8 xl*", "decode bf16 int4 xl*"],
+    "decoding, xl": ["decode bf16 xl*"],
+    "decoding, xl in int8": ["decode bf16 int8 xl*"],
+    "decoding, xl in int4": ["decode bf16 int4 xl*"],
 }
 # It is compiled for the number of multiprocessors, and its programs wait for each other: minutes.
 ONLY_ON_REQUEST = {"persistent_decode"}
