@@ -127,7 +127,10 @@ TUNABLES = (
     *(Tunable(operation, "forward", "attention_tile", _SCORES, _kernel("fwd")) for operation in _ATTENTIONS),
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dq")) for operation in _ATTENTIONS),
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dkdv")) for operation in _ATTENTIONS),
-    Tunable("gelu_mlp", _BOTH, "product_tile", {**_PRODUCT, "n_resident": (1, 2)}),
+    *(
+        Tunable("gelu_mlp", direction, "product_tile", {**_PRODUCT, "n_resident": (1, 2)}, _kernel(kernel))
+        for kernel, direction in (("hidden", "forward"), ("out", "forward"), ("pre", _BOTH))
+    ),
     Tunable("gelu_mlp", _BOTH, "_WIDE_TILES_PER_MULTIPROCESSOR", {"": (1, 2, 4, 2**20)}),
     Tunable("gelu_mlp", _BOTH, "GELU_MLP_BWD_PRODUCT", {**_ROWS, "block_rows": (16, 32, 64), "block_cols": (64, 128)}),
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_LANES", {"": (256, 512, 1024, 2048)}),

@@ -240,8 +240,13 @@ def _time_workload(
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """The order of one round: each contender goes first as often as the others."""
-    start = turn % len(names)
+    """The order of one round: each contender goes first as often as the others.
+
+    Every other round goes backwards, because a contender is slower after another process than after its own, and would
+    otherwise always follow the same one.
+    """
+    names = names[::-1] if turn % 2 else names
+    start = turn // 2 % len(names)
     return names[start:] + names[:start]
 
 

@@ -103,6 +103,8 @@ def test_contenders_take_turns_at_going_first() -> None:
     assert all(sorted(order) == names for order in orders)
     for place in range(3):
         assert Counter(order[place] for order in orders) == {"a": 2, "b": 2, "c": 2}
+    before = [order[order.index("b") - 1] for order in orders if order[0] != "b"]
+    assert Counter(before) == {"a": 2, "c": 2}
 
 
 def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:

@@ -83,16 +83,17 @@ def test_products_of_the_mlp_are_executed_in_the_tile_of_the_wanted_size() -> No
     parts = [part for part in workloads.parts() if part.kernels == "fwd|bwd_pre"]
     tiles = []
     for part in parts:
-        (wanted,) = {_tile(part.wanted, n_cols, workloads._MULTIPROCESSORS) for n_cols in ("narrow", "wide")}
-        assert {
-            _tile(sizes, n_cols, part.multiprocessors) for sizes in part.tried for n_cols in ("narrow", "wide")
-        } == {wanted}
+        (wanted,) = _tiles(part.wanted, workloads._MULTIPROCESSORS)
+        assert {tile for sizes in part.tried for tile in _tiles(sizes, part.multiprocessors)} == {wanted}
         tiles.append(wanted.block_cols)
     assert tiles == [128, 256]  # a prompt, and a training step
 
 
-def _tile(sizes: dict[str, int], n_cols: str, n_multiprocessors: int) -> ProductTile:
-    return workloads.mlp_tile(sizes["rows"], sizes[n_cols], n_multiprocessors)
+def _tiles(sizes: dict[str, int], n_multiprocessors: int) -> set[ProductTile]:
+    return {
+        workloads.mlp_tile(kernel, sizes["rows"], sizes[n_cols], n_multiprocessors)
+        for kernel, n_cols in (("hidden", "wide"), ("out", "narrow"), ("pre", "wide"))
+    }
 
 
 def test_sums_of_the_mlp_are_joined_once_a_program() -> None:

@@ -156,21 +156,23 @@ def _forward(workload: str, rows: int, dropout_p: float, gradient: bool) -> Iter
 def _mlp_due(rows: int) -> dict[str, dict[str, int]]:
     """Resident programs walk over tiles, and four on a multiprocessor over rows."""
 
-    def product(n_cols: int, n_inner: int) -> dict[str, int]:
-        tile = mlp_tile(rows, n_cols, _MULTIPROCESSORS)
+    def product(kernel: str, n_cols: int, n_inner: int) -> dict[str, int]:
+        tile = mlp_tile(kernel, rows, n_cols, _MULTIPROCESSORS)
         n_tiles = -(-rows // tile.block_rows) * -(-n_cols // tile.block_cols)
         n_programs = min(tile.n_resident * _MULTIPROCESSORS, n_tiles)
         return {"n_rows": rows, "n_cols": n_cols, "n_inner": n_inner, "n_programs": n_programs}
 
-    up, down = product(F, C), product(C, F)
+    out = product("out", C, F)
     return {
-        "hidden": up, "bwd_pre": up, "fwd_out": down, "bwd_product": down | {"n_programs": 4 * _MULTIPROCESSORS},
+        "hidden": product("hidden", F, C), "bwd_pre": product("pre", F, C), "fwd_out": out,
+        "bwd_product": out | {"n_programs": 4 * _MULTIPROCESSORS},
     }  # fmt: skip
 
 
-def mlp_tile(n_rows: int, n_cols: int, n_multiprocessors: int) -> mlp_tiles.ProductTile:
+def mlp_tile(kernel: str, n_rows: int, n_cols: int, n_multiprocessors: int) -> mlp_tiles.ProductTile:
     """Of a product of the MLP in bfloat16."""
-    return mlp_tiles.product_tile(2, "sm_90", True, mlp_tiles.is_large_product(n_rows, n_cols, n_multiprocessors))
+    large = mlp_tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
+    return mlp_tiles.product_tile(kernel, 2, "sm_90", True, large)
 
 
 def _decode_parts() -> Iterator[Part]:

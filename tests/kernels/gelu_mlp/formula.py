@@ -92,6 +92,8 @@ def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
 
 def several_programs(patch: pytest.MonkeyPatch) -> None:
     """Small tiles; with tensor descriptors and few programs where they can hold the matrices."""
-    patch.setattr(
-        tiles, "product_tile", lambda size, _, describable, __: tiles.ProductTile(16, 64, 32, 4, 2, int(describable))
-    )
+
+    def tile(_kernel: str, _size: int, _architecture: str, describable: bool, _large: bool) -> tiles.ProductTile:
+        return tiles.ProductTile(16, 64, 32, 4, 2, int(describable))
+
+    patch.setattr(tiles, "product_tile", tile)

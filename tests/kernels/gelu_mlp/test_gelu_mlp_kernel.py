@@ -120,9 +120,13 @@ def test_a_large_product_has_two_wide_tiles_for_each_multiprocessor(n_rows: int,
 def test_large_products_have_wide_tiles_on_hopper_in_half_precision(
     element_size: int, architecture: str, describable: bool, block_cols: int
 ) -> None:
-    small, large = (gelu_mlp_tiles.product_tile(element_size, architecture, describable, n) for n in (False, True))
-    assert large.block_cols == block_cols
-    assert (small == large) == (block_cols != 256)
+    for kernel in ("hidden", "out", "pre"):
+        small, large = (
+            gelu_mlp_tiles.product_tile(kernel, element_size, architecture, describable, is_large)
+            for is_large in (False, True)
+        )
+        assert large.block_cols == block_cols
+        assert (small == large) == (block_cols != 256)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU here may be no Hopper")
@@ -131,17 +135,18 @@ def test_wide_tiles(stream: torch.dtype, of_out: int, monkeypatch: pytest.Monkey
     """Three row tiles and two column tiles, none of them full, in programs that take several."""
     chosen = []
 
-    def note(*arguments: Any) -> gelu_mlp_tiles.ProductTile:
-        chosen.append(product_tile(*arguments))
-        return chosen[-1]
+    def note(kernel: str, *arguments: Any) -> gelu_mlp_tiles.ProductTile:
+        tile = product_tile(kernel, *arguments)
+        chosen.append((kernel, tile.block_cols))
+        return tile
 
     product_tile = gelu_mlp_tiles.product_tile
     monkeypatch.setattr(gelu_mlp_tiles, "product_tile", note)
     *inputs, residual = make_inputs(383, 272, n_hidden=264, dtype=torch.bfloat16, has_residual=True)
     with chip.assume(chip.Chip("sm_90", 1)):
         assert_mlp_parity(fastgpt_kernels, (*inputs, residual.to(stream)), dropout_p=0.25)
-    forward, backward = [256, of_out], [256]
-    assert [tile.block_cols for tile in chosen] == forward + forward + backward
+    forward, backward = [("hidden", 256), ("out", of_out)], [("pre", 256)]
+    assert chosen == forward + forward + backward
 
 
 # --- dtypes and refusals --------------------------------------------------------------------------------------------

@@ -109,15 +109,15 @@ def _is_describable(matrix: Tensor) -> bool:
     return column_stride == 1 and starts_aligned and row_stride >= matrix.shape[1]
 
 
-def _product_tile(x: Tensor, *others: Tensor | None) -> tiles.ProductTile:
-    """The tile of a product of x. others: its other matrices, the result last."""
+def _product_tile(kernel: str, x: Tensor, *others: Tensor | None) -> tiles.ProductTile:
+    """The tile of a kernel's product of x. others: its other matrices, the result last."""
     present = [x, *(matrix for matrix in others if matrix is not None)]
     n_rows, n_cols = present[-1].shape
     architecture, n_multiprocessors = chip.chip(x.device)
     # Beside the operands of a wide tile, shared memory has no room for a float64 stream.
     fits = present[-1].element_size() < 8
     large = fits and tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
-    return tiles.product_tile(x.element_size(), architecture, all(map(_is_describable, present)), large)
+    return tiles.product_tile(kernel, x.element_size(), architecture, all(map(_is_describable, present)), large)
 
 
 def _product(
@@ -188,14 +188,14 @@ def _launch_forward(
     """Fill hidden (N, F), out (..., C), and pre (N, F) if it is given."""
     rows, out = _rows(x), _rows(out)
     weight, transposed = _weight_rows(fc_weight)
-    tile = _product_tile(rows, weight, pre, hidden)
+    tile = _product_tile("hidden", rows, weight, pre, hidden)
     yield from _product(
         _gelu_mlp_fwd_hidden_kernel, tile, rows, weight, transposed, (fc_bias.contiguous(), pre, hidden), precision,
         x_row_stride=rows.stride(0), ACTIVATION=activation, STORE_PRE=pre is not None,
     )  # fmt: skip
     residual = None if residual is None else _rows(residual)
     weight, transposed = _weight_rows(proj_weight)
-    tile = _product_tile(hidden, weight, residual, out)
+    tile = _product_tile("out", hidden, weight, residual, out)
     yield from _product(
         _gelu_mlp_fwd_out_kernel, tile, hidden, weight, transposed,
         (proj_bias.contiguous(), residual, seed, out), precision, hidden_row_stride=hidden.stride(0),
@@ -250,7 +250,7 @@ def gelu_mlp_bwd(
     pre = pre.contiguous()  # A saved-tensor hook may have returned it in another layout.
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_proj_weight else None
     weight, transposed = _weight_rows(proj_weight.t())
-    tile = _product_tile(dproduct, weight, pre, hidden, dpre)
+    tile = _product_tile("pre", dproduct, weight, pre, hidden, dpre)
     n_row_tiles = cdiv(dproduct.shape[0], tile.block_rows)
     partials = pre.new_empty((n_row_tiles, pre.shape[1]), dtype=accumulator(pre.dtype))
     _launch_backward_pre(

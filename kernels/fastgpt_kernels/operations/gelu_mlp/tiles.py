@@ -63,11 +63,11 @@ def is_large_product(n_rows: int, n_cols: int, n_multiprocessors: int) -> bool:
     return n_cols >= wide.block_cols and n_tiles > _WIDE_TILES_PER_MULTIPROCESSOR * n_multiprocessors
 
 
-def product_tile(element_size: int, architecture: str, describable: bool, large: bool) -> ProductTile:
+def product_tile(kernel: str, element_size: int, architecture: str, describable: bool, large: bool) -> ProductTile:
     """The tile of a fused product.
 
-    element_size: bytes of the operands' dtype. describable: tensor descriptors can hold all of its matrices. large: by
-    `is_large_product`.
+    kernel: hidden, out or pre, so that each can be tuned; none has a tile of its own yet. element_size: bytes of the
+    operands' dtype. describable: tensor descriptors can hold all of its matrices. large: by `is_large_product`.
     """
     if architecture == "cpu":
         return _PRODUCT_OF_CPU
