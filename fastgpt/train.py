@@ -156,7 +156,7 @@ def _norms_computed_again(model: GPT2LMHeadModel, is_asked: bool) -> Iterator[No
 
 
 class Outcome(NamedTuple):
-    """Of a run. loss: on the validation text, in nats per token. signal: what ended it before its last step."""
+    """How a run ended. loss: on the validation text, in nats per token. signal: what ended it before its last step."""
 
     step: int
     n_steps: int

@@ -3,7 +3,7 @@
     python -m benchmarks host --out host.json
 
 Of a token, it bounds tokens/s from above wherever the GPU is faster. The calls of CUDA that remain (two graph launches,
-a copy and an event per token) are not in it, because there need be no GPU. Of a call, it is the time until its first
+a copy and an event per token) are not in it, because there need be no GPU. For a call, it is the time until its first
 token, of which transformers' own preparation takes a part. Where no graph replays the prompt, it also has the launches
 of the prompt's forward, in triton's launcher in C above a driver of stubs.
 """

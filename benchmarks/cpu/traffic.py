@@ -99,7 +99,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def _n_bytes(tensor: Any) -> int:
-    """Of the elements that lie in memory: an axis of stride 0 has one."""
+    """The bytes of the elements that exist in memory: an axis of stride 0 has one."""
     if not isinstance(tensor, Tensor):  # a descriptor of one, or None
         return _n_bytes(tensor.base) if hasattr(tensor, "base") else 0
     n_elements = 1

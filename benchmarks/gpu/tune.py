@@ -223,7 +223,7 @@ FULL, DRY = Effort(0.1, 5, None), Effort(0.0, 1, 1)
 
 @dataclass
 class Finding:
-    """Of one tunable at one size. gain: of the confirmed best, None where nothing was confirmed."""
+    """The result for one tunable at one size. gain: of the confirmed best, None where nothing was confirmed."""
 
     size: str
     operation: str

@@ -149,8 +149,8 @@ def page() -> str:
         f"{CLUSTER.n_node_gpus} with {CLUSTER.node_rate / 1e9:.0f} GB/s between them and "
         f"{CLUSTER.network_rate / 1e9:.0f} GB/s of network each; {1e6 * CLUSTER.start_s:.0f} us for a collective "
         f"operation and {1e6 * CLUSTER.node_hop_s:.1f} us for each of its steps within a node, "
-        f"{1e6 * CLUSTER.network_hop_s:.1f} us between nodes. Of two times, the first is with all communication behind "
-        "the passes that can hide it, the second with none."
+        f"{1e6 * CLUSTER.network_hop_s:.1f} us between nodes. Where two times are given, the first is with all "
+        "communication hidden behind the passes that can hide it, the second with none."
     ]
     for n_gpus in N_GPUS:
         blocks += [f"**{n_gpus} GPUs**", _table(n_gpus)]

@@ -171,7 +171,7 @@ def body_shapes(config: PreTrainedConfig) -> Named:
 
 
 def rounded_shapes(n_in: int, n_out: int, rounding: Rounding) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a product that is rounded, without its bias."""
+    """The shapes of the tensors of a rounded product, without its bias."""
     if rounding.bits == 8:
         return {"weight": (n_out, n_in), "scale": (n_out,)}
     return {"weight": (n_out, n_in // 2), "steps": (n_out, n_in // rounding.group_size), "scale": (n_out,)}

@@ -63,7 +63,7 @@ _HOPELESS = 8
 
 
 class Cost(NamedTuple):
-    """Of one way and one matrix, in seconds. copies: whether it holds a copy of the matrix."""
+    """What one way takes for one matrix, in seconds. copies: whether it holds a copy of the matrix."""
 
     prepare: float
     multiply: float

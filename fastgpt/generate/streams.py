@@ -25,7 +25,7 @@ class OwnStream:
     193402). That is harmless where those workspaces were allocated during a capture: they then lie in the memory of
     the graphs, which only later captures use. So nothing but captures may call cuBLAS on this stream.
 
-    All graphs allocate in one pool. Of what one of them computes there, nothing is left when the next one replays.
+    All graphs allocate in one pool. What one of them computes there is gone when the next one replays.
     n_bytes: the size of the pool.
     """
 

@@ -60,7 +60,7 @@ class Packed:
         self.zero_points = torch.zeros(len(values), dtype=torch.int32, device=values.device)
 
     def __call__(self, digits: Tensor, places: Tensor) -> Tensor:
-        """As of `Stored`."""
+        """As `Stored.__call__`."""
         unsigned = _by_place(digits).view(torch.uint8).bitwise_xor(_ZERO)  # each plus _ZERO
         product = torch.ops.onednn.qlinear_pointwise.default(
             unsigned, 1.0, _ZERO, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""

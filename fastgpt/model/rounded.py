@@ -169,7 +169,7 @@ class Int8Config(QuantizationConfigMixin):
     """
 
     def __init__(self, quant_method: str = INT8, head: bool = False, activations: bool = False):
-        """As of `quantize`: head, whether the head of tokens has int8 weights too, if the model has one."""
+        """head: whether a head of tokens, if there is one, has int8 weights too. activations: as for `quantize`."""
         self.quant_method = quant_method  # type: ignore[assignment] - the names of transformers' own methods
         self.head, self.activations = head, activations
 
@@ -179,7 +179,7 @@ class Int4Config(QuantizationConfigMixin):
     """The same for int4 weights."""
 
     def __init__(self, quant_method: str = INT4, group_size: int = DEFAULT_GROUP_SIZE, head: bool = False):
-        """As of `quantize`."""
+        """group_size, head: as for `quantize`."""
         self.quant_method = quant_method  # type: ignore[assignment]
         self.group_size, self.head = group_size, head
 

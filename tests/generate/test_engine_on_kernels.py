@@ -237,7 +237,7 @@ def test_lookup_with_a_repetition_penalty_is_left_to_torch(route) -> None:
 
 @pytest.mark.parametrize("name", ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.ln_1.bias", "lm_head.weight"])
 def test_bug_negated_weights_are_read_without_their_sign(name: str, route) -> None:
-    """Of a view with torch's negative bit the kernels would read what lies in memory."""
+    """The memory of a view with torch's negative bit, which the kernels would read, holds values without their sign."""
     theirs, ours = small_pair()
     ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 8}
     ours.generate(ids, **options)

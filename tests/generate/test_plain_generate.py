@@ -69,7 +69,7 @@ def called_on(model: Any, options: dict[str, Any]) -> dict[CodeType, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_function_called_on_the_model_is_watched(mode: str) -> None:
-    """Of each class that plays a part, the rule remembers every function: none that is called is missing there."""
+    """The rule remembers every function of each class that plays a part: none that is called is missing there."""
     model, options = stock(), dict(MODES[mode])
     if options.get("assistant_model"):
         options["assistant_model"] = stock()

@@ -17,7 +17,7 @@ N_STEPS = 20_000
 
 
 def resident_bytes() -> int:
-    """Of this process, once freed memory is given back."""
+    """The resident set of this process, once freed memory is given back."""
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024

@@ -3,7 +3,7 @@
 The interpreter stores bfloat16 as bit patterns and computes on the patterns. Here every operation converts them to
 float32, computes, and rounds the result to the nearest, ties to even. The interpreter leaves matrix products to NumPy,
 whose order of addition depends on the tile's shape and the processor. Here they are a chain of multiply-adds, as on a
-GPU, so that two tiles compute the same score. Of an inner axis too short for a GPU, they raise as its compiler does.
+GPU, so that two tiles compute the same score. For an inner axis too short for a GPU, they raise as its compiler does.
 """
 
 from collections.abc import Callable

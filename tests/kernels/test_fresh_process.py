@@ -20,7 +20,7 @@ import hypothesis, peft, pytest, torch._dynamo, torch._inductor.compile_fx, tran
 import fastgpt, fastgpt_kernels
 
 class OnlyTheFirst:
-    """Of the parameters of a test: with a second one, the process is no longer fresh."""
+    """Runs a test with the first of its parameters: at the second, the process would no longer be fresh."""
 
     def pytest_collection_modifyitems(self, items):
         del items[1:]

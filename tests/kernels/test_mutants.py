@@ -42,8 +42,8 @@ TESTS = {
 }
 
 
-def place(file: str) -> Path:
-    """Of a file of `TESTS`, relative to the root."""
+def path_of(file: str) -> Path:
+    """The path of a file of `TESTS`, relative to the root."""
     return Path(file) if file.startswith("fastgpt/") else PACKAGE / file
 
 
@@ -74,7 +74,7 @@ MUTANTS = read_mutants(Path(__file__).with_name("mutants.txt").read_text())
 
 @pytest.mark.parametrize("file", TESTS)
 def test_every_mutant_changes_one_place(file: str) -> None:
-    code = (ROOT / place(file)).read_text()
+    code = (ROOT / path_of(file)).read_text()
     mutants = [mutant for mutant in MUTANTS if mutant.file == file]
     assert mutants
     for mutant in mutants:
@@ -104,7 +104,7 @@ def test_the_mutant_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
             ROOT / directory, tmp_path / directory, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__")
         )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    file = tmp_path / place(mutant.file)
+    file = tmp_path / path_of(mutant.file)
     file.write_text(file.read_text().replace(mutant.before, mutant.after))
 
     tests = [f"tests/{name}" for name in TESTS[mutant.file]]

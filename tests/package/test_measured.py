@@ -53,7 +53,7 @@ def _simulated_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def table(**seconds: tuple[float, float]) -> dict[str, Any]:
-    """Of this machine. seconds: of the kernel's two passes in float32, by operation; torch takes one second."""
+    """A table of this machine. seconds: of the kernel's two passes in float32, by operation; torch takes one second."""
     rows = [
         {"operation": name, "precision": "float32", "pass": passed, "torch_s": 1.0, "kernel_s": taken}
         for name, both in seconds.items()

@@ -18,13 +18,13 @@ WORDS = ["the", "king", "is", "dead", "long", "live", "##ly", "##s", ",", ".", "
 
 
 def _word_pieces() -> Any:
-    """As of Chinese GPT-2: [CLS] before a text, [SEP] behind it, token types, no end-of-text token."""
+    """As Chinese GPT-2 has it: [CLS] before a text, [SEP] behind it, token types, no end-of-text token."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
 
 
 def _sentence_pieces() -> Any:
-    """As of Japanese GPT-2: a space before the first word, which decoding drops, and </s> behind a text."""
+    """As Japanese GPT-2 has it: a space before the first word, which decoding drops, and </s> behind a text."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *[("▁" + word, -2.0) for word in WORDS], *[(word, -3.0) for word in WORDS]]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

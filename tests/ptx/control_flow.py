@@ -1,4 +1,4 @@
-"""What holds along every way through the basic blocks: where diverged lanes meet again, and which accumulators are
+"""What holds along every path through the basic blocks: where diverged lanes meet again, and which accumulators are
 touched too early."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalCall=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -10,7 +10,7 @@ from .instructions import Address, Block, Instruction, Pair, Register, Vector
 
 
 def immediate_postdominators(blocks: list[Block]) -> list[int | None]:
-    """Of each block the nearest that every way from it to the end passes; None where that is the end itself."""
+    """For each block the nearest one that every path from it to the end passes; None where that is the end itself."""
     n = len(blocks)
     following = []
     for block in blocks:

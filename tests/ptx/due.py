@@ -131,5 +131,5 @@ FORMULAS: dict[str, Callable[[Sizes], Due]] = {
 
 
 def due(kernel: str, arguments: Mapping[str, Any], n_programs: int, element_size: int) -> Due:
-    """Of one launch. arguments: its sizes and flags by name."""
+    """The FLOPs and bytes that one launch cannot avoid. arguments: its sizes and flags by name."""
     return FORMULAS[kernel](Sizes(arguments, n_programs=n_programs, e=element_size))

@@ -162,7 +162,7 @@ def _reason(case: Recorded, fault: Fault) -> str:
 
 
 def chosen(case: Recorded, n: int, seed: int) -> list[Fault]:
-    """Of the faults at instructions that the case executes, n of as many kinds as possible."""
+    """n faults at instructions that the case executes, of as many kinds as possible."""
     source = random.Random(f"{seed} {case.case} {case.kernel}")
     kinds: dict[str, list[Fault]] = {}
     for fault in (*barrier_faults(case.entry), *faults(case.entry)):
@@ -177,7 +177,7 @@ def chosen(case: Recorded, n: int, seed: int) -> list[Fault]:
 
 
 def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """As of `shipped`, with a mean that is not zero, so that no sum is."""
+    """As `shipped._random`, with a mean that is not zero, so that no sum is."""
     return (torch.randn(shape) + 0.5).to(dtype).requires_grad_(dtype.is_floating_point)
 
 
@@ -185,7 +185,7 @@ _N_CHANNELS, _N_HEADS = 128, 2
 
 
 def _small_weights() -> DecodeWeights:
-    """Of a narrow model; no sum of them is zero."""
+    """The weights of a narrow model; no sum of them is zero."""
     weights = shipped._decode_weights(_N_CHANNELS, _N_HEADS, torch.bfloat16)
     for tensor in (weights.wte, weights.wpe, *weights.layers[0], weights.ln_f_weight, weights.ln_f_bias):
         if isinstance(tensor, torch.Tensor):

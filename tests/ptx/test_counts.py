@@ -92,7 +92,7 @@ def test_every_kernel_has_a_formula() -> None:
 
 
 def test_formulas_give_the_figures_of_the_lessons() -> None:
-    """Of 16 x 1024 tokens of GPT-2 small in bfloat16."""
+    """For 16 x 1024 tokens of GPT-2 small in bfloat16."""
     heads = {"n_batch_heads": 16 * 12, "n_queries": 1024, "n_keys": 1024, "HEAD_DIM": 64}
     assert due("_causal_attention_fwd_kernel", heads, 1, 2) == (2 * 1024 * 1025 * 64 * 192, 102_236_160)
     assert due("_causal_attention_bwd_dkdv_kernel", heads, 1, 2).flops == 4 * 1024 * 1025 * 64 * 192

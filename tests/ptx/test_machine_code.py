@@ -37,7 +37,7 @@ ret;
 
 
 def executed(text: str) -> tuple[int, Counter]:
-    """Of two warps. The second block of PTX is the loop."""
+    """The registers and the executed instructions of two warps. The second block of PTX is the loop."""
     return machine_code.executed(text, {0: 2, 1: 2 * TIMES, 2: 2}, "sm_90")
 
 

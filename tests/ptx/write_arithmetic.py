@@ -37,7 +37,7 @@ class Arithmetic(Writer):
         self.put(target, f"{function}({operation}, {is_bf16}, {', '.join(values)})", unsigned(width))
 
     def pairs(self, operation: str, parts: list, operands: list) -> None:
-        """Of two float32 in 64 bits."""
+        """An operation on two float32 in 64 bits."""
         self.checked(parts, "rn")
         values = [self.get(operand, "u8", array=True) for operand in operands[1:]]
         self.put(operands[0], f"packed_f4({operation}, {', '.join(values)})", "u8")

@@ -205,12 +205,12 @@ def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dty
 
 
 def _decode(_: str) -> Iterator[Call]:
-    # Of the sizes, the narrowest and the widest; those between use the same tiles. Of the rows, one, the most that are
-    # fused in any size, the most in narrow ones, and the most for which norms and products are kernels of their own;
-    # then new tokens of one sequence, for prompt lookup.
+    # The narrowest and the widest size; those between use the same tiles. One row, the most that are fused in any size,
+    # the most in narrow ones, and the most for which norms and products are kernels of their own; then new tokens of
+    # one sequence, for prompt lookup.
     forms = (1, False), (4, False), (8, False), (64, False), (4, True), (9, True)
     # With rounded weights, the tiles of many rows grow with their number; the dtype of the rows changes little else.
-    # Of int4, 4 rows are fused at most.
+    # With int4, 4 rows are fused at most.
     rounded_forms = {
         (torch.bfloat16, "small", "int8"): ((1, False), (8, False), (16, False), (64, False)),
         (torch.bfloat16, "small", "int4"): ((1, False), (4, False), (16, False), (64, False)),

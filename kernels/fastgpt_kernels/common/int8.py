@@ -48,7 +48,7 @@ class Int8Matrix(NamedTuple):
         return self.values.device
 
     def to_int8(self) -> "Int8Matrix":
-        """Itself, as of an `Int4Matrix`, which is an int8 matrix in fewer bytes."""
+        """The matrix itself, so that it can be called like an `Int4Matrix`, which is an int8 matrix in fewer bytes."""
         return self
 
     def to_float(self, dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,7 @@ def assert_attention_parity(
     slack: float = 1.0,
     terms_cancel: bool = False,
 ) -> None:
-    """Of the reference with more slack, because torch's own fused attention errs up to three times as much as eager."""
+    """The reference has more slack, because torch's own fused attention errs up to three times as much as eager."""
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": 3}
     attention = partial(operations.causal_attention, key_padding_mask=mask, **options)
     slack = max(slack, 3) if operations is reference else slack

@@ -126,7 +126,7 @@ def test_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 @cache
 def shipped_launches() -> dict[str, list[audit.Launch]]:
-    """Of every chip by name, but for two."""
+    """The launches of every chip but two, by the chip's name."""
     finished = run("-c", LIST_LAUNCHES)
     assert finished.returncode == 0, finished.stderr
     return {chip: [audit.Launch(*launch) for launch in found] for chip, found in json.loads(finished.stdout).items()}

@@ -72,7 +72,7 @@ def make_case(
     past = theirs(ids[:, :-n_steps], **{name: x[:, :-n_steps] for name, x in inputs.items()})[CACHE]
 
     def logits() -> list[Tensor]:
-        """Of the ids and of three other draws, on which eager may err more."""
+        """The logits of the ids and of three other draws, on which eager may err more."""
         draws = ((ids + n) % theirs.config.vocab_size for n in range(4))
         return [theirs(draw, **inputs).logits[:, -n_steps:] for draw in draws]
 

@@ -43,7 +43,7 @@ def test_int8_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> 
 @pytest.mark.parametrize("n_rows", [1, 5, 9])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_int4_weights_by_the_factor_rule(dtype: torch.dtype, n_rows: int, group_size: int) -> None:
-    """As of int8 weights, beside float64 on the rounded weights."""
+    """As for int8 weights, the truth is float64 on the rounded weights."""
     starts = [0, 3, 0, 1, 4, 0, 2, 0, 5][:n_rows]
     case = make_case(dtype, starts, bits=4, group_size=group_size, rounded_head=n_rows != 5, n_layer=1)
     assert_case(case, n_ulps=2)
@@ -68,7 +68,7 @@ def test_int4_weights_of_ragged_shapes(changes: dict[str, Any], n_rows: int) -> 
 @pytest.mark.parametrize("architecture", ["cpu", "sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("n_cols", [16, 128, 800])
 def test_bug_a_slice_of_int4_too_narrow_for_tensor_cores(n_cols: int, architecture: str) -> None:
-    """Of 16 columns, triton up to 3.7.1 multiplied 8 twice and 8 not at all; the interpreter was right."""
+    """With 16 columns, triton up to 3.7.1 multiplied 8 twice and 8 not at all; the interpreter was right."""
     for kernel, n_rows in product(("norm_product", "project", "head"), (1, 4)):
         tile = decode_step_tiles.decode_tile(kernel, n_rows, n_cols, 1, architecture, 128)
         assert tile.block_cols >= max(128, n_cols)

@@ -29,7 +29,7 @@ def _on_the_device() -> Iterator[None]:
 
 
 def penalty_gradients(operation: Function, inputs: list[Tensor]) -> list[Tensor]:
-    """Of a gradient penalty plus the value: the derivative of every input's gradient in a nonlinear mixture."""
+    """The gradients of a penalty on the first gradients plus the value: of every input, in a nonlinear mixture."""
     output = torch.stack([output.sin().sum() for output in forward(operation, inputs)]).sum()
     first = torch.autograd.grad(output, inputs, create_graph=True)
     penalty = torch.stack([g.sin().square().sum() for g in first]).sum()

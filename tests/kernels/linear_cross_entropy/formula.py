@@ -75,7 +75,7 @@ def assert_loss_parity(
     slack: float = 1.0,
     **options: Any,
 ) -> None:
-    """Of the reference with more slack, because its logsumexp is rounded to an ulp of the largest logit."""
+    """The reference has more slack, because its logsumexp is rounded to an ulp of the largest logit."""
     slack = max(slack, 2) if operations is reference else slack
     grads = None if upstream is None else [upstream]
     assert_parity(

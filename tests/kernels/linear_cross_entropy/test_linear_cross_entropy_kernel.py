@@ -166,7 +166,7 @@ def test_chunks_are_whole_tiles_in_bounded_memory(
 
 @pytest.mark.parametrize("n_channels", [768, 1024, 1280, 1600])
 def test_memory_is_at_most_15_percent_of_an_unfused_head(n_channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 x 1024 tokens in bfloat16, as the lesson lists it; chunks remain long enough to hide the traffic of dW."""
+    """16 x 1024 tokens in bfloat16, as in the lesson; chunks remain long enough to hide the traffic of dW."""
     monkeypatch.undo()
     n_rows, n_cols, n_padded_cols = 2**14, 50257, 50304
     dweight, dhidden = 4 * n_cols * n_channels, 2 * n_rows * n_channels

@@ -188,7 +188,7 @@ def test_bytes_of_the_packed_copy() -> None:
 @only_interpreted
 @pytest.mark.parametrize("n_programs", [25, 2**19])
 def test_offsets_past_int32(n_programs: int) -> None:
-    """Of the cache, where the last of few programs attends with the last head, and of the stream of many programs."""
+    """In the cache, where the last of few programs attends with the last head, and in the stream of many programs."""
     with tuned(25), torch.inference_mode():
         decoder = make_decoder(make_model(small_config(1600, n_layer=1), torch.bfloat16))
         nothing = torch.empty(1, 131)
