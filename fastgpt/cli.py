@@ -39,7 +39,7 @@ from .terminal import (
     write_now,
     wrong_usage,
 )
-from .text import load_model_and_tokenizer, settle_place, stream_text
+from .text import device_and_dtype, load_model_and_tokenizer, stream_text
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Continue a text, streaming it as it comes; tokens/s go to standard error."""
     with wrong_usage():
-        settle_place(device, dtype)
+        device_and_dtype(device, dtype)
         ops.selected_backend()
         sampling.check_sampling_options(temperature=temperature or None, top_p=top_p)
         check_text(prompt)
@@ -206,7 +206,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte over a sliding window."""
     with wrong_usage():
-        settle_place(device, dtype)
+        device_and_dtype(device, dtype)
         ops.selected_backend()
         text = read_text(file)
         bits = chosen_bits(int8, int4)
@@ -285,7 +285,7 @@ def train(
             seed=seed,
             recompute=recompute,
         )
-        place, _ = settle_place(device)
+        torch_device, _ = device_and_dtype(device)
         ops.selected_backend()
         texts = [read_text(file) for file in text_files(text)]
         measured = None if validation is None else read_text(validation)
@@ -302,7 +302,7 @@ def train(
             out,
             settings,
             name=model,
-            device=place,
+            device=torch_device,
             resume=resume,
             say=partial(notes.print, soft_wrap=True),
             progress=progress,
@@ -371,11 +371,11 @@ def doctor(
 ) -> None:
     """Show versions, the device, which backend every operation takes and why, and check parity here."""
     with wrong_usage():
-        place, _ = settle_place(device)
+        torch_device, _ = device_and_dtype(device)
     if model is not None and not measure:
         raise typer.BadParameter("--model is what --measure times: give both")
     if measure:
-        _measure(model or "gpt2", place)
+        _measure(model or "gpt2", torch_device)
     diagnosis = checks.diagnose(device)
     if as_json:
         print_json(diagnosis)
@@ -385,13 +385,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _measure(model: str, place: torch.device) -> None:
+def _measure(model: str, device: torch.device) -> None:
     """Write the table of measurements of a GPU."""
-    if place.type != "cuda":
+    if device.type != "cuda":
         raise RuntimeError("doctor --measure needs a GPU: it times the kernels that run there")
     measured.check_writable()
     with progress_bar(notes) as progress:
-        table = benchmark.measure_against_torch(model, place, progress)
+        table = benchmark.measure_against_torch(model, device, progress)
     print(f"wrote {measured.write(table)}", file=sys.stderr)
 
 

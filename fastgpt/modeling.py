@@ -104,8 +104,8 @@ class GPT2Model(_DropIn, hf.GPT2Model):
     @contextmanager
     def _masks_of_shared_layers(self) -> Iterator[None]:
         """Use transformers' masks when blocks share a layer of the cache: they see more keys than our mask has."""
-        places = [getattr(getattr(block, "attn", block), "layer_idx", block) for block in self.h]
-        if len(set(places)) == len(places):
+        layers = [getattr(getattr(block, "attn", block), "layer_idx", block) for block in self.h]
+        if len(set(layers)) == len(layers):
             yield
             return
         with nullcontext() if torch.compiler.is_compiling() else _one_thread:

@@ -26,7 +26,7 @@ def check_inference(base: GPT2LMHeadModel, ids: Tensor, n_new_tokens: int, dtype
     ids: (B, T). Where a float64 pass is cheap, it is the truth: the logits of the first sequence may err twice as much
     as transformers' own, plus one ulp of the largest logit. Elsewhere they may differ from transformers' by 64 ulps of
     the largest (8 in half precision). Greedy tokens must be equal in float32. In half precision logits tie: tokens may
-    differ from the first place on where transformers' logits of the two are within twice that allowance.
+    differ from the first position where transformers' logits of the two are within twice that allowance.
     Returns the figures, ready for JSON. Raises ParityError.
     """
     ours, theirs = contender(OURS, base, ids.device, dtype), contender("hf-sdpa", base, ids.device, dtype)

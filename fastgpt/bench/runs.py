@@ -24,7 +24,7 @@ import fastgpt.bench.workloads as workloads
 from .. import accounting, ops
 from ..doctor import versions
 from ..progress import Progress
-from ..text import DTYPES, settle_place
+from ..text import DTYPES, device_and_dtype
 from .workloads import BASELINES, OURS, WORKLOADS
 
 SCHEMA = 1
@@ -61,11 +61,11 @@ class BenchmarkOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        place, dtype = settle_place(self.device, self.dtype)
+        device, dtype = device_and_dtype(self.device, self.dtype)
         settled = {
             "workloads": _names("workload", self.workloads, WORKLOADS),
             "baselines": _names("baseline", self.baselines, BASELINES),
-            "device": str(place),
+            "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
         }
         for name, value in settled.items():

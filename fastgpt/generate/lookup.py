@@ -128,8 +128,8 @@ class DeviceLookupGeneration(DeviceGeneration):
         """Copy the newest token and the proposed ones, with their positions and slots, into the input of the step."""
         tokens, n_past = [self.index.tokens[-1], *proposed], self.n_tokens - 1
         first_position = self._last_position + self.n_tokens - self.request.ids.shape[1]
-        places = [range(first, first + len(tokens)) for first in (first_position, n_past)]
-        state = torch.tensor([tokens, *map(list, places)], device="cpu", pin_memory=work.state.is_cuda)
+        ranges = [range(first, first + len(tokens)) for first in (first_position, n_past)]
+        state = torch.tensor([tokens, *map(list, ranges)], device="cpu", pin_memory=work.state.is_cuda)
         work.state[:3, : len(tokens)].copy_(state, non_blocking=True)
 
     def _choose(self, work: Workspace, logits: Tensor) -> list[int]:

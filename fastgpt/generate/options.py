@@ -136,8 +136,8 @@ def device_options(
     found = [processor for processor in processors if not isinstance(processor, RefuseNaN)]
     if not all(map(_is_on_device, found)):
         return None
-    places = [ON_DEVICE.index(type(processor)) for processor in found]
-    if places != sorted(set(places)):
+    order = [ON_DEVICE.index(type(processor)) for processor in found]
+    if order != sorted(set(order)):
         return None
     options: dict[str, Any] = {}
     for processor in found:

@@ -116,7 +116,7 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
             if not products[0].n_bytes:
                 products += map(way, matrices[1:-1])
             prepared[name] = products
-    places = itertools.count()
+    index = itertools.count()
     for turn in range(_TURNS):
         quickest = min((seconds for timed in multiply_s.values() for seconds in timed), default=float("inf"))
         for name, products in prepared.items():
@@ -124,9 +124,9 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
                 continue
             # As in a step, the processor has the way's code in its near caches, and of the matrix nothing: the way
             # before, which may have read the same memory, multiplied another one.
-            products[next(places) % len(products)](x, bias)
+            products[next(index) % len(products)](x, bias)
             start = time.perf_counter()
-            products[next(places) % len(products)](x, bias)
+            products[next(index) % len(products)](x, bias)
             multiply_s[name].append(time.perf_counter() - start)
     return {
         name: Cost(prepare_s[name], median(multiply_s[name]), products[0].n_bytes > 0)
@@ -171,12 +171,12 @@ class Products:
             self.chosen[n_inputs, n_outputs] = name
             for matrix in matrices:
                 prepared = ways(matrix, n_rows, rows)[name](matrix)
-                self._prepared[_place(matrix)] = prepared
+                self._prepared[_address(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
 
     def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""
-        prepared = self._prepared.get(_place(matrix))
+        prepared = self._prepared.get(_address(matrix))
         return multiply(x, matrix, bias) if prepared is None else prepared(x, bias)
 
 
@@ -195,8 +195,8 @@ def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -
     return first if fits or not is_copy else None
 
 
-def _place(matrix: Matrix) -> int:
-    """What tells a matrix from the others."""
+def _address(matrix: Matrix) -> int:
+    """Where the values of a matrix lie, which tells it from the others."""
     return matrix.values.data_ptr() if isinstance(matrix, RoundedMatrix) else matrix.data_ptr()
 
 

@@ -244,14 +244,14 @@ def _watched(generation: Iterable[Tensor], model: GPT2LMHeadModel) -> Iterator[T
     children = [module._modules for module in model.modules()]
     parameters = [module._parameters for module in model.modules()]
 
-    def places() -> list[int | None]:
+    def addresses() -> list[int | None]:
         modules = [id(module) for table in children for module in table.values()]
         return modules + [None if x is None else x.data_ptr() for table in parameters for x in table.values()]
 
-    before = places()
+    before = addresses()
     for tokens in generation:
         yield tokens
-        if places() != before:
+        if addresses() != before:
             raise RuntimeError(
                 "the model's weights were moved or replaced between two tokens of one call: start a new one"
             )

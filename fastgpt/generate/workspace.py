@@ -1,8 +1,8 @@
 """The workspace of decode steps on kernels: their memory, their CUDA graphs, and the tier on which they run.
 
 Every step runs the same kernels on the same memory, so one CUDA graph replays them, and another the choice of the next
-tokens. A graph fixes places in memory, so the state of the rows has a place in the workspace, and every call copies its
-own into it. B batch, T slots of the cache, V vocabulary.
+tokens. A graph fixes addresses, so the state of the rows is a part of the workspace, and every call copies its own
+into it. B batch, T slots of the cache, V vocabulary.
 """
 
 from collections import OrderedDict
@@ -169,7 +169,7 @@ class Workspace:
 
 
 def fixed_in_graphs(weights: DecodeWeights) -> list[Any]:
-    """What graphs fix about a model: the places, dtypes and shapes of its weights, and its constants.
+    """What graphs fix about a model: the addresses, dtypes and shapes of its weights, and its constants.
 
     Not the values of the weights, which the kernels read in place every time. Also how operations and products are
     computed, for the whole process.

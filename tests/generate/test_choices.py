@@ -66,9 +66,9 @@ class Recorder:
 
         def note(logits: Tensor, rows: Any, options: Any, eos_ids: Tensor | None, pad_id: int) -> None:
             seed = None if options.seed is None else options.seed.data_ptr()
-            places = [None if x is None else x.data_ptr() for x in (logits, *rows)]
+            addresses = [None if x is None else x.data_ptr() for x in (logits, *rows)]
             ends = None if eos_ids is None else eos_ids.tolist()
-            self.arguments = places, replace(options, seed=None), seed, ends, pad_id
+            self.arguments = addresses, replace(options, seed=None), seed, ends, pad_id
             sample(logits, rows, options, eos_ids, pad_id)
 
         def record(own: OwnStream, work: Callable[[], None]) -> Callable[[], None]:

@@ -218,11 +218,11 @@ def test_bug_ways_were_timed_on_a_matrix_that_the_way_before_had_brought_into_th
 
     class Noted(ways.AsStored):
         def __call__(self, x, bias):
-            read.append(next(place for place, matrix in enumerate(matrices) if matrix is self.matrix))
+            read.append(next(index for index, matrix in enumerate(matrices) if matrix is self.matrix))
             return super().__call__(x, bias)
 
     monkeypatch.setattr(products, "ways", lambda *_: dict.fromkeys(("one", "two", "three"), Noted))
     assert products._measure(matrices, 1, None).keys() == {"one", "two", "three"}
     assert len(set(read)) == 12
-    for place in range(4, len(read)):
-        assert read[place] not in read[place - 4 : place]
+    for index in range(4, len(read)):
+        assert read[index] not in read[index - 4 : index]

@@ -223,7 +223,7 @@ def test_a_table_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str, str]]:
     """The command, whose diagnosis prints nothing because no model runs on the simulated GPU."""
-    monkeypatch.setattr(cli, "settle_place", lambda device: (torch.device(device), torch.float32))
+    monkeypatch.setattr(cli, "device_and_dtype", lambda device: (torch.device(device), torch.float32))
     monkeypatch.setattr(cli.checks, "diagnose", lambda device: {"parity": {"passed": True}})
     monkeypatch.setattr(cli.checks, "render", lambda diagnosis, console: None)
 

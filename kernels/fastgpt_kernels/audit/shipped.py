@@ -231,9 +231,9 @@ def _decode(_: str) -> Iterator[Call]:
                 step = DecodeStep(weights, n_rows, _CONTEXT, one_sequence=one_sequence)
                 n_caches = 1 if one_sequence else n_rows
                 state = _decode_state(weights.wte.shape[1], weights.n_heads, n_rows, n_caches, weights.wte.dtype)
-                if one_sequence:  # Each token has a place of its own.
-                    for places in state[2:4]:
-                        places += torch.arange(n_rows)
+                if one_sequence:  # Each token has its own position and slot.
+                    for counters in state[2:4]:
+                        counters += torch.arange(n_rows)
                 step.decode(weights, *state)  # type: ignore[arg-type]
 
             kind = " ".join(filter(None, (_NAMES[dtype], rounding, size)))

@@ -71,8 +71,8 @@ class _DirectLaunch(NamedTuple):
     """A launch whose arguments are known up to addresses.
 
     compiled: what triton made, which owns the machine code. run: its launcher. arguments: of the kernel, in its order.
-    pointers: for each address its place among them, which tensor of the call it lies in, and how many bytes after its
-    start. descriptors: the same and the other fields of a TensorDescriptor.
+    pointers: for each address its position among them, which tensor of the call it lies in, and the offset there in
+    bytes. descriptors: the same and the other fields of a TensorDescriptor.
     """
 
     compiled: Any
@@ -165,10 +165,10 @@ def _calls(hook: Any) -> bool:
 def _launch_directly(launch: _DirectLaunch, tensors: tuple[Any, ...], stream: int) -> None:
     compiled, run, n_programs, arguments, pointers, descriptors = launch
     arguments = arguments.copy()
-    for place, index, offset in pointers:
-        arguments[place] = tensors[index].data_ptr() + offset
-    for place, index, offset, fields in descriptors:
-        arguments[place] = descriptor = object.__new__(TensorDescriptor)  # Checked when it was first made.
+    for position, index, offset in pointers:
+        arguments[position] = tensors[index].data_ptr() + offset
+    for position, index, offset, fields in descriptors:
+        arguments[position] = descriptor = object.__new__(TensorDescriptor)  # Checked when it was first made.
         descriptor.__dict__.update(fields, base=_Address(tensors[index].data_ptr() + offset))
     run(n_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
@@ -184,19 +184,19 @@ def _direct(launch: Launch, compiled: Any, tensors: tuple[Any, ...]) -> _DirectL
     names = launch.kernel.arg_names
     named = dict(zip(names, launch.pointers, strict=False)) | launch.arguments
     arguments, pointers, descriptors = [named[name] for name in names], [], []
-    for place, argument in enumerate(arguments):
+    for position, argument in enumerate(arguments):
         if not isinstance(argument, Tensor | TensorDescriptor):
             continue
         tensor = argument if isinstance(argument, Tensor) else argument.base
         index = _origin(tensor, tensors)
         if index is None:
             return None
-        where = place, index, tensor.data_ptr() - tensors[index].data_ptr()
+        where = position, index, tensor.data_ptr() - tensors[index].data_ptr()
         if isinstance(argument, Tensor):
             pointers.append(where)
         else:
             descriptors.append((*where, {name: value for name, value in vars(argument).items() if name != "base"}))
-        arguments[place] = None
+        arguments[position] = None
     return _DirectLaunch(compiled, compiled.run, launch.n_programs, arguments, pointers, descriptors)
 
 

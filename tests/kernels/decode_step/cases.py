@@ -67,8 +67,8 @@ def make_case(
         theirs.load_state_dict(rounded, strict=False)
     ids = token_ids(len(starts), n_tokens, theirs.config.vocab_size).to(DEVICE)
     padding = torch.tensor(starts)
-    places = torch.arange(n_tokens)[None] - padding[:, None]
-    inputs = {"attention_mask": (places >= 0).long(), "position_ids": places.clamp(min=0)}
+    positions = torch.arange(n_tokens)[None] - padding[:, None]
+    inputs = {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
     past = theirs(ids[:, :-n_steps], **{name: x[:, :-n_steps] for name, x in inputs.items()})[CACHE]
 
     def logits() -> list[Tensor]:

@@ -295,8 +295,8 @@ def _decode_attention_kernel(
     per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_KEYS), N_SPLITS) * BLOCK_KEYS
     first = start + split * per_split
     last = tl.minimum(first + per_split, end)
-    # A softmax for each place in a block, so that threads exchange nothing until the last block. Starting from the
-    # finite peak, no place ever subtracts -inf from -inf.
+    # A softmax for each position in a block, so that threads exchange nothing until the last block. Starting from the
+    # finite peak, no position ever subtracts -inf from -inf.
     peaks = tl.zeros((BLOCK_KEYS,), dtype=tl.float32) + peak
     totals = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
     mixtures = tl.zeros((BLOCK_KEYS, BLOCK_DIM), dtype=tl.float32)

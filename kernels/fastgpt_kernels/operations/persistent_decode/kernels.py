@@ -224,13 +224,13 @@ def _persistent_decode_kernel(
         n_weight_rows = tl.where(t < QKV_END, qkv_end - program * QKV_SLICE, n_weight_rows)
         n_weight_rows = tl.where(t < FC_END, n_weight_rows, 4 * (out_end - program * OUT_SLICE))
         n_weight_rows = tl.where(in_head, head_end - program * head_slice, n_weight_rows)
-        place = (layer.to(tl.int64) * N_PROGRAMS + program) * TILES + t
+        tile_index = (layer.to(tl.int64) * N_PROGRAMS + program) * TILES + t
         head_row = program.to(tl.int64) * head_slice + first_row
-        tile_ptr = tl.where(in_head, head_ptr + head_row * C, stream_ptr + place * (TILE_ROWS * C))
+        tile_ptr = tl.where(in_head, head_ptr + head_row * C, stream_ptr + tile_index * (TILE_ROWS * C))
         in_tile = (tile_rows < n_weight_rows - first_row) & (tile_cols < C)
         tile = tl.load(tile_ptr + tile_rows * C + tile_cols, mask=in_tile, other=0.0)
         has_bias = weight_rows < tl.where(in_head, 0, TILE_ROWS)
-        bias = tl.load(biases_ptr + place * TILE_ROWS + weight_rows, mask=has_bias, other=0.0)
+        bias = tl.load(biases_ptr + tile_index * TILE_ROWS + weight_rows, mask=has_bias, other=0.0)
         products = tl.where(serves_row, tl.dot(tile, inputs, input_precision="ieee"), 0.0)  # (parts, TILE_ROWS, 8)
         sums = tl.sum(tl.sum(products, axis=2), axis=0) + bias
 
