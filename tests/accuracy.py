@@ -73,6 +73,10 @@ def _largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
+def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 

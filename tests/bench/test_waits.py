@@ -3,13 +3,12 @@
 import pytest
 import torch
 from interpreter import DEVICE as DEVICE_NAME
-from interpreter import INTERPRETING
+from interpreter import only_interpreted
 from interpreter.cooperative import cooperative_grid
 
 from benchmarks.gpu import waits
 
 DEVICE = torch.device(DEVICE_NAME)
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 
 
 @only_interpreted

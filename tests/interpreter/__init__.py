@@ -10,6 +10,7 @@ the tensors of a launch. Tests ask for the rest, which has no effect on a GPU:
 The hooks use private interfaces: `releases` lists where these differ, and warns about an untried release.
 """
 
+import pytest
 import triton
 from triton import knobs
 
@@ -17,6 +18,7 @@ from . import releases
 
 INTERPRETING = bool(knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETING else "cuda"
+only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 
 releases.check(triton.__version__)
 with releases.skipping_what_is_unknown(triton.__version__):
@@ -36,5 +38,6 @@ __all__ = [
     "OutOfBoundsError",
     "check_overflow",
     "dry_run",
+    "only_interpreted",
     "shuffled_grid",
 ]

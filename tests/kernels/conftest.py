@@ -27,6 +27,13 @@ def _launches_are_chosen_anew() -> None:
         launch.forget_plans()
 
 
+@pytest.fixture
+def on_the_device() -> Iterator[None]:
+    """New tensors lie where the kernels run."""
+    with torch.device(pytest.importorskip("interpreter").DEVICE):
+        yield
+
+
 @pytest.fixture(params=["reference", "kernel"])
 def operations(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The operations as torch references, then as kernels; new tensors are on the device where those run."""

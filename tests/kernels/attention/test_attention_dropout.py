@@ -14,6 +14,8 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
 from torch import Tensor
 
+from .formula import dropped_formula
+
 UINT32 = 0xFFFFFFFF
 PI_COUNTER, PI_KEY = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
 # Random123's kat_vectors for philox4x32: rounds, counter, key, output.
@@ -231,32 +233,18 @@ def test_mask_depends_on_the_position_alone(sizes: tuple[int, int]) -> None:
 # --- in attention ---------------------------------------------------------------------------------------------------
 
 
-def dropped_formula(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, keep_scale: float, mask: Tensor | None, scale: float
-) -> Tensor:
-    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
-    if mask is not None:
-        hidden = hidden | ~mask[:, None, None, :]
-    exponentials = (q @ k.mT * scale).masked_fill(hidden, -torch.inf).exp()  # small scores
-    return (exponentials / exponentials.sum(-1, keepdim=True) * keep * keep_scale) @ v
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 7), (33, 33), (5, 40)])
 def test_bug_backward_drops_other_weights_than_forward(
     sizes: tuple[int, int], padded: bool, dtype: torch.dtype
 ) -> None:
-    keep, keep_scale = dropout.dropout_keep_mask((2, 3, *sizes), 0.25, seed=3)
     mask = torch.ones(2, sizes[1], dtype=torch.bool)
     mask[1, 1:3] = False
     mask = mask if padded else None
-    assert_parity(
-        partial(reference.causal_attention, scale=0.4, key_padding_mask=mask, dropout_p=0.25, seed=3),
-        partial(dropped_formula, keep=keep, keep_scale=keep_scale, mask=mask, scale=0.4),
-        make_inputs(*sizes, dtype),
-        slack=2,
-    )
+    options = {"scale": 0.4, "dropout_p": 0.25, "seed": 3}
+    attention = partial(reference.causal_attention, key_padding_mask=mask, **options)
+    assert_parity(attention, partial(dropped_formula, mask=mask, **options), make_inputs(*sizes, dtype), slack=2)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import LAYOUTS, assert_as_accurate, assert_parity, gradients, max_error, random, relayout
+from accuracy import (
+    LAYOUTS,
+    assert_as_accurate,
+    assert_parity,
+    assert_same_bits,
+    gradients,
+    max_error,
+    random,
+    relayout,
+)
 from fastgpt_kernels import reference
 from fuzz import cases
 from hypothesis import given
@@ -213,7 +222,7 @@ def test_bug_nan_at_masked_keys_leaks(operations: Any, kind: str, dropout_p: flo
     attention = partial(operations.causal_attention, key_padding_mask=mask, dropout_p=dropout_p, seed=3)
     clean = outputs_and_gradients(attention, (q, k, v))
     poisoned = outputs_and_gradients(attention, (q, k.masked_fill(hidden, poison), v.masked_fill(hidden, poison)))
-    assert all(torch.equal(ours, expected) for ours, expected in zip(poisoned, clean, strict=True))
+    assert_same_bits(poisoned, clean)
     for grad in clean[2:]:
         assert torch.equal(grad * hidden, torch.zeros_like(grad))
 
@@ -248,7 +257,7 @@ def test_bug_results_differ_between_runs(operations: Any, dropout_p: float, mask
     first = outputs_and_gradients(attention, inputs)
     for _ in range(3):
         again = outputs_and_gradients(attention, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert_same_bits(first, again)
 
 
 @pytest.mark.parametrize("mask", ["none", "left"])

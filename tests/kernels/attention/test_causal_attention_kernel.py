@@ -1,14 +1,13 @@
 """What the Triton causal_attention has beyond its reference: accuracy, memory, the bits of dropout, refusals."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import fastgpt_kernels
 import pytest
 import torch
 import triton.language as tl
-from accuracy import gradients, random
+from accuracy import assert_same_bits, gradients, random
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import dropout
 from fastgpt_kernels.operations.attention import op as attention
@@ -19,11 +18,7 @@ from interpreter import DEVICE, INTERPRETING
 
 from .formula import DTYPES, assert_attention_parity, make_inputs, make_mask, outputs_and_gradients
 
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -138,7 +133,7 @@ def test_seed_may_advance_before_the_backward_pass() -> None:
     seed += 1  # as a captured graph advances its seed between replays
     ours = torch.autograd.grad(attended.sum(), (q, k, v))
     expected = gradients(partial(causal_attention, dropout_p=0.5, seed=4), inputs, [torch.ones_like(attended)])
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert_same_bits(ours, expected)
     assert not torch.equal(attended, causal_attention(q, k, v, dropout_p=0.5, seed=seed))
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-import interpreter
 import pytest
 import torch
 
 
 @pytest.fixture
-def on_the_device() -> Iterator[None]:
+def without_gradients(on_the_device: None) -> Iterator[None]:
     """New tensors lie where the kernels run, and no gradients are recorded."""
-    with torch.device(interpreter.DEVICE), torch.inference_mode():
+    with torch.inference_mode():
         yield

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from fastgpt_kernels.operations.decode_step import kernels as decode_step_kernels
 from fastgpt_kernels.operations.decode_step import tiles as decode_step_tiles
 from fastgpt_kernels.operations.decode_step.op import DecodeStep
-from interpreter import INTERPRETING, check_overflow, dry_run, shuffled_grid
+from interpreter import INTERPRETING, check_overflow, dry_run, only_interpreted, shuffled_grid
 from models import tiny_config
 from torch import Tensor
 
@@ -17,8 +17,7 @@ from fastgpt.generate import view_weights
 
 from .cases import HALVES, assert_case, decode, filled_cache, make_case
 
-pytestmark = pytest.mark.usefixtures("on_the_device")
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -24,7 +24,7 @@ from fastgpt.generate import view_weights
 
 from .cases import HALVES, assert_case, decode, filled_cache, make_case
 
-pytestmark = pytest.mark.usefixtures("on_the_device")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def a_step(n_rows: int, dtype: torch.dtype) -> DecodeStep:

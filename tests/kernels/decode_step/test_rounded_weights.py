@@ -9,7 +9,7 @@ from fastgpt_kernels.operations.decode_step import tiles as decode_step_tiles
 
 from .cases import assert_case, make_case
 
-pytestmark = pytest.mark.usefixtures("on_the_device")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 # --- int8 weights ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """What must hold for every operation of the package, on the record of each: a new operation cannot escape it."""
 
-from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 import fastgpt_kernels
 import pytest
 import torch
-from accuracy import forward, max_error, random, relayout
-from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
+from accuracy import assert_same_bits, forward, max_error, random, relayout
+from interpreter import INTERPRETING, check_overflow, dry_run, only_interpreted, shuffled_grid
 from records import FORMS, RECORDS, bind, call, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 every_form = pytest.mark.parametrize(("operation", "form"), FORMS)
 
 
@@ -25,12 +25,6 @@ def _several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         record.several_programs(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
-
-
 def results(function: Any, inputs: list[Tensor], upstream: list[Tensor] | None = None) -> list[Tensor]:
     """Outputs, and gradients of the inputs; zeros for an input on which no output depends."""
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -38,10 +32,6 @@ def results(function: Any, inputs: list[Tensor], upstream: list[Tensor] | None =
     upstream = upstream or [random(*output.shape, seed=99).to(output) for output in outputs]
     grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
     return [output.detach() for output in outputs] + list(grads)
-
-
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # --- shapes and layouts ---------------------------------------------------------------------------------------------

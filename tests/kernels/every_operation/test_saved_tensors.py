@@ -3,7 +3,7 @@
 Offloading and compression of activations work that way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 
@@ -11,10 +11,11 @@ import fastgpt_kernels
 import pytest
 import torch
 from accuracy import forward, max_error, random, relayout
-from interpreter import DEVICE
 from records import FORMS, call
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,12 +51,6 @@ def results(operation: str, form: str, dtype: torch.dtype) -> tuple[Tensor, ...]
 
 
 plain_results = cache(results)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

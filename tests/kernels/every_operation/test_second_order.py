@@ -1,6 +1,5 @@
 """Second derivatives of the five operations and of the training loss, against the formula in float64."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,14 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 PATHS = {"kernel": fk, "torch": reference}
 SCALE = 0.4  # of inputs
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
 
 
 def penalty_gradients(operation: Function, inputs: list[Tensor]) -> list[Tensor]:

@@ -86,10 +86,6 @@ def results(function: Function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [*forward(function, inputs), *gradients(function, inputs, [upstream])]
 
 
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def several_programs(patch: pytest.MonkeyPatch) -> None:
     """Small tiles; with tensor descriptors and few programs where they can hold the matrices."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, forward, gradients, max_error, random, relayout
+from accuracy import DTYPES, LAYOUTS, assert_same_bits, forward, gradients, max_error, random, relayout
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import activations
 from fuzz import cases
@@ -16,7 +16,6 @@ from .formula import (
     ACTIVATIONS,
     ONE_SUM,
     assert_mlp_parity,
-    assert_same_bits,
     formula,
     make_inputs,
     mlp_formula,

@@ -1,6 +1,5 @@
 """What the Triton gelu_mlp has beyond its reference: rounding, the bits of dropout, descriptors, refusals."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,22 +7,17 @@ import fastgpt_kernels
 import pytest
 import torch
 import triton.language as tl
-from accuracy import gradients, max_error
+from accuracy import assert_same_bits, gradients, max_error
 from fastgpt_kernels.common import arithmetic, chip, dropout
 from fastgpt_kernels.operations.gelu_mlp import tiles as gelu_mlp_tiles
 from fastgpt_kernels.operations.gelu_mlp.op import gelu_mlp, supports
-from interpreter import DEVICE, INTERPRETING
+from interpreter import DEVICE, only_interpreted
 
-from .formula import ONE_SUM, SEED, assert_mlp_parity, assert_same_bits, formula, make_inputs, of, results
+from .formula import ONE_SUM, SEED, assert_mlp_parity, formula, make_inputs, of, results
 
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 fused = of(fastgpt_kernels)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------

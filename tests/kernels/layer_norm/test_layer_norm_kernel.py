@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import fastgpt_kernels
 import pytest
 import torch
-from accuracy import DTYPES, forward, gradients, max_error
+from accuracy import DTYPES, assert_same_bits, forward, gradients, max_error
 from fastgpt_kernels import reference
 from fastgpt_kernels.common import chip, launch
 from fastgpt_kernels.operations.layer_norm import op as module
 from fastgpt_kernels.operations.layer_norm import tiles as layer_norm_tiles
 from fastgpt_kernels.operations.layer_norm.op import add_layer_norm, layer_norm, supports
-from interpreter import DEVICE, INTERPRETING
 from torch import Tensor
 
 from .formula import (
@@ -26,23 +25,13 @@ from .formula import (
     of,
 )
 
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def results(inputs: tuple[Tensor, ...], upstream: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients of layer_norm or add_layer_norm."""
     operation = of(fastgpt_kernels, inputs)
     return [*forward(operation, inputs), *gradients(operation, inputs, upstream)]
-
-
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------

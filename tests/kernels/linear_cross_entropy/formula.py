@@ -90,10 +90,6 @@ def results(operations: Any, inputs: tuple[Tensor, ...], labels: Tensor, **optio
     return [value, *gradients(loss, inputs, [random(*value.shape, seed=5)])]
 
 
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def in_chunks(patch: pytest.MonkeyPatch, n_rows: int, n_vocabulary: int) -> None:
     """Reference and kernel compute the logits of so many rows at once."""
     patch.setattr(loss_reference, "_CHUNK_LOGITS", n_rows * n_vocabulary + n_vocabulary - 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, forward, gradients, max_error, random
+from accuracy import DTYPES, LAYOUTS, assert_same_bits, forward, gradients, max_error, random
 from fastgpt_kernels import reference
 from fuzz import cases
 from hypothesis import given
@@ -19,7 +19,6 @@ from .formula import (
     REDUCTIONS,
     TERMS,
     assert_loss_parity,
-    assert_same_bits,
     in_chunks,
     loss_formula,
     make_inputs,

@@ -1,6 +1,5 @@
 """What the Triton linear_cross_entropy has beyond its reference: tiles, NaN, launches, memory, refusals."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from accuracy import DTYPES, forward, gradients, max_error
 from fastgpt_kernels.operations.linear_cross_entropy import kernels, tiles
 from fastgpt_kernels.operations.linear_cross_entropy import op as module
 from fastgpt_kernels.operations.linear_cross_entropy.op import linear_cross_entropy, supports
-from interpreter import DEVICE, INTERPRETING, check_overflow
+from interpreter import check_overflow, only_interpreted
 
 from .formula import (
     REDUCTIONS,
@@ -25,13 +24,7 @@ from .formula import (
     results,
 )
 
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import gradients
+from accuracy import assert_same_bits, gradients
 
 from .formula import (
     REDUCTIONS,
     TERMS,
     assert_loss_parity,
-    assert_same_bits,
     loss_formula,
     make_inputs,
     results,

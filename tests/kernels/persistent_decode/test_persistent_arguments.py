@@ -9,7 +9,7 @@ from fastgpt_kernels.common import chip
 from fastgpt_kernels.common.launch import launch
 from fastgpt_kernels.operations.persistent_decode import kernels
 from fastgpt_kernels.operations.persistent_decode.op import PersistentDecoder
-from interpreter import DEVICE, INTERPRETING, dry_run
+from interpreter import DEVICE, INTERPRETING, dry_run, only_interpreted
 from models import tiny_config, token_ids
 from triton import knobs
 
@@ -27,7 +27,6 @@ from .decoders import (
     weights_of,
 )
 
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 only_on_gpu = pytest.mark.skipif(INTERPRETING, reason="CUDA graphs need a GPU")
 
 # --- what an engine may hand in -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from accuracy import max_error
 from fastgpt_kernels.operations.persistent_decode import kernels
-from interpreter import INTERPRETING, check_overflow
+from interpreter import check_overflow, only_interpreted
 from interpreter.cooperative import cooperative_grid
 from models import token_ids
 from paths import ROOT
@@ -22,9 +22,6 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from .decoders import decode, make_decoder, make_model, read_prompt, small_config, tuned
-
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
-
 
 # --- barriers -------------------------------------------------------------------------------------------------------
 

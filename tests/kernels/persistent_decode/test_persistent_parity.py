@@ -8,7 +8,7 @@ import torch
 from accuracy import assert_as_accurate, max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICE, INTERPRETING, check_overflow
+from interpreter import DEVICE, check_overflow, only_interpreted
 from models import look_trained, pair, token_ids
 
 from fastgpt.model.compat import CACHE
@@ -31,8 +31,6 @@ from .decoders import (
 PROFILE = settings.get_current_profile_name()
 # A case takes a second or more: 3 of them, and 78 with the thorough profile.
 FEW_CASES = settings(max_examples=max(1, settings.get_profile(PROFILE).max_examples // 8))
-
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 
 
 @torch.inference_mode()

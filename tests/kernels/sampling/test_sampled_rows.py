@@ -11,13 +11,12 @@ from fastgpt_kernels.operations.sampling import reference as twin
 from fastgpt_kernels.operations.sampling.filter_kernels import _sampling_filtered_choice_kernel
 from fastgpt_kernels.operations.sampling.op import sample, supports
 from fastgpt_kernels.operations.sampling.reference import SamplingOptions
-from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, shuffled_grid
+from interpreter import DEVICE, check_overflow, dry_run, only_interpreted, shuffled_grid
 from torch import Tensor
 
 from .formula import DTYPES, FILTERS, OVERFLOWS_ARE_RIGHT, PAD, after, assert_same_rows, draws, make_logits, make_rows
 
 pytestmark = OVERFLOWS_ARE_RIGHT
-only_interpreted = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
 
 # --- what becomes of the rows ---------------------------------------------------------------------------------------
 
