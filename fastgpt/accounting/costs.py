@@ -60,7 +60,7 @@ def roundings(shape: Shape) -> tuple[int, ...]:
 
 
 def _product_bytes(n_elements: int, n_columns: int, bits: int) -> int:
-    """Of rounded matrices, with an fp32 scale for each output column."""
+    """The bytes of rounded matrices, with an fp32 scale for each output column."""
     return n_elements * bits // 8 + (n_elements // _GROUP_SIZE if bits == 4 else 0) + 4 * n_columns
 
 

@@ -177,7 +177,7 @@ def test_a_kernel_asked_for_by_name_that_is_missing_raises(operation: str, no_ke
 
 
 class Subclass(torch.Tensor):
-    """Of which a kernel would see the memory alone."""
+    """A tensor of which a kernel would see nothing but the memory."""
 
 
 @pytest.mark.parametrize("operation", ARGUMENTS)

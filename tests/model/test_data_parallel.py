@@ -109,7 +109,7 @@ READS = ("nothing", "in the loss", "after the step")
 
 
 def losses_of(model: nn.Module, batch: int, reads: str) -> list[float]:
-    """Of three steps; `reads` says where the logits are read, if they are."""
+    """The losses of three steps; `reads` says where the logits are read, if they are."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(3):

@@ -47,7 +47,7 @@ def test_columns_are_rounded_better_than_to_sevenths_of_the_largest_in_a_group(
 
 
 def test_the_largest_weight_of_a_column_is_nearly_exact() -> None:
-    """Of groups with one weight far from the others, which is -8 steps of 15."""
+    """One weight of a group is far from the others: it becomes -8 steps of 15."""
     torch.manual_seed(0)
     matrix = torch.randn(128, 2) * 1e-3
     matrix[5, 0], matrix[70, 1] = 3.0, -5.0

@@ -43,7 +43,7 @@ def crossed(work: Callable[[], Any]) -> set[tuple[str, str]]:
 
 @cache
 def walks(backend: str) -> dict[str, set[tuple[str, str]]]:
-    """Of calls after the first, which compares the model with a twin and compiles."""
+    """The walks of calls after the first, which compares the model with a twin and compiles."""
     device = DEVICE if backend == "triton" else "cpu"
     plain: Any = fastgpt.GPT2LMHeadModel(tiny_config(n_layer=1))
     model = plain.eval().to(device)

@@ -61,7 +61,7 @@ def _attention(tokens: int, dropout_p: float, gradient: bool) -> None:
 
 
 def _mlp(rows: int, narrow: int, wide: int, dropout_p: float, gradient: bool) -> None:
-    """Of any widths."""
+    """An MLP whose widths need not be those of a GPT-2."""
     x, fc, fc_bias, proj, proj_bias, residual = (
         _new(*shape, gradient=gradient)
         for shape in ((rows, narrow), (narrow, wide), (wide,), (wide, narrow), (narrow,), (rows, narrow))

@@ -49,7 +49,7 @@ def of(operations: Any, inputs: tuple[Tensor, ...] | list[Tensor]) -> Function:
 def assert_layer_norm_parity(
     operations: Any, inputs: tuple[Tensor, ...], layout: str = "contiguous", slack: float = 1.0, **options: float
 ) -> None:
-    """Of layer_norm or add_layer_norm, as `of` chooses. layout: of the gradients."""
+    """Parity of layer_norm or add_layer_norm, as `of` chooses. layout: of the gradients."""
     x, formula = inputs[0], layer_norm_formula if len(inputs) == 3 else add_layer_norm_formula
     upstream = [make_tensor(*x.shape, seed=99 + i, dtype=x.dtype, layout=layout) for i in range(len(inputs) - 2)]
     functions = partial(of(operations, inputs), **options), partial(formula, **options)
