@@ -59,12 +59,12 @@ class DeviceGeneration:
         request, n_prompt = self.request, self.request.ids.shape[1]
         self._prefill(work)
         self._start(work)
-        choices, mailbox = work.choices, Mailbox(work.choices.rows.tokens)
+        choices, copies = work.choices, HostCopies(work.choices.rows.tokens)
         logits = work.logits[: len(request.ids)]
         seen = seen_tokens(request.processors, request.ids, work.logits.shape[1])
         choices.begin(request.ids, self.options, request.eos_ids, self._end_tokens, request.pad_id, seen)
         choices.append_after_step(logits)
-        newest, n_chosen = mailbox.send(), n_prompt + 1
+        newest, n_chosen = copies.start(), n_prompt + 1
         unfinished = set(range(len(request.ids)))
         while newest is not None:
             following = None
@@ -72,8 +72,8 @@ class DeviceGeneration:
                 # Launch the next step before reading these tokens. It costs one wasted step at the end.
                 work.decode(weights)
                 choices.append_after_step(logits)
-                following, n_chosen = mailbox.send(), n_chosen + 1
-            tokens = mailbox.read(newest)
+                following, n_chosen = copies.start(), n_chosen + 1
+            tokens = copies.wait(newest)
             values = tokens.tolist()
             if min(values) < 0:
                 raise ValueError(NAN_LOGITS)
@@ -109,24 +109,24 @@ class DeviceGeneration:
         work.starts.copy_(torch.zeros_like(work.starts) if request.mask is None else (request.mask == 0).sum(1))
 
 
-class Mailbox:
-    """Brings tokens (B,) to the host in the order in which they were sent, up to two at a time on their way."""
+class HostCopies:
+    """Copies of tokens (B,) to the host, asynchronous on a GPU and at most two in flight."""
 
     def __init__(self, tokens: Tensor):
-        self._tokens, self._n_sent = tokens, 0
+        self._tokens, self._n_started = tokens, 0
         self._slots = torch.empty(2, len(tokens), dtype=tokens.dtype, device="cpu", pin_memory=tokens.is_cuda)
         self._events: Any = [torch.cuda.Event(), torch.cuda.Event()] if tokens.is_cuda else None
 
-    def send(self) -> int:
-        """Start to copy the tokens as they are now, and return the number of the letter."""
-        number, self._n_sent = self._n_sent, self._n_sent + 1
+    def start(self) -> int:
+        """Start to copy the tokens as they are now. Returns the number of the copy."""
+        number, self._n_started = self._n_started, self._n_started + 1
         self._slots[number % 2].copy_(self._tokens, non_blocking=True)
         if self._events is not None:
             self._events[number % 2].record(torch.cuda.current_stream(self._tokens.device))
         return number
 
-    def read(self, number: int) -> Tensor:
-        """Wait for the tokens of a letter, one of the last two. Returns them in ordinary memory."""
+    def wait(self, number: int) -> Tensor:
+        """Wait for one of the last two copies. Returns its tokens, in ordinary memory."""
         if self._events is not None:
             self._events[number % 2].synchronize()
         return self._slots[number % 2].clone()

@@ -29,12 +29,12 @@ def workspace(
     """
     size = n_rows, n_slots, n_new
     taken = _take(model, weights, *size) or _allocate(model, weights, *size)
-    taken.own_stream.come_first()
+    taken.own_stream.make_caller_wait()
     taken.refresh(weights)
     try:
         yield taken
     finally:
-        taken.own_stream.come_after()
+        taken.own_stream.wait_for_caller()
     _keep(model, taken)
 
 

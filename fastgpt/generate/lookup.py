@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from .decoding import decode_tokens, prefill, view_weights
-from .device_loop import DeviceGeneration, Mailbox
+from .device_loop import DeviceGeneration, HostCopies
 from .host_loop import Generation, Request
 from .options import NAN_LOGITS
 from .workspace import Workspace, sample
@@ -138,8 +138,8 @@ class DeviceLookupGeneration(DeviceGeneration):
         finished = torch.zeros_like(tokens, dtype=torch.bool)
         rows = Rows(tokens, positions, slots, finished, sequences=tokens.new_empty(len(tokens), 0), seen=None)
         sample(logits, rows, self.options, self.request.eos_ids, self.request.pad_id)
-        mailbox = Mailbox(tokens)
-        return mailbox.read(mailbox.send()).tolist()
+        copies = HostCopies(tokens)
+        return copies.wait(copies.start()).tolist()
 
     def _append(self, token: int) -> Tensor:
         if token < 0:

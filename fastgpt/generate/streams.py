@@ -49,12 +49,12 @@ class OwnStream:
         """Work inside the block goes to this stream, on its GPU."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def come_first(self) -> None:
+    def make_caller_wait(self) -> None:
         """Make the caller's stream wait for all work queued on this stream."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def come_after(self) -> None:
+    def wait_for_caller(self) -> None:
         """Make this stream wait for all work queued on the caller's stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -155,13 +155,13 @@ class Workspace:
     def _new_step(self, weights: DecodeWeights, n_new: int) -> Any:
         """A step with its scratch memory, which belongs to the workspace's stream."""
         decode_step, persistent_decoder = _decoders()
-        self.own_stream.come_after()
+        self.own_stream.wait_for_caller()
         with self.own_stream.inside():
             if self._is_persistent(n_new):
                 step = persistent_decoder(weights)
             else:
                 step = decode_step(weights, self.n_rows * n_new, self.n_slots, one_sequence=n_new > 1)
-        self.own_stream.come_first()
+        self.own_stream.make_caller_wait()
         return step
 
     def _is_persistent(self, n_new: int) -> bool:

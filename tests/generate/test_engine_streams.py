@@ -60,9 +60,9 @@ def test_streams_lie_on_the_device_and_are_shared_by_nobody(cuda) -> None:
 
 def test_callers_and_the_stream_wait_for_each_other(cuda) -> None:
     own = OwnStream(torch.device("cuda:1"))
-    own.come_first()
+    own.make_caller_wait()
     assert cuda.current.waited_for == [own._stream]
-    own.come_after()
+    own.wait_for_caller()
     assert own._stream.waited_for == [cuda.current]
 
 
@@ -95,11 +95,11 @@ def test_a_workspace_allocates_on_its_stream_and_calls_take_turns(monkeypatch: p
             log.append("inside")
             return super().inside()
 
-        def come_first(self) -> None:
-            log.append("first")
+        def make_caller_wait(self) -> None:
+            log.append("caller waits")
 
-        def come_after(self) -> None:
-            log.append("after")
+        def wait_for_caller(self) -> None:
+            log.append("waits for caller")
 
     class Step:
         def __init__(self, *arguments: Any, **options: Any):
@@ -117,11 +117,15 @@ def test_a_workspace_allocates_on_its_stream_and_calls_take_turns(monkeypatch: p
             work.decode(weights)
         work.own_stream.n_bytes = 7
         assert work.n_bytes == work.cache.memory.nbytes + 7
-    assert log == ["inside", "first", "after", "inside", "new step", "first", "step", "step", "after"]
+    assert log == [
+        *("inside", "caller waits"),
+        *("waits for caller", "inside", "new step", "caller waits"),
+        *("step", "step", "waits for caller"),
+    ]
     log.clear()
     with pytest.raises(KeyboardInterrupt), kept.workspace(ours, weights, 1, 8):
         raise KeyboardInterrupt
-    assert log == ["first", "after"]
+    assert log == ["caller waits", "waits for caller"]
 
 
 @pytest.mark.skipif(N_GPUS == 0, reason="needs a GPU")
