@@ -1,4 +1,4 @@
-"""Imports run downwards: no circle of modules, none of folders, and none hidden inside a function."""
+"""Imports run downwards: no cycle of modules, none of folders, and none hidden inside a function."""
 
 import ast
 import re
@@ -48,8 +48,8 @@ TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 GRAPH = {module: imports_of(module, tree) & FILES.keys() for module, tree in TREES.items()}
 
 
-def room_of(module: str) -> str:
-    """The folder of a module; one that lies beside folders is a room of its own."""
+def folder_of(module: str) -> str:
+    """The folder of a module; one that lies beside folders counts as a folder of its own."""
     file = FILES[module]
     return module if file.name == "__init__.py" else module.rpartition(".")[0] or module
 
@@ -62,18 +62,18 @@ def test_the_graph_is_the_code() -> None:
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
-def test_modules_import_in_no_circle() -> None:
+def test_no_cycle_of_modules() -> None:
     TopologicalSorter(GRAPH).prepare()
 
 
-def test_folders_import_in_no_circle() -> None:
-    """Files beside the folders are rooms of their own; the package itself, which gathers names, is not counted."""
-    rooms: dict[str, set[str]] = {}
+def test_no_cycle_of_folders() -> None:
+    """The package itself, which gathers names, is not counted."""
+    folders: dict[str, set[str]] = {}
     for module, targets in GRAPH.items():
-        here = room_of(module)
+        here = folder_of(module)
         if here not in PARENTS:
-            rooms.setdefault(here, set()).update({room_of(target) for target in targets} - {here, *PARENTS})
-    TopologicalSorter(rooms).prepare()
+            folders.setdefault(here, set()).update({folder_of(target) for target in targets} - {here, *PARENTS})
+    TopologicalSorter(folders).prepare()
 
 
 def all_imports_of(module: str) -> set[str]:
@@ -96,14 +96,14 @@ def test_only_what_is_optional_is_imported_inside_a_function(module: str) -> Non
                 assert packages & OPTIONAL, f"{module}.{node.name} imports {name}"
 
 
-ROOMS = re.findall(r"^\| `fastgpt/(\w+)/` \| (.*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+FOLDERS = re.findall(r"^\| `fastgpt/(\w+)/` \| (.*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("room", "described"), ROOMS, ids=[room for room, _ in ROOMS])
-def test_the_architecture_names_every_module_of_a_room(room: str, described: str) -> None:
-    modules = {file.stem for file in (ROOT / "fastgpt" / room).glob("*.py")} - {"__init__"}
+@pytest.mark.parametrize(("folder", "described"), FOLDERS, ids=[folder for folder, _ in FOLDERS])
+def test_the_architecture_names_every_module_of_a_folder(folder: str, described: str) -> None:
+    modules = {file.stem for file in (ROOT / "fastgpt" / folder).glob("*.py")} - {"__init__"}
     assert modules == modules & set(re.findall(r"`(\w+)`", described))
 
 
-def test_the_architecture_has_every_room() -> None:
-    assert {room for room, _ in ROOMS} == {file.parent.name for file in (ROOT / "fastgpt").glob("*/__init__.py")}
+def test_the_architecture_has_every_folder() -> None:
+    assert {folder for folder, _ in FOLDERS} == {file.parent.name for file in (ROOT / "fastgpt").glob("*/__init__.py")}
