@@ -30,6 +30,12 @@ def in_torch() -> Iterator[None]:
 
 
 @pytest.fixture
+def on_kernels() -> Iterator[None]:
+    with fastgpt.backend("triton"):
+        yield
+
+
+@pytest.fixture
 def route(caplog) -> Any:
     """A function that says where the calls since its last use went."""
     caplog.set_level(logging.DEBUG, logger="fastgpt")

@@ -1,6 +1,6 @@
 """The choice after a decode step is recorded once for each set of options, and replayed on the same memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ import fastgpt
 from fastgpt.generate import kept, workspace
 from fastgpt.generate.streams import OwnStream
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 PROMPTS = token_ids(2, 5, 131)
 BASE = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
 CALLS: list[dict[str, Any]] = [
@@ -28,12 +30,6 @@ CALLS: list[dict[str, Any]] = [
     {"do_sample": False, "repetition_penalty": 1.4},
     {"do_sample": True, "seed": 5},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_kernels() -> Iterator[None]:
-    with fastgpt.backend("triton"):
-        yield
 
 
 @pytest.fixture

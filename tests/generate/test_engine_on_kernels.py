@@ -1,9 +1,5 @@
-"""Generation on the kernels gives transformers' tokens, a seed the same ones as on a CPU, and no step waits in vain."""
+"""Generation on the kernels gives transformers' tokens, and with a seed the same ones as on a CPU."""
 
-import gc
-import logging
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,28 +10,18 @@ from interpreter import DEVICE, INTERPRETING
 from models import token_ids
 from prompts import left_padded, ragged
 from small_models import small_pair
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 import fastgpt
-from fastgpt.generate import kept, routing, view_weights, workspace
+from fastgpt.generate import kept, routing, workspace
 from fastgpt.generate import options as sampling
 from fastgpt.model.compat import CACHE
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def _on_the_kernels() -> Iterator[None]:
-    with fastgpt.backend("triton"):
-        yield
-
-
-@pytest.fixture
-def route(caplog) -> Any:
-    caplog.set_level(logging.DEBUG, logger="fastgpt")
-    return lambda: {record.getMessage() for record in caplog.records if record.name == "fastgpt"}
 
 
 def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +34,7 @@ def test_greedy_tokens_equal_transformers(n_rows: int, route) -> None:
     inputs = on_device(left_padded(ragged(n_rows + 2, 131)[2:]))
     expected = theirs.generate(**inputs, **GREEDY, max_new_tokens=10)
     assert ours.generate(**inputs, **GREEDY, max_new_tokens=10).tolist() == expected.tolist()
-    assert route() == {"generate: the engine, on kernels"}
+    assert set(route()) == {"generate: the engine, on kernels"}
 
 
 @pytest.mark.parametrize(("bits", "n_rows", "head"), [(8, 1, False), (8, 6, True), (4, 1, True), (4, 6, False)])
@@ -61,7 +47,7 @@ def test_rounded_weights_give_the_tokens_of_their_floats(bits: int, n_rows: int,
     expected = fastgpt.quantize(theirs, **options).generate(**inputs, **GREEDY, max_new_tokens=6)
     fastgpt.quantize(ours, **options)
     assert ours.generate(**inputs, **GREEDY, max_new_tokens=6).tolist() == expected.tolist()
-    assert route() == {"generate: the engine, on kernels"}
+    assert set(route()) == {"generate: the engine, on kernels"}
     with workspace.tier("persistent"):
         assert f"because the persistent kernel reads no int{bits} weights" in fastgpt.explain(ours)
 
@@ -191,7 +177,7 @@ def test_lookup_gives_the_tokens_that_come_without(n_proposed: int, options: dic
             torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=1e-4, atol=1e-5)
         expected, looked_up = expected.sequences, looked_up.sequences
     assert looked_up.tolist() == expected.tolist()
-    assert route() == {"generate: the engine, on kernels"}
+    assert set(route()) == {"generate: the engine, on kernels"}
 
 
 def test_lookup_takes_fewer_steps_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +222,7 @@ def test_lookup_with_a_repetition_penalty_is_left_to_torch(route) -> None:
 
 
 @pytest.mark.parametrize("name", ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.ln_1.bias", "lm_head.weight"])
-def test_bug_negated_weights_are_read_without_their_sign(name: str, route) -> None:
+def test_bug_negated_weights_are_read_without_their_sign(name: str) -> None:
     """The memory of a view with torch's negative bit, which the kernels would read, holds values without their sign."""
     theirs, ours = small_pair()
     ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 8}
@@ -246,98 +232,6 @@ def test_bug_negated_weights_are_read_without_their_sign(name: str, route) -> No
         weight.data = torch._neg_view(weight.data * 2)
     assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
     assert "a parameter has torch's negative bit" in fastgpt.explain(ours)
-
-
-# --- what is kept between calls -------------------------------------------------------------------------------------
-
-
-def test_a_workspace_serves_again_until_something_changes() -> None:
-    theirs, ours = small_pair()
-    ids, options = token_ids(1, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 4}
-
-    def run() -> workspace.Workspace:
-        assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
-        return kept.workspaces(ours)[-1]
-
-    first = run()
-    assert run() is first
-    with torch.no_grad():
-        for model in (theirs, ours):
-            model.transformer.h[0].mlp.c_fc.weight.neg_()
-    assert run() is first, "weights are read where they lie"
-    for model in (theirs, ours):
-        model.transformer.h[0].attn.c_proj.bias = nn.Parameter(-model.transformer.h[0].attn.c_proj.bias)
-    assert run() is not first
-    two_rows = token_ids(2, 5, 131).to(DEVICE)
-    assert ours.generate(two_rows, **options).tolist() == theirs.generate(two_rows, **options).tolist()
-    assert [work.n_rows for work in kept.workspaces(ours)] == [1, 2], "those of other sizes stay"
-
-
-def test_nothing_of_a_model_outlives_it() -> None:
-    _, ours = small_pair()
-    ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
-    n_kept = len(kept._kept)
-    parameters = [weakref.ref(parameter) for parameter in ours.parameters()]
-    work = kept.workspaces(ours)[-1]
-    del ours
-    gc.collect()
-    assert len(kept._kept) == n_kept - 1
-    assert [p for p in parameters if p() is not None] == [], "the workspace holds weights"
-    assert work.cache.memory.isfinite().any()
-
-
-def test_large_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ours = small_pair()
-    monkeypatch.setattr(kept, "limit_bytes", lambda device: 64)
-    ours.generate(token_ids(1, 5, 131).to(DEVICE), **GREEDY, max_new_tokens=3)
-    assert not kept.workspaces(ours)
-
-
-def test_the_limit_drops_what_was_used_longest_ago(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ours = small_pair()
-    options = GREEDY | {"max_new_tokens": 3}
-    for n_rows in (1, 2, 1, 3):
-        ours.generate(token_ids(n_rows, 5, 131).to(DEVICE), **options)
-    assert [work.n_rows for work in kept.workspaces(ours)] == [2, 1, 3]
-    n_bytes = sum(work.n_bytes for work in kept.workspaces(ours))
-    monkeypatch.setattr(kept, "limit_bytes", lambda device: n_bytes - 1)
-    ours.generate(token_ids(1, 5, 131).to(DEVICE), **options)
-    assert [work.n_rows for work in kept.workspaces(ours)] == [3, 1]
-
-
-def test_memory_that_runs_out_is_taken_from_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    (theirs, ours), (_, other) = small_pair(), small_pair()
-    options = GREEDY | {"max_new_tokens": 3}
-    ids = token_ids(2, 5, 131).to(DEVICE)
-    other.generate(ids, **options)
-
-    class Full(workspace.Workspace):
-        def __init__(self, *arguments: Any) -> None:
-            if kept.workspaces(other):
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(kept, "Workspace", Full)
-    assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
-    assert not kept.workspaces(other)
-
-
-def test_warmup_leaves_nothing_to_compile_or_allocate() -> None:
-    theirs, ours = small_pair()
-    fastgpt.warmup(ours, batch=[1, 3], prompt_tokens=6)
-    works = set(kept.workspaces(ours))
-    assert {work.n_rows for work in works} == {1, 3}
-    for n_rows in (3, 1):
-        ids, options = token_ids(n_rows, 5, 131).to(DEVICE), GREEDY | {"max_new_tokens": 4}
-        assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
-    assert set(kept.workspaces(ours)) == works
-
-
-def test_two_calls_at_once_do_not_share_memory() -> None:
-    _, ours = small_pair()
-    size = ours, view_weights(ours), 1, 8
-    with kept.workspace(*size) as first, kept.workspace(*size) as second:
-        assert first.cache.memory.data_ptr() != second.cache.memory.data_ptr()
 
 
 # --- tiers ----------------------------------------------------------------------------------------------------------
