@@ -1,4 +1,4 @@
-"""Fine-tune a GPT-2 on text, in a folder from which a run that was broken off goes on bitwise.
+"""Fine-tune a GPT-2 on text, in a folder from which an interrupted run continues bit for bit.
 
 The folder of a run: options.json (what it was asked for), log.jsonl (measurements), loss.png (their curve),
 checkpoint-N for the last steps N, and at the end the model with its tokenizer.

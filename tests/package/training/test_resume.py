@@ -1,4 +1,4 @@
-"""A run of `fastgpt train` that was broken off goes on bitwise, from the newest checkpoint that is whole."""
+"""An interrupted run of `fastgpt train` continues bit for bit, from the newest checkpoint that is whole."""
 
 import os
 import pickle
