@@ -266,7 +266,7 @@ def train(
     ] = False,
     device: Device = None,
 ) -> None:
-    """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint; --resume continues bit for bit."""
+    """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint, and --resume goes on from it."""
     if find_spec("accelerate") is None:
         raise typer.BadParameter("training needs accelerate: pip install 'fastgpt[train]'")
     from . import train as training  # It imports accelerate.
