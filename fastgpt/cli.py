@@ -51,12 +51,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a directory with config.json and weights.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; without it the GPU, if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU, if there is one.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; without it float32 on a CPU, bfloat16 on a GPU.")
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU and bfloat16 on a GPU.")
 ]
-Int8 = Annotated[bool, typer.Option("--int8", help="Round the weights of the blocks to int8, in memory.")]
-Int4 = Annotated[bool, typer.Option("--int4", help="The same to int4, in groups of 64.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the weights of the blocks to int8, in memory.")]
+Int4 = Annotated[bool, typer.Option("--int4", help="Quantize them to int4, in groups of 64.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
 
 
@@ -71,19 +71,19 @@ def options(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Model = "demo",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Above 0; 0 takes the most likely token (greedy).")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0 for all.")] = 50,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens of this total probability.")
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens with this total probability.")
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed gives the same text; without it one is drawn."),
+        typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed gives the same text; by default one is drawn."),
     ] = None,
     prompt_lookup: Annotated[
         int | None,
-        typer.Option(min=1, help="Propose up to this many tokens from what repeats: the same text, often sooner."),
+        typer.Option(min=1, help="Propose up to this many tokens by prompt lookup: the same text, often sooner."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -126,12 +126,12 @@ def bench(
     workload: Annotated[str, typer.Option(help="prefill, decode, train; comma-separated.")] = "prefill,decode",
     batch: Annotated[str, typer.Option(help="Sequences at a time; comma-separated.")] = "1",
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt or training sequence.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode adds.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode generates.")] = 32,
     device: Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16, float16; comma-separated; without it float32 on a CPU, bfloat16 on a GPU."
+            help="float32, bfloat16, float16; comma-separated; by default float32 on a CPU and bfloat16 on a GPU."
         ),
     ] = None,
     baselines: Annotated[
@@ -191,11 +191,11 @@ def evaluate(
     model: Model = "demo",
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a window; without it the model's whole context."),
+        typer.Option(min=1, help="Tokens of a window; by default the model's whole context."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens from window to window; without it half a window."),
+        typer.Option(min=1, help="Tokens from the start of a window to the next; by default half a window."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
     device: Device = None,
@@ -235,38 +235,36 @@ def train(
     model: Model = "demo",
     validation: Annotated[
         Path | None,
-        typer.Option(parser=path, help="Text to measure on; without it the end of the text."),
+        typer.Option(parser=path, help="A validation text; by default the end of the text is held out."),
     ] = None,
     held_out: Annotated[
         float,
-        typer.Option(help="Share of the text to measure on, from its end; without --validation."),
+        typer.Option(help="Share of the text that is held out, at its end, without --validation."),
     ] = 0.05,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of a sequence; without it the model's whole context."),
+        typer.Option(help="Tokens of a sequence; by default the model's whole context."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Steps to train for, in place of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Epochs: passes over the text.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps to train for, instead of --epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches whose gradients are averaged for one step.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients are accumulated for one step.")] = 1,
     learning_rate: Annotated[
-        float, typer.Option(help="Its peak, after 5% of the steps; a cosine to 0 follows.")
+        float, typer.Option(help="The peak, after a warm-up of 5% of the steps; a cosine decays it to 0.")
     ] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="The weight decay of AdamW.")] = 0.1,
     every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations, each with a checkpoint; without it a tenth of all.")
+        int | None, typer.Option(help="Steps between evaluations, each with a checkpoint; by default a tenth of all.")
     ] = None,
-    keep: Annotated[int, typer.Option(help="How many checkpoints stay, the newest.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the order of sequences and of dropout.")] = 0,
+    keep: Annotated[int, typer.Option(help="How many checkpoints to keep, the newest.")] = 2,
+    seed: Annotated[int, typer.Option(help="The seed of the order of sequences and of dropout.")] = 0,
     recompute: Annotated[
         str, typer.Option(help="What backward computes again to save memory: nothing, norms or blocks.")
     ] = "nothing",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its last checkpoint.")] = False,
     device: Device = None,
 ) -> None:
-    """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint, and --resume goes on from it."""
+    """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint to --resume from."""
     if find_spec("accelerate") is None:
         raise typer.BadParameter("training needs accelerate: pip install 'fastgpt[train]'")
     from . import train as training  # It imports accelerate.
@@ -362,10 +360,10 @@ def verify(
 def doctor(
     device: Device = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="First time every operation against torch, for `auto` to follow.")
+        bool, typer.Option("--measure", help="First time each operation's kernel and torch form, for `auto` to follow.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --measure: a preset's name, or a directory; without it gpt2.")
+        str | None, typer.Option(help="With --measure: a preset's name, or a directory; gpt2 by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
