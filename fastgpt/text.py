@@ -138,7 +138,7 @@ def load_model_and_tokenizer(
         loaded: Any = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         model, info = loaded
         if "lm_head.weight" in info["missing_keys"]:
-            logger.warning("warning: %s holds no lm_head.weight, and its head is untied: it says noise", name)
+            logger.warning("warning: %s holds no lm_head.weight, and its head is untied: the text will be noise", name)
         tokenizer = load_tokenizer(name)
     return (model if bits is None else quantize(model, bits=bits)).to(*device_dtype).eval(), tokenizer
 

@@ -6,6 +6,8 @@ Dimensions, in every docstring and comment of this package:
     T  tokens           D  head size         V  vocabulary
     C  channels = H*D   N  rows = B*T
 
+A product is a matrix product (GEMM), a program one instance of a Triton kernel, and the stream the residual stream.
+
 Every operation has a folder in `operations`: `reference.py` is its formula in plain torch, which is the specification,
 the parity reference and the path for CPUs; `kernels.py` holds its Triton kernels, `op.py` launches them, and `tiles.py`
 chooses how. `op` has functions of the same name and signature as `reference`, and is imported on first use, so that

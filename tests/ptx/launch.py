@@ -18,8 +18,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+from fastgpt_kernels import audit
 from fastgpt_kernels.common import chip
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver
@@ -86,20 +86,6 @@ class Session:
         return "\n".join(lines)
 
 
-class _AbsentGpu:
-    def __init__(self, architecture: str):
-        self.architecture = architecture
-
-    def get_current_device(self) -> str:
-        return self.architecture
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(self.architecture[3:]), 32)
-
-
 @contextmanager
 def executing(
     architecture: str, n_multiprocessors: int = 2, edit: Callable | None = None, checked: set[str] | None = None,
@@ -118,7 +104,7 @@ def executing(
         compiled._run = lambda *args: _run(_current[-1], compiled, *args)
 
     saved = (driver._active, triton_compiler.CompiledKernel._init_handles, nvidia_compiler.CUDABackend.make_cubin)
-    driver.set_active(_AbsentGpu(architecture))  # type: ignore[arg-type]
+    driver.set_active(audit._AbsentGpu(architecture))  # type: ignore[arg-type]
     triton_compiler.CompiledKernel._init_handles = init_handles  # type: ignore[method-assign]
     if not machine_code:
         nvidia_compiler.CUDABackend.make_cubin = lambda self, src, metadata, opt, capability: b"none"
