@@ -96,7 +96,7 @@ def _subject(table: dict[str, Any]) -> dict[str, str]:
 
 
 def _choices(table: dict[str, Any]) -> dict[tuple[str, str], Choice]:
-    """torch where the kernel is slower in either pass. Raises whatever comes of something that is no table."""
+    """torch where the kernel is slower in either pass. Raises some error on anything that is no table."""
     slowest: dict[tuple[str, str], tuple[float, str]] = {}
     for row in table["rows"]:
         ratio = row["kernel_s"] / row["torch_s"]

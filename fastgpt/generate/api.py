@@ -106,7 +106,7 @@ class GenerationMethods:
     def stream(self, inputs: "Tensor | Sequence[Tensor | Sequence[int]] | None" = None, **options) -> Iterator[Tensor]:
         """The tokens that `generate` would append, (B,) per step. When the caller stops iterating, generation stops.
 
-        inputs, options: as for `generate`. Weights changed in place meanwhile are sure to count only in the next call.
+        inputs, options: as for `generate`. Weights changed in place meanwhile may count only from the next call on.
         Raises ValueError at once on a call that the engine cannot run, and RuntimeError when the weights were moved or
         replaced before the next token.
         """

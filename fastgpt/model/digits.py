@@ -21,7 +21,7 @@ from torch import Tensor
 N_DIGITS = {torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 # What a byte holds for the digit 0: digits are from -128 to 127.
 _ZERO = 128
-# The products of digits that are in memory at a time: more fall out of the caches, and every call allocates them anew.
+# The products of digits that are in memory at a time: more do not fit into the caches.
 _MAX_PRODUCTS = 2**20
 
 

@@ -107,7 +107,7 @@ def test_contenders_take_turns_at_going_first() -> None:
 
 
 def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
-    """To the byte: a gradient is freed and made anew, and two temporaries live at a time."""
+    """To the byte: a gradient is freed and allocated again, and two temporaries live at a time."""
     held: list[Tensor] = []
 
     def call() -> None:

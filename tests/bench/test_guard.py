@@ -1,4 +1,4 @@
-"""The guard tells a fallen ratio from noise, by made-up figures: nothing is timed here."""
+"""The guard tells a regression from noise, on made-up figures: nothing is timed here."""
 
 import copy
 import json

@@ -41,7 +41,7 @@ def traffic_of_a_step(model: nn.Module, rank: int) -> dict[str, tuple[int, int]]
         optimizer.zero_grad()
 
     step()
-    step()  # DDP makes its buckets anew after the first
+    step()  # DDP builds its buckets again after the first
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         step()
     whole = {"c10d::_allgather_base_": ("all_gather", 0), "c10d::_reduce_scatter_base_": ("reduce_scatter", 1)}

@@ -1,4 +1,4 @@
-"""Which backend an operation runs on, how that is chosen, and what is said about it."""
+"""Which backend an operation runs on, how it is chosen, and what is reported about the choice."""
 
 import importlib.util
 import os
@@ -254,7 +254,7 @@ def test_a_cpu_runs_kernels_in_the_interpreter_only(fake_kernels: None, monkeypa
         call("layer_norm")
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- what is reported -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ARGUMENTS)

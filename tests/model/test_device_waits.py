@@ -55,7 +55,7 @@ def test_bug_a_forward_waited_for_the_device_before_its_first_layer(training: bo
 
 
 def test_a_mask_is_looked_at_once_a_forward() -> None:
-    """A mask that hides nothing is worth knowing: the attention without one is faster."""
+    """A mask that hides nothing is recognised, because attention without a mask is faster."""
     _, ours = pair(tiny_config(n_layer=3))
     ids = token_ids(2, 9, 131)
     assert reads(lambda: ours(ids, attention_mask=torch.ones_like(ids))) == 1

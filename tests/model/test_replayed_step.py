@@ -1,7 +1,7 @@
 """A recorded training step draws new dropout masks each time that it is replayed, as a CUDA graph is.
 
 There need be no GPU: a graph of torch's operations stands in for a CUDA graph. It too repeats every integer that the
-host passed while it was recorded, and the random operations in it draw anew.
+host passed while it was recorded, and the random operations in it draw again.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ordinary machines: what each fault of one makes of the kernels, and what is said; docs/machines.md is the table."""
+"""Ordinary machines: how each of their faults ends, and the warning it gives; docs/machines.md is the table."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""Compiled Triton kernels on a CPU: an executor for PTX, in NumPy. README.md explains it; `executing` is its entry point."""
+"""Compiled Triton kernels on a CPU: an executor for PTX, in NumPy. README.md explains it; begin with `executing`."""

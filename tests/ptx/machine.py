@@ -22,7 +22,7 @@ _SHARED_AT_ONCE = 1 << 22  # bytes, of all programs of a pool
 @dataclass
 class Options:
     """warps: run each warp by itself, in an order drawn from seed, instead of all in lock-step. lanes: about how many
-    run at once. max_steps: a pool that executes more blocks is said to hang."""
+    run at once. max_steps: a pool that executes more blocks counts as hanging."""
 
     warps: bool = False
     seed: int = 0

@@ -81,7 +81,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def page(text: str, content: dict[str, Any]) -> str:
-    """The page with its table written anew."""
+    """The page with its table written again."""
     before, after = text.split(_BEGIN)[0], text.split(_END)[1]
     about = f"Of {content['date']}, commit {content['commit'][:7]}, triton {content['triton']}."
     return f"{before}{_BEGIN}\n\n{about}\n\n{table(content)}\n{_END}{after}"

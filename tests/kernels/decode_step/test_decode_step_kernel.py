@@ -117,7 +117,7 @@ def test_widths_of_gpt2(width: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("slot", [12, 2**40, -1, -5, 2**20 - 2**32])
 def test_ids_and_slots_outside_their_tables(slot: int) -> None:
-    """An engine that runs ahead hands in such: nothing is read or written outside, and no other row is disturbed."""
+    """An engine that runs ahead passes such values: nothing outside is read or written, no other row is disturbed."""
     case = make_case(torch.float32, [0, 0], 12, 1)
     expected = decode(case, filled_cache(case, 12))
     weights, cache = view_weights(case.ours), filled_cache(case, 12)

@@ -29,7 +29,7 @@ from .decoders import (
 
 only_on_gpu = pytest.mark.skipif(INTERPRETING, reason="CUDA graphs need a GPU")
 
-# --- what an engine may hand in -------------------------------------------------------------------------------------
+# --- what an engine may pass ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
