@@ -57,19 +57,19 @@ def differences(model: nn.Module) -> Iterator[str]:
         yield f"its configuration describes no model: {error}"
         return
     parts, twins = (dict(it.named_modules(remove_duplicate=False)) for it in (model, twin))
-    places: dict[int, str] = {}
+    paths: dict[int, str] = {}
     for path, module in parts.items():
         if path not in twins:
             yield f"{path} is not in a GPT-2 of this configuration"
             return
-        if id(module) in places:
-            yield f"{path} is {places[id(module)]} once more"
-        places[id(module)] = path
+        if id(module) in paths:
+            yield f"{path} is the same module as {paths[id(module)]}"
+        paths[id(module)] = path
         for what in _module_differences(module, twins[path], model.config, twin.config):
             yield f"{path or 'the model'} {what}"
     if list(parts) != list(twins):
         missing = [path for path in twins if path not in parts]
-        yield f"{missing[0]} is missing" if missing else "its modules stand in another order"
+        yield f"{missing[0]} is missing" if missing else "its modules are in another order"
         return
     parameters = list(model.parameters())
     dtypes = {parameter.dtype for parameter in set(parameters) - _rounded_tensors(model)}
@@ -149,7 +149,7 @@ def _module_differences(
         if is_different:
             yield f"is not a plain module: its {name} was changed"
     if list(map(_described, module._parameters.items())) != list(map(_described, twin._parameters.items())):
-        yield "is not a plain module: its parameters are others"
+        yield "is not a plain module: its parameters differ"
     elif isinstance(module, RoundedLinear) and [x.dtype for x in module.matrix] != [*module.parts.values()]:
         yield f"is not a plain module: its weight is not {module.matrix_type.kind} with a float32 scale"
     if module._buffers:

@@ -107,9 +107,9 @@ REASONS: dict[str, tuple[Change, str]] = {
     "a hook everywhere": (hook_everywhere, "a hook is set on every module"),
     "no configuration": (wrong_config, "its configuration describes no model: "),
     "one block more": (one_more, "transformer.h.2 is not in a GPT-2 of this configuration"),
-    "a block twice": (twice, "transformer.h.1 is transformer.h.0 once more"),
+    "a block twice": (twice, "transformer.h.1 is the same module as transformer.h.0"),
     "a block missing": (fewer, "transformer.h.1 is missing"),
-    "another order": (in_another_order, "its modules stand in another order"),
+    "another order": (in_another_order, "its modules are in another order"),
     "another dtype": (lambda model, _: model.transformer.ln_f.bfloat16(), "the parameters differ in device or dtype"),
     "another device": (lambda model, _: model.transformer.ln_f.to("meta"), "the parameters differ in device or dtype"),
     "a function": (replaced_in(GenerationMixin, "_prefill"), "GenerationMixin._prefill was replaced"),
@@ -142,24 +142,24 @@ REASONS: dict[str, tuple[Change, str]] = {
     "a function of the model": (attribute("", "_prefill", some_hook), "the model is not a plain module: its _prefill"),
     "parameters of another type": (
         parameter(f"{NORM}.weight", OtherParameter),
-        f"{NORM} is not a plain module: its parameters are others",
+        f"{NORM} is not a plain module: its parameters differ",
     ),
     "parameters of another shape": (
         parameter(f"{NORM}.weight", lambda x: nn.Parameter(x[:1])),
-        f"{NORM} is not a plain module: its parameters are others",
+        f"{NORM} is not a plain module: its parameters differ",
     ),
     "a parameter less": (
         parameter(f"{NORM}.bias", lambda _: None),
-        f"{NORM} is not a plain module: its parameters are others",
+        f"{NORM} is not a plain module: its parameters differ",
     ),
     "a parameter more": (
         lambda model, _: model.get_submodule(NORM).register_parameter("gain", nn.Parameter(torch.ones(1))),
-        f"{NORM} is not a plain module: its parameters are others",
+        f"{NORM} is not a plain module: its parameters differ",
     ),
-    "a parameter of another name": (renamed, f"{NORM} is not a plain module: its parameters are others"),
+    "a parameter of another name": (renamed, f"{NORM} is not a plain module: its parameters differ"),
     "data of another shape": (
         lambda model, _: setattr(model.transformer.h[0].attn.c_proj.bias, "data", torch.ones(1)),
-        "transformer.h.0.attn.c_proj is not a plain module: its parameters are others",
+        "transformer.h.0.attn.c_proj is not a plain module: its parameters differ",
     ),
     "data of another dtype": (
         lambda model, _: setattr(model.transformer.ln_f.bias, "data", torch.ones(64, dtype=torch.float64)),
@@ -167,7 +167,7 @@ REASONS: dict[str, tuple[Change, str]] = {
     ),
     "a bias where there was none": (
         lambda model, _: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(131))),
-        "lm_head is not a plain module: its parameters are others",
+        "lm_head is not a plain module: its parameters differ",
     ),
     "a head of its own, of another dtype": (
         lambda model, _: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.double())),

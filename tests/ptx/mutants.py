@@ -4,7 +4,8 @@
 
 Every launch of `CASES` is executed once; then its program is changed in one place and executed again on the same
 inputs. A fault is noticed by a check, by a kernel that stops or does not end, or by a result that differs by more than
-two ulps of its largest value. Where no bit differs and no check reports anything, the fault has no effect, and `reason` says why.
+two ulps of its largest value. Where no bit differs and no check reports anything, the fault has no effect, and
+`reason` says why.
 """
 
 import argparse
