@@ -4,7 +4,7 @@ Tables are measured: one of this machine, which `fastgpt doctor --measure` write
 ship. A table is of one GPU with one torch and one triton, and counts only there. A row has the median seconds of one
 pass of an operation, "forward" or "forward+backward", in one precision: the name of a dtype, or "tf32" for float32
 where torch may round it so. Where nothing is measured, `measured.json` says what is expected, by count of instructions:
-the kernels use no matrix units for exact products of float32 and float64, and their tiles are not tuned for tf32.
+the kernels use no tensor cores for exact products of float32 and float64, and their tiles are not tuned for tf32.
 """
 
 import json

@@ -52,7 +52,7 @@ class _Recipe:
 
     def follow(self, layout: tuple[Any, ...]) -> Tensor:
         """The tensor of this layout in the memory that the norm had written."""
-        with torch.enable_grad(), self.autocast():  # On a CPU the formula looks whether gradients are enabled.
+        with torch.enable_grad(), self.autocast():  # On a CPU the formula depends on whether gradients are enabled.
             return self.layer_norm(*self.arguments, self.dtype).as_strided(*layout)
 
 

@@ -83,7 +83,7 @@ class Hopper:
         for _, program, place in self._each(address, mask, site):
             known = self.pool.mbarriers.pop((program, place), None)
             if known is not None and known.copies:
-                self.pool.report.note("mbarrier dropped while a copy is under way", self.sites[site], f"byte {place}")
+                self.pool.report.note("mbarrier dropped while a copy is in flight", self.sites[site], f"byte {place}")
 
     def mbarrier_arrive(self, address, n_bytes, mask, site):
         self._touch(address, mask, False, site)

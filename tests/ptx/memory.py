@@ -198,7 +198,7 @@ class SharedMemory:
     """Shared memory of some programs, side by side.
 
     Of each unit (the smallest access of the kernel) it is known who touched it last, and whether an asynchronous copy
-    into it is under way.
+    into it is in flight.
     """
 
     def __init__(self, n_programs: int, n_bytes: int, grain: int, report: Report, races: bool):
@@ -232,7 +232,7 @@ class SharedMemory:
         if not self.races:
             return
         units, stamps = self.units(places, n_bytes), stamps[:, None]
-        self._check_pending("read of a copy under way", places, units, instruction)
+        self._check_pending("read of a copy in flight", places, units, instruction)
         self._check_waited("read", places, units, stamps, instruction)
         wrote, early = self.accessed.read(units, stamps)
         if (unwritten := wrote == NEVER).any():
@@ -247,7 +247,7 @@ class SharedMemory:
         if not self.races:
             return
         units, stamps = self.units(places, n_bytes), stamps[:, None]
-        self._check_pending("write where a copy is under way", places, units, instruction)
+        self._check_pending("write where a copy is in flight", places, units, instruction)
         self._check_waited("overwritten", places, units, stamps, instruction)
         wrote, early, had_read, early_read = self.accessed.write(units, stamps)
         if unchanged is not None and early.any():

@@ -79,7 +79,7 @@ def test_without_races_copies_arrive_and_nothing_is_kept(warps: bool) -> None:
 
 @pytest.mark.parametrize(("access", "done"), [(LOAD, "read"), ("@!%p2 " + STORE, "overwritten")])
 def test_a_warp_that_has_not_waited_is_noticed(access: str, done: str) -> None:
-    """Whichever runs first: before its arrival a copy is under way, and afterwards nobody told the second warp."""
+    """Whichever runs first: before its arrival a copy is in flight, and afterwards nobody told the second warp."""
     kinds = [execute(FIRST_WAITS + access, seed)[0] for seed in range(8)]
     assert all(kinds)
     assert {f"tensor copy {done} by a warp that has not waited for it"} in kinds

@@ -19,7 +19,7 @@ class Chip(NamedTuple):
     n_multiprocessors: int
 
 
-# Variants of a chip, configured as it is: with the same matrix units, triton has the same faults.
+# Variants of a chip, configured as it is: with the same tensor cores, triton has the same faults.
 _VARIANT_OF = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}
 
 _assumed: Chip | None = None

@@ -17,7 +17,7 @@ class LayerNormTile(NamedTuple):
 
 
 # Compiled without spills for every audited GPU, not timed. Backward places its warps side by side along a row, so that
-# each thread sums the weight gradients of its own columns without talking to others.
+# each thread sums the weight gradients of its own columns without exchanges between threads.
 _LAYER_NORM_FWD = (
     LayerNormTile(256, 4, 2),
     LayerNormTile(512, 4, 4),
@@ -39,7 +39,7 @@ _LAYER_NORM_ON = {
     ("bwd", "sm_86"): _LAYER_NORM_BWD_AMPERE,
     ("bwd", "sm_89"): _LAYER_NORM_BWD_AMPERE,
     ("fwd", "sm_90"): {4096: LayerNormTile(4096, 1, 16)},
-    # By count for 1024: with 4 warps, a third more instructions and half as many bytes under way.
+    # By count for 1024: with 4 warps, a third more instructions and half as many bytes in flight.
     ("bwd", "sm_90"): {512: LayerNormTile(512, 1, 2), 1024: LayerNormTile(1024, 1, 2)},
     ("bwd", "sm_120"): {
         512: LayerNormTile(512, 1, 2),
