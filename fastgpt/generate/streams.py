@@ -1,5 +1,6 @@
 """The CUDA stream that owns a workspace's memory and graphs, and how it is ordered with the streams of callers."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,8 +9,9 @@ from weakref import WeakSet
 
 import torch
 
-# torch hands out 32 streams per GPU in turn: the 33rd is the first again.
-_STREAMS_OF_TORCH = 32
+# torch hands out 32 streams of each priority and GPU in turn: the 33rd is the first again. Of the ordinary ones, a
+# program that makes more, such as one for each request, would soon work on a workspace's.
+_STREAMS_OF_TORCH, _PRIORITY = 32, -1
 _owned: WeakSet[Any] = WeakSet()
 # torch allows one capture at a time in a process.
 _capturing = threading.Lock()
@@ -32,11 +34,12 @@ class OwnStream:
     def __init__(self, device: torch.device):
         self.device = device
         self._stream: Any = None
+        self._caller: Any = None  # the caller's stream where work was queued last
         self._pool: Any = None
         self.n_bytes = 0
         if device.type == "cuda":
             taken = {(stream.device, stream.cuda_stream) for stream in _owned}
-            candidates = (torch.cuda.Stream(device) for _ in range(_STREAMS_OF_TORCH))
+            candidates = (torch.cuda.Stream(device, _PRIORITY) for _ in range(_STREAMS_OF_TORCH))
             self._stream = next((x for x in candidates if (x.device, x.cuda_stream) not in taken), None)
             if self._stream is None:
                 raise RuntimeError(
@@ -52,12 +55,23 @@ class OwnStream:
     def make_caller_wait(self) -> None:
         """Make the caller's stream wait for all work queued on this stream."""
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._caller = torch.cuda.current_stream(self.device)
+            self._caller.wait_stream(self._stream)
+
+    def follow(self) -> None:
+        """Make the caller's stream wait for the one that the same call used before, where that was another.
+
+        A caller who iterates over tokens may change streams between them, and leave the iterator to another thread.
+        """
+        if self._stream is not None and (current := torch.cuda.current_stream(self.device)) != self._caller:
+            current.wait_stream(self._caller)
+            self._caller = current
 
     def wait_for_caller(self) -> None:
-        """Make this stream wait for all work queued on the caller's stream."""
+        """Make this stream wait for all work that the call has queued on the caller's streams."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.follow()
+            self._stream.wait_stream(self._caller)
 
     @property
     def can_record(self) -> bool:
@@ -67,10 +81,15 @@ class OwnStream:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record work in a graph, and return what replays it. Raises as `capture` does."""
         graph = torch.cuda.CUDAGraph()
-        with self.capture(graph):
-            n_bytes = torch.cuda.memory_reserved(self.device)
-            work()
-            self.n_bytes += torch.cuda.memory_reserved(self.device) - n_bytes
+        try:
+            with self.capture(graph):
+                n_bytes = torch.cuda.memory_reserved(self.device)
+                work()
+                self.n_bytes += torch.cuda.memory_reserved(self.device) - n_bytes
+        except BaseException:
+            # torch refuses a pool whose only graph is gone while cuBLAS still has its workspace there.
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         return graph.replay
 
     @contextmanager
@@ -78,7 +97,19 @@ class OwnStream:
         """Record the work inside the block in a graph. Raises torch's error for work that cannot be captured."""
         # Before it changes to the stream, torch waits for the current GPU and empties its caches.
         on_stream = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        with _capturing, torch.cuda.device(self.device):
+        with _capturing, _uncollected(), torch.cuda.device(self.device):
             torch.cuda.current_blas_handle()  # Makes it, which no capture allows, where this thread has none yet.
-            with on_stream:
+            with self.inside(), on_stream:  # After a capture that failed, torch does not change the stream back.
                 yield
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python's collector from freeing anything inside the block: another graph, freed there, breaks a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

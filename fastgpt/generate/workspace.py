@@ -133,6 +133,7 @@ class Workspace:
 
     def decode(self, weights: DecodeWeights, n_new: int = 1) -> None:
         """Fill the first n_rows * n_new logits from tokens, positions, slots and starts, and append to the cache."""
+        self.own_stream.follow()
         replay = self._replays.get(n_new)
         if replay is None and n_new in self._steps and self._records:
             replay = self._replays[n_new] = self.own_stream.record(lambda: self._launch(weights, n_new))

@@ -1,8 +1,11 @@
 """Every workspace has a stream of its own on its GPU: by stand-ins for torch's, and on GPUs where there are some."""
 
-from contextlib import nullcontext
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,13 +20,13 @@ N_GPUS = torch.cuda.device_count()
 
 
 class Stream:
-    """Stands in for torch's, of which there are 32 on a device."""
+    """Stands in for torch's, of which there are 32 of a priority on a device."""
 
-    n_made = 0
+    n_made: ClassVar[Counter[int]] = Counter()
 
-    def __init__(self, device: torch.device):
-        self.device, self.cuda_stream, self.waited_for = device, Stream.n_made % 32, []
-        Stream.n_made += 1
+    def __init__(self, device: torch.device, priority: int = 0):
+        self.device, self.cuda_stream, self.waited_for = device, (priority, Stream.n_made[priority] % 32), []
+        Stream.n_made[priority] += 1
 
     def wait_stream(self, other: "Stream") -> None:
         self.waited_for.append(other)
@@ -58,12 +61,34 @@ def test_streams_lie_on_the_device_and_are_shared_by_nobody(cuda) -> None:
     assert OwnStream(device)._stream.cuda_stream == freed
 
 
+def test_bug_a_program_that_makes_many_streams_worked_on_a_workspaces(cuda) -> None:
+    device = torch.device("cuda:1")
+    own = OwnStream(device)
+    assert own._stream.cuda_stream not in {Stream(device).cuda_stream for _ in range(99)}
+
+
 def test_callers_and_the_stream_wait_for_each_other(cuda) -> None:
     own = OwnStream(torch.device("cuda:1"))
     own.make_caller_wait()
     assert cuda.current.waited_for == [own._stream]
+    own.follow()
     own.wait_for_caller()
+    assert cuda.current.waited_for == [own._stream]
     assert own._stream.waited_for == [cuda.current]
+
+
+@pytest.mark.parametrize("n_steps", [0, 1])
+def test_bug_a_step_on_another_stream_did_not_wait_for_the_one_before(cuda, n_steps: int) -> None:
+    """And what was queued on the first stream was not waited for at the end."""
+    own, first, second = OwnStream(torch.device("cuda:1")), cuda.current, Stream(torch.device("cuda:1"))
+    own.come_first()
+    cuda.current = second
+    for _ in range(n_steps):
+        own.follow()
+        assert second.waited_for == [first]
+    own.come_after()
+    assert second.waited_for == [first]
+    assert own._stream.waited_for == [second]
 
 
 def test_capture_is_on_the_stream_and_its_device_and_alone(cuda) -> None:
@@ -71,8 +96,67 @@ def test_capture_is_on_the_stream_and_its_device_and_alone(cuda) -> None:
     with own.capture(graph):
         assert streams._capturing.locked()
         graph_call = "graph", graph, own._pool, own._stream, "thread_local"
-        assert cuda.calls == [graph_call, ("device", own.device), ("current_blas_handle",)]
+        on_stream = "stream", own._stream
+        assert cuda.calls == [graph_call, ("device", own.device), ("current_blas_handle",), on_stream]
     assert not streams._capturing.locked()
+
+
+def test_bug_a_failed_capture_left_its_stream_current(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph goes back to the stream before it only after the end of the capture, which raises."""
+
+    @contextmanager
+    def stream(one: Stream) -> Iterator[None]:
+        before, cuda.current = cuda.current, one
+        try:
+            yield
+        finally:
+            cuda.current = before
+
+    class Failing:
+        def __init__(self, graph: Any, pool: Any, stream: Stream, capture_error_mode: str):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            cuda.current = self.stream
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    own, caller = OwnStream(torch.device("cuda:1")), cuda.current
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with pytest.raises(RuntimeError, match="during capture"), own.capture(object()):
+        assert cuda.current is own._stream
+    assert cuda.current is caller
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_bug_the_collector_freed_another_graph_in_a_capture(cuda, collects: bool) -> None:
+    """Which ends it with an error: pytorch 161037."""
+    own = OwnStream(torch.device("cuda:1"))
+    (gc.enable if collects else gc.disable)()
+    try:
+        with own.capture(object()):
+            assert not gc.isenabled()
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_bug_a_capture_that_was_tried_again_got_a_pool_that_torch_refuses(cuda, monkeypatch, error: Any) -> None:
+    own = OwnStream(torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(error):
+        own.record(fail)
+    own.record(lambda: None)
+    before, after = (call[2] for call in cuda.calls if call[0] == "graph")
+    assert before != after == own._pool
 
 
 def test_graphs_of_a_stream_share_one_pool_whose_size_is_known(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +238,22 @@ def test_a_call_on_another_stream_follows_the_one_before() -> None:
     for _ in range(6):
         with torch.cuda.stream(torch.cuda.Stream()):
             assert ours.generate(prompts, **GREEDY).tolist() == expected
+
+
+@pytest.mark.skipif(N_GPUS == 0, reason="needs a GPU")
+def test_a_call_that_changes_streams_between_its_tokens() -> None:
+    prompts = token_ids(2, 5, 131).cuda()
+    theirs, ours = pair(tiny_config())
+    expected = theirs.cuda().generate(prompts, **GREEDY)[:, 5:].tolist()
+    ours.cuda()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(6):
+        steps, found = ours.stream(prompts, **GREEDY), []
+        for number in range(12):
+            with torch.cuda.stream(streams[number % 3]):
+                found.append(next(steps).tolist())
+        assert list(map(list, zip(*found, strict=True))) == expected
 
 
 @pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs")
