@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,9 @@ from .workspace import Workspace, fixed_in_graphs
 
 Result = TypeVar("Result")
 
-# By model, the one used last at the end.
+# By model, the one used last at the end. Held under the lock, because no two threads may take the same one.
 _kept: WeakKeyDictionary[GPT2LMHeadModel, list[Workspace]] = WeakKeyDictionary()
+_one_thread = RLock()
 
 
 @contextmanager
@@ -51,22 +53,24 @@ def release(model: torch.nn.Module) -> None:
     methods releases it too. Raises TypeError when it is no torch module.
     """
     check_module(model, "release")
-    for module in model.modules():
-        _kept.pop(module, None)  # type: ignore[arg-type]
+    with _one_thread:
+        for module in model.modules():
+            _kept.pop(module, None)  # type: ignore[arg-type]
 
 
 def _take(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace | None:
-    held = _kept.get(model)
-    if not held:
+    with _one_thread:
+        held = _kept.get(model)
+        if not held:
+            return None
+        # The pointers in the graphs are no longer the model's where its weights have moved.
+        fixed = fixed_in_graphs(weights)
+        held[:] = [work for work in held if work.fixed == fixed]
+        for work in reversed(held):
+            if work.serves(n_rows, n_slots, n_new):
+                held.remove(work)
+                return work
         return None
-    # The pointers in the graphs are no longer the model's where its weights have moved.
-    fixed = fixed_in_graphs(weights)
-    held[:] = [work for work in held if work.fixed == fixed]
-    for work in reversed(held):
-        if work.serves(n_rows, n_slots, n_new):
-            held.remove(work)
-            return work
-    return None
 
 
 def _allocate(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace:
@@ -92,20 +96,22 @@ def with_room(function: Callable[[], Result]) -> Result:
     except torch.OutOfMemoryError:
         if not _kept:
             raise
-    _kept.clear()
+    with _one_thread:
+        _kept.clear()
     return function()
 
 
 def _keep(model: GPT2LMHeadModel, work: Workspace) -> None:
     """Keep it for the next calls, and of those before it what the limit leaves room for."""
     limit = limit_bytes(model.device)
-    held: list[Any] = [*_kept.get(model, ()), work]
-    while held and sum(one.n_bytes for one in held) > limit:
-        del held[0]
-    if held:
-        _kept[model] = held
-    else:
-        _kept.pop(model, None)
+    with _one_thread:
+        held: list[Any] = [*_kept.get(model, ()), work]
+        while held and sum(one.n_bytes for one in held) > limit:
+            del held[0]
+        if held:
+            _kept[model] = held
+        else:
+            _kept.pop(model, None)
 
 
 def limit_bytes(device: torch.device) -> int:

@@ -1,6 +1,9 @@
 """Workspaces that are kept serve calls of other sizes too, so that a mixed sequence of calls records little."""
 
 import random
+from collections.abc import Callable
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,3 +53,41 @@ def test_a_mixed_sequence_of_50_calls_records_little(models: Any, monkeypatch: p
             assert found.tolist() == theirs.generate(ids, do_sample=False, **options).tolist()
     assert n_workspaces <= 15  # 21 with as many slots as a call needs, and one for each number of proposed tokens
     assert n_recorded <= 45
+
+
+class Held:
+    """A workspace whose facts are read slowly: another thread asks for one meanwhile."""
+
+    own_stream = SimpleNamespace(n_bytes=0)
+
+    def __init__(self, meanwhile: Callable[[], None]):
+        self.other = Thread(target=meanwhile)
+
+    def _slowly(self) -> int:
+        if self.other.ident is None:
+            self.other.start()
+            self.other.join(0.5)
+        return 0
+
+    fixed = n_bytes = property(_slowly)
+
+    def serves(self, *size: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("moment", ["while it is looked at", "while another is kept"])
+def test_bug_two_threads_took_one_workspace(models: Any, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    _, ours = models
+    monkeypatch.setattr(kept, "fixed_in_graphs", lambda weights: 0)
+    taken: list[Any] = []
+
+    def take() -> None:
+        taken.append(kept._take(ours, None, 1, 1, 1))  # type: ignore[arg-type]
+
+    held = Held(take)
+    kept._kept[ours] = [held]  # type: ignore[list-item]
+    if moment == "while another is kept":
+        kept._keep(ours, SimpleNamespace(n_bytes=0, fixed=1))  # type: ignore[arg-type]
+    take()
+    held.other.join()
+    assert taken.count(held) == 1
