@@ -16,6 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 import fastgpt.ops as ops
 
+from .checks import can_read
 from .compat import update_options
 from .patching import ATTENTION
 
@@ -108,8 +109,7 @@ def attention_mask(
         return None
     padding = attention_mask[:, kv_offset : kv_offset + kv_length]
     padding = F.pad(padding, (0, kv_length - padding.shape[1]), value=False)
-    can_look = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    if can_look and bool(padding.all()):
+    if can_read(padding) and bool(padding.all()):
         return None
     return padding if is_causal else padding[:, None, None, :]
 

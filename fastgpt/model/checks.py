@@ -31,9 +31,9 @@ def check_token_ids(ids: Tensor, n_vocab: int, may_wait: bool = False) -> None:
     check_range(ids, n_vocab, message, may_wait)
 
 
-def check_positions(positions: Tensor, n_positions: int) -> None:
+def check_positions(positions: Tensor, n_positions: int, may_wait: bool = False) -> None:
     """Raise ValueError on a position past the context. The rest as in `check_range`."""
-    check_range(positions, n_positions, _PAST_THE_CONTEXT)
+    check_range(positions, n_positions, _PAST_THE_CONTEXT, may_wait)
 
 
 def check_length(n_tokens: int, n_positions: int) -> None:
@@ -50,16 +50,18 @@ def check_range(ids: Tensor, limit: int, message: str, may_wait: bool = False) -
     """
     if ids.is_cuda and not may_wait:
         return
-    # A captured or traced step cannot read values.
-    if ids.numel() == 0 or ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    if isinstance(ids, FakeTensor) or ops.is_transformed():
-        return
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+    if ids.numel() == 0 or not can_read(ids) or ops.is_transformed():
         return
     lowest, highest = torch.stack(torch.aminmax(ids)).tolist()  # on a GPU each read waits: read both at once
     if lowest < 0 or highest >= limit:
         raise ValueError(message.format(value=lowest if lowest < 0 else highest, limit=limit))
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether the host can read values: not in a traced or captured step, nor of a tensor that has none."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_labels(labels: Any, limit: int, ignore_index: int = -100) -> None:

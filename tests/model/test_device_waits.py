@@ -35,6 +35,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
     monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with fastgpt.backend("torch"):
         yield
 
@@ -80,3 +81,15 @@ def test_a_sequence_past_the_context_is_refused_without_a_look_at_positions() ->
     with pytest.raises(ValueError, match="position 49 is outside the context: n_positions is 48"):
         ours(token_ids(1, 50, 131))
     ours(token_ids(1, 50, 131), position_ids=torch.arange(25).repeat(2)[None])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bug_a_forward_with_a_mask_could_not_be_captured(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor can a mask be read while a CUDA graph is captured; transformers leaves it unread then."""
+    _, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    expected = ours.train(training)(ids).logits
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    found: list[Any] = []
+    assert reads(lambda: found.append(ours(ids, attention_mask=torch.ones_like(ids)))) == 0
+    torch.testing.assert_close(found[0].logits, expected)

@@ -1,4 +1,4 @@
-"""On the meta device, where estimators of memory and FLOPs run models, shapes and dtypes are transformers'."""
+"""Without values, as estimators of memory and FLOPs run models, shapes and dtypes are transformers'."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 import transformers
 from models import tiny_config
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fastgpt
 
@@ -47,3 +48,14 @@ def test_shapes_and_gradients(name: str, is_training: bool, recomputes_norms: bo
         found.append((shapes(dict(outputs)), shapes(gradients)))
     assert found[0] == found[1]
     assert found[0][1]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_bug_a_mask_without_values_was_read(is_training: bool) -> None:
+    found = []
+    with FakeTensorMode():
+        for classes in (transformers, fastgpt):
+            model = classes.GPT2LMHeadModel(tiny_config()).train(is_training)
+            ids = torch.ones(2, 9, dtype=torch.int64)
+            found.append(shapes(model(ids, attention_mask=torch.ones_like(ids)).logits))
+    assert found[0] == found[1]
