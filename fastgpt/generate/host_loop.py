@@ -12,6 +12,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
+from ..model.checks import check_positions
 from ..model.rounded import RoundedLinear
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
@@ -37,7 +38,12 @@ class Request:
     past: DynamicCache | None = None
 
     def longest(self, n_positions: int) -> int:
-        """The most tokens of a row: max_length, or fewer, because all rows stop when one has filled its context."""
+        """The most tokens of a row: max_length, or fewer, because all rows stop when one has filled its context.
+
+        Raises ValueError on a prompt that does not fit. On a GPU its forward would end in an assertion of torch, and
+        with it all use of the GPU in this process.
+        """
+        check_positions(self.positions, n_positions, may_wait=True)
         last_position = int(self.positions[:, -1].max())
         return min(self.max_length, self.ids.shape[1] + max(1, n_positions - last_position))
 

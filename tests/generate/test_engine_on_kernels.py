@@ -17,6 +17,7 @@ from transformers.generation import logits_process
 import fastgpt
 from fastgpt.generate import kept, routing, workspace
 from fastgpt.generate import options as sampling
+from fastgpt.model import blocks
 from fastgpt.model.compat import CACHE
 
 pytestmark = pytest.mark.usefixtures("on_kernels")
@@ -127,6 +128,18 @@ def test_context_ends_where_the_longest_row_ends() -> None:
     assert ours.generate(**inputs, **GREEDY, max_new_tokens=7).shape == (2, 15)
     with pytest.raises(ValueError, match="position 14 is outside the context: n_positions is 14"):
         ours.generate(**inputs, **GREEDY, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("more", [{}, {"prompt_lookup_num_tokens": 4}], ids=["plain", "lookup"])
+def test_bug_a_prompt_past_the_context_was_left_to_its_forward(
+    backend: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that does not look at positions, and then torch's assertion ends all use of the GPU."""
+    monkeypatch.setattr(blocks, "check_positions", lambda *_: None)
+    _, ours = small_pair(n_positions=14)
+    with fastgpt.backend(backend), pytest.raises(ValueError, match="position 15 is outside the context"):
+        ours.generate(token_ids(1, 16, 131).to(DEVICE), **GREEDY, **more, max_new_tokens=2)
 
 
 def test_return_dict_holds_the_cache() -> None:
