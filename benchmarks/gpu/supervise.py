@@ -36,6 +36,10 @@ class OutOfTime(Exception):
     """The time is used up: no further part may start."""
 
 
+class _Unusable(Exception):
+    """A part has left torch or the GPU unusable to its process."""
+
+
 # --- in the worker --------------------------------------------------------------------------------------------------
 
 
@@ -57,8 +61,8 @@ def _serve(connection: Connection, extent: Extent) -> None:
                         connection.send(("starts", last, limit_s))
                         connection.send(("ends", last, _measured(measure)))
                         _clean(extent.device)
-            except torch.AcceleratorError:
-                raise  # This process can use the GPU no more.
+            except (torch.AcceleratorError, _Unusable):
+                raise
             except Exception as error:  # of the step itself, between two parts
                 connection.send(("ends", f"after {last}", _fault(error)))
             connection.send(("done", None, None))
@@ -78,11 +82,15 @@ def _fault(error: Exception) -> dict[str, str]:
 
 
 def _clean(device: torch.device) -> None:
-    gc.collect()
-    torch.compiler.reset()  # compiled graphs hold memory
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        machine.synchronize(device)  # raises where a kernel has left the GPU unusable to this process
+    """Free what a part has left. Raises _Unusable where that fails, as after a kernel's fault or a broken capture."""
+    try:
+        gc.collect()
+        torch.compiler.reset()  # compiled graphs hold memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            machine.synchronize(device)
+    except Exception as error:
+        raise _Unusable from error
 
 
 # --- in the command -------------------------------------------------------------------------------------------------

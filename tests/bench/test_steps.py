@@ -1,7 +1,7 @@
 """Decode steps and choices of a token as cases: right ones agree, wrong ones are named, and each is timed alone."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from interpreter import DEVICE as DEVICE_NAME
 from interpreter import INTERPRETING
 from interpreter.cooperative import cooperative_grid
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import steps
 from fastgpt.bench import operations
@@ -87,3 +88,28 @@ def test_a_step_is_timed_as_it_is_replayed() -> None:
     # The table is the head. Norms and biases are read too, and the last norm of (32,) is not counted.
     n_bytes = 4 * (cache.numel() + table.numel() + sum(x.numel() for x in others[:-2]))
     assert {row["bytes"] for row in rows} == {n_bytes}
+
+
+class Capture(TorchDispatchMode):
+    """Refuses operations that read a value on the host, which no CUDA graph can capture."""
+
+    READING: ClassVar = torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
+        assert func.overloadpacket not in self.READING
+        assert not any(index is not None and index.dtype == torch.bool for index in indices)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bug_the_choices_of_the_reference_could_not_be_captured(name: str) -> None:
+    case = all_cases(torch.float32)[name]
+    with Capture():
+        case.contenders["torch"](*case.inputs)
+
+
+def test_a_capture_reads_nothing() -> None:
+    for reads in (lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item()):
+        with pytest.raises(AssertionError), Capture():
+            reads(torch.ones(2))

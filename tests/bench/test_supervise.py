@@ -90,6 +90,20 @@ def lost_gpu() -> None:
     fail()
 
 
+def breaks_torch(run: Run) -> Iterator[Part]:
+    yield Part("breaks", broken_torch)
+    yield Part("next", os.getpid)
+
+
+def broken_torch() -> None:
+    """As a CUDA graph whose capture failed: from then on torch frees no memory of this process."""
+
+    def fail() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    torch.compiler.reset = fail
+
+
 def process(run: Run) -> Iterator[Part]:
     yield Part("process", os.getpid)
 
@@ -152,6 +166,14 @@ def test_a_lost_gpu_costs_its_part_and_its_process(supervisor: Supervisor) -> No
     supervisor.take({"step": loses_the_gpu})
     found = written(supervisor)
     assert "illegal memory access" in found["step"]["breaks"]["fault"]
+    assert found["step"]["next"] != found["before"]["process"]
+
+
+def test_bug_a_part_that_breaks_torch_cost_all_parts_after_it(supervisor: Supervisor) -> None:
+    supervisor.take({"before": process})
+    supervisor.take({"step": breaks_torch})
+    found = written(supervisor)
+    assert found["step"].keys() == {"breaks", "next"}
     assert found["step"]["next"] != found["before"]["process"]
 
 

@@ -81,12 +81,12 @@ def test_callers_and_the_stream_wait_for_each_other(cuda) -> None:
 def test_bug_a_step_on_another_stream_did_not_wait_for_the_one_before(cuda, n_steps: int) -> None:
     """And what was queued on the first stream was not waited for at the end."""
     own, first, second = OwnStream(torch.device("cuda:1")), cuda.current, Stream(torch.device("cuda:1"))
-    own.come_first()
+    own.make_caller_wait()
     cuda.current = second
     for _ in range(n_steps):
         own.follow()
         assert second.waited_for == [first]
-    own.come_after()
+    own.wait_for_caller()
     assert second.waited_for == [first]
     assert own._stream.waited_for == [second]
 

@@ -104,12 +104,18 @@ def sample(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor
     rows.tokens.copy_(tokens)
     rows.positions.add_(1)
     rows.slots.add_(1)
-    is_inside = (rows.slots >= 0) & (rows.slots < rows.sequences.shape[1])
-    (inside,) = is_inside.nonzero(as_tuple=True)
-    rows.sequences[inside, rows.slots[inside]] = tokens[inside]
+    _write(rows.sequences, rows.slots, tokens)
     if rows.seen is not None:
-        (known,) = ((tokens >= 0) & (tokens < logits.shape[1])).nonzero(as_tuple=True)
-        rows.seen[known, tokens[known]] = True
+        _write(rows.seen, tokens, torch.ones_like(rows.finished))
+
+
+def _write(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+    """matrix[row, columns[row]] = values[row], but where the matrix has no such column. The host reads nothing."""
+    n_columns = matrix.shape[1]
+    if n_columns == 0:
+        return
+    places = columns.clamp(0, n_columns - 1)[:, None]
+    matrix.scatter_(1, places, torch.where(columns[:, None] == places, values[:, None], matrix.gather(1, places)))
 
 
 def penalised_scores(logits: Tensor, rows: Rows, options: SamplingOptions, eos_ids: Tensor | None) -> Tensor:
