@@ -1,6 +1,7 @@
 """The CUDA stream that owns a workspace's memory and graphs, and how it is ordered with the streams of callers."""
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -75,8 +76,11 @@ class OwnStream:
 
     @property
     def can_record(self) -> bool:
-        """Whether work can be recorded in graphs."""
-        return self._stream is not None
+        """Whether work can be recorded in graphs: not where torch keeps no memory, as for compute-sanitizer.
+
+        It refuses to allocate in a capture then.
+        """
+        return self._stream is not None and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record work in a graph, and return what replays it. Raises as `capture` does."""

@@ -159,6 +159,13 @@ def test_bug_a_capture_that_was_tried_again_got_a_pool_that_torch_refuses(cuda, 
     assert before != after == own._pool
 
 
+def test_bug_torch_refused_to_capture_where_it_keeps_no_memory(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = OwnStream(torch.device("cuda:1"))
+    assert own.can_record
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    assert not own.can_record
+
+
 def test_graphs_of_a_stream_share_one_pool_whose_size_is_known(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     own, other = OwnStream(torch.device("cuda:1")), OwnStream(torch.device("cuda:1"))
     reserved, graph = [100], SimpleNamespace(replay=lambda: None)
