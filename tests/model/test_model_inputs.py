@@ -211,6 +211,27 @@ def test_attention_name_serves_grouped_queries() -> None:
     assert_same_within_rounding(logits[mask.bool()], expected[mask.bool()])
 
 
+def test_an_attention_registered_as_sdpa_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that names no attention has "sdpa" in transformers and "fastgpt" here."""
+    theirs, ours = pair(tiny_config())
+    ids = token_ids(2, 9, 131)
+    before = theirs(ids).logits
+    registered = transformers.AttentionInterface._global_mapping
+
+    def flat(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return sdpa(module, query * 0, *args, **kwargs)
+
+    sdpa = registered["sdpa"]
+    monkeypatch.setitem(registered, "sdpa", flat)
+    after = theirs(ids).logits
+    assert (after - before).abs().max() > 0.1
+    assert_same_within_rounding(ours(ids).logits, before)
+    ours.set_attn_implementation("sdpa")
+    assert_same_within_rounding(ours(ids).logits, after)
+    expected, tokens = (it.generate(ids, max_new_tokens=8, do_sample=False) for it in (theirs, ours))
+    assert tokens.tolist() == expected.tolist()
+
+
 # --- refused inputs -------------------------------------------------------------------------------------------------
 
 
