@@ -188,9 +188,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             options.get("labels") is not None
             and self.training
             and not ops.is_transformed()
-            # An exported program returns plain tensors, which it must compute. Not is_exporting(), which is also true
-            # under torch.compile with torch 2.11.
-            and not torch.compiler._is_exporting_flag
+            and not ops.is_exporting()  # an exported program returns plain tensors, which it must compute
             # Tensors of inference mode do not tell whether they have changed; Dynamo refuses to trace the questions.
             and (torch.compiler.is_compiling() or not (torch.is_inference_mode_enabled() or torch.jit.is_tracing()))
             and "logits_to_keep" not in options

@@ -103,6 +103,11 @@ def _warn_once(device: torch.device, reason: str) -> None:
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces this call. Under torch.compile torch 2.11's own function says so, too."""
+    return getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_exporting())
+
+
 def is_transformed() -> bool:
     """Whether only torch's own operations can run: an autograd.Function raises, or has no rule.
 

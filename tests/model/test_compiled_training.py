@@ -104,6 +104,15 @@ def test_the_kernel_computes_the_loss(graphs: Graphs) -> None:
     assert not any(shape[-1:] == (N_VOCAB,) and shape.numel() == N_ROWS * N_VOCAB for shape in graphs.shapes)
 
 
+def test_bug_every_compiled_step_was_taken_for_an_export(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile, torch 2.11 says that it exports."""
+    _, ours, ids = models()
+    step = torch.compile(of_the_loss(ours), fullgraph=True, backend=graphs.backend)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    step(ids, labels=ids).backward()
+    assert graphs.most_rows_of_logits() <= N_CHUNK_ROWS
+
+
 def test_bug_memory_of_the_logits_was_at_address_0() -> None:
     _, ours, ids = models()
     logits = torch.compile(ours, fullgraph=True, backend="aot_eager")(ids, labels=ids).logits
