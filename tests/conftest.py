@@ -57,4 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [name for name in ON_REQUEST if not config.getoption(f"--{name}")]
     unwanted = [item for item in items if any(map(item.get_closest_marker, left_out))]
     items[:] = [item for item in items if item not in unwanted]
+    # What takes minutes goes first, because at the end one process would wait for another.
+    items.sort(key=lambda item: item.path.name != "test_ptx.py")
     config.hook.pytest_deselected(items=unwanted)
