@@ -63,9 +63,9 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Verdict
         yield Verdict(
             work=describe_work(then, row["workload"]),
             baseline=row["baseline"],
-            then=row["ratio"],
-            now=again["ratio"] if again else None,
-            allowed=max(spread, MIN_DROP * row["ratio"]),
+            then=row["paired"]["median"],
+            now=again["paired"]["median"] if again else None,
+            allowed=max(spread, MIN_DROP * row["paired"]["median"]),
         )
 
 

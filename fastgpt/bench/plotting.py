@@ -63,7 +63,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     options, machine, rates = result["options"], result["machine"], result["rates"]
     lines = [
         f"batch {options['batch']}, {options['prompt_tokens']} tokens, decode adds {options['new_tokens']}; median of "
-        f"{options['runs']} interleaved runs; ratios are of medians, in brackets the quartiles of each round's ratio; "
+        f"{options['runs']} interleaved runs; ratios are medians of each round's, in brackets their quartiles; "
         "the first run includes compiling",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads; measured "
         f"{rates['bandwidth'] / 1e9:,.1f} GB/s and {rates['matrix_rate'] / 1e12:,.2f} TFLOP/s",
@@ -95,7 +95,7 @@ def by_workload(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]
 
 
 def ratio_text(result: Mapping[str, Any], workload: str, contender: str) -> str:
-    """How many times as fast ours is, with the quartiles of each round's ratio; empty for ours."""
+    """How many times as fast ours is as a contender, with quartiles; empty for ours."""
     for ratio in result["ratios"]:
         if (ratio["workload"], ratio["baseline"]) == (workload, contender):
             return with_quartiles(ratio)
@@ -103,9 +103,9 @@ def ratio_text(result: Mapping[str, Any], workload: str, contender: str) -> str:
 
 
 def with_quartiles(ratio: Mapping[str, Any]) -> str:
-    """A ratio of medians, and in brackets the quartiles of each round's."""
+    """The median of the rounds' ratios, and in brackets their quartiles."""
     paired = ratio["paired"]
-    return f"{ratio['ratio']:.2f}x ({paired['quartile_1']:.2f} - {paired['quartile_3']:.2f})"
+    return f"{paired['median']:.2f}x ({paired['quartile_1']:.2f} - {paired['quartile_3']:.2f})"
 
 
 def _dropout(result: Mapping[str, Any]) -> str:

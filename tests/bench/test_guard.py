@@ -14,10 +14,10 @@ from benchmarks.report.records import benchmarks
 
 
 def result(ratio: float, spread: float = 0.0, baseline: str = "hf-sdpa") -> dict[str, Any]:
-    paired = {"quartile_1": ratio - spread / 2, "quartile_3": ratio + spread / 2}
+    paired = {"median": ratio, "quartile_1": ratio - spread / 2, "quartile_3": ratio + spread / 2}
     return {
         "options": {"batch": 1, "prompt_tokens": 512, "new_tokens": 32, "dtype": "float32", "runs": 7},
-        "ratios": [{"workload": "decode", "baseline": baseline, "ratio": ratio, "paired": paired}],
+        "ratios": [{"workload": "decode", "baseline": baseline, "paired": paired}],
         "results": [],
     }
 
@@ -69,7 +69,7 @@ def test_the_command_exits_1_on_a_fallen_ratio(
     assert "holds" in capsys.readouterr().out
 
     now = copy.deepcopy(now)
-    now["ratios"][0]["ratio"] = 1.2
+    now["ratios"][0]["paired"]["median"] = 1.2
     with pytest.raises(typer.Exit) as ended:
         guard.main([file])
     assert ended.value.exit_code == 1

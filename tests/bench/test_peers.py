@@ -205,7 +205,7 @@ def test_fastgpt_with_rounded_weights_is_a_contender(base: GPT2LMHeadModel, work
 def test_int8_is_compared_with_int8() -> None:
     taken = {"fastgpt": 5.0, "fastgpt-int8": 2.0, "fastgpt-int8-head": 1.0, "ctranslate2-int8": 3.0, "ctranslate2": 9.0}
     rows = [{"workload": "decode", "contender": name, "samples_s": [s] * 5} for name, s in taken.items()]
-    found = {(row["contender"], row["baseline"]): row["ratio"] for row in cpu.quantized_ratios(rows)}
+    found = {(row["contender"], row["baseline"]): row["paired"]["median"] for row in cpu.quantized_ratios(rows)}
     assert found == {("fastgpt-int8", "ctranslate2-int8"): 1.5, ("fastgpt-int8-head", "ctranslate2-int8"): 3.0}
 
 
