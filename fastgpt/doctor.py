@@ -136,13 +136,13 @@ def _cpu_products(device: torch.device, n_steps: int = 128) -> str:
     matrices["head"] = [torch.rand(vocabulary, c, device=device).t()]
     lines = []
     for n_rows in (1, 8):
-        ways = []
+        chosen = []
         for name, same in matrices.items():
             costs = products.costs(same, n_rows)
-            way = products.fastest(costs, n_steps)
-            gain = costs["as stored"].of(n_steps) / costs[way].of(n_steps)
-            ways.append(f"{name} {way}" + (f" ({gain:.1f}x)" if way != "as stored" else ""))
-        lines.append(f"{n_rows} row{'s' * (n_rows > 1)}: {', '.join(ways)}")
+            fastest = products.fastest(costs, n_steps)
+            gain = costs["as stored"].of(n_steps) / costs[fastest].of(n_steps)
+            chosen.append(f"{name} {fastest}" + (f" ({gain:.1f}x)" if fastest != "as stored" else ""))
+        lines.append(f"{n_rows} row{'s' * (n_rows > 1)}: {', '.join(chosen)}")
     return "; ".join(lines)
 
 

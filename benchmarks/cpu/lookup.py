@@ -92,7 +92,7 @@ def measure_forwards(model: str, dtype: torch.dtype, context: int, n_runs: int) 
     with torch.no_grad():
         engine.prefill(ours, cache, ids[:, :context], None, positions[:, :context])
 
-    # As in a long generation, in which each product takes the fastest way.
+    # As in a long generation, in which each product takes the fastest implementation.
     products = {n: Products(weights, n, n_steps=context) for n in TOKENS_OF_A_FORWARD}
 
     def forward(n_new: int) -> Tensor:

@@ -85,7 +85,7 @@ class Generation:
         request = self.request
         yield self._append(prefill(model, self.cache, request.ids, request.mask, request.positions))
         weights = view_weights(model)
-        # After the first token, because choosing the way of a product takes time.
+        # After the first token, because choosing the implementation of a product takes time.
         products = self._products(weights, len(request.ids))
         while self._goes_on():
             newest = self._sequences[:, self.n_tokens - 1]

@@ -1,7 +1,7 @@
-"""The products of a decode step on a CPU: few rows by a model's matrices, each in the way that is fastest here.
+"""The products of a decode step on a CPU: few rows by a model's matrices, each by the fastest implementation here.
 
-Which of the `ways` is faster depends on the processor, its free cores, the rows, the shape and the dtype, so it is
-timed: once a process for each of these, at the first generation that is long enough to gain from it.
+Which of the `implementations` is faster depends on the processor, its free cores, the rows, the shape and the dtype, so
+it is timed: once a process for each of these, at the first generation that is long enough to gain from it.
 
 r rows, K inputs, N outputs.
 """
@@ -21,7 +21,7 @@ from fastgpt_kernels.operations.decode_step.reference import head_matrix, multip
 from torch import Tensor
 
 from ..model import digits
-from .ways import Prepared, Rows, columns, exactness, ways
+from .implementations import Prepared, Rows, columns, exactness, implementations_of
 
 # --- half precision -------------------------------------------------------------------------------------------------
 
@@ -53,17 +53,17 @@ def has_memory_for(n_bytes: int) -> bool:
 
 # --- the choice -----------------------------------------------------------------------------------------------------
 
-# Timing the ways takes as long as two to four steps, and fewer steps than these may not earn it back.
+# Timing the implementations takes as long as two to four steps, and fewer steps than these may not earn it back.
 MIN_STEPS = 16
-# Another way must gain this much over the first, because a gain within the noise would change bits for nothing.
+# Another than the first must gain this much over it, because a gain within the noise would change bits for nothing.
 _MIN_GAIN = 1.1
 _TURNS = 5
-# A way whose first product took this many times as long as the quickest is not timed further.
+# An implementation whose first product took this many times as long as the quickest is not timed further.
 _HOPELESS = 8
 
 
 class Cost(NamedTuple):
-    """What one way takes for one matrix, in seconds. copies: whether it holds a copy of the matrix."""
+    """What one implementation takes for one matrix, in seconds. copies: whether it holds a copy of the matrix."""
 
     prepare: float
     multiply: float
@@ -77,7 +77,7 @@ _measured: dict[tuple, dict[str, Cost]] = {}
 
 
 def costs(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None = None) -> dict[str, Cost]:
-    """The cost of each way, by its name, measured when a process first asks for matrices of this kind."""
+    """The cost of each implementation, by its name, measured when a process first asks for matrices of this kind."""
     matrix = matrices[0]
     if isinstance(matrix, RoundedMatrix):
         how: tuple = matrix.kind, rows, isinstance(matrix, Int4Matrix) and matrix.group_size
@@ -98,7 +98,7 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
     n_inputs, n_outputs = samples[0].shape
     if isinstance(first, Tensor):
         rows = Rows(first.dtype, first.dtype)
-    assert rows is not None  # `ways` needs it for a rounded matrix
+    assert rows is not None  # `implementations_of` needs it for a rounded matrix
     x = torch.empty(n_rows, n_inputs, dtype=rows.dtype, device="cpu")
     x.normal_(generator=torch.Generator("cpu").manual_seed(0))
     bias = x.new_zeros(n_outputs)
@@ -108,13 +108,13 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
         is_exact = exactness(samples[0], x.to(rows.precision), rows.precision)
     prepared: dict[str, list[Prepared]] = {}
     prepare_s, multiply_s = {}, {}
-    for name, way in ways(samples[0], n_rows, rows).items():
+    for name, implementation in implementations_of(samples[0], n_rows, rows).items():
         start = time.perf_counter()
-        products = [way(sample) for sample in samples]
+        products = [implementation(sample) for sample in samples]
         prepare_s[name], multiply_s[name] = (time.perf_counter() - start) / len(samples), []
         if is_exact(products[0](x, bias)):
             if not products[0].n_bytes:
-                products += map(way, matrices[1:-1])
+                products += map(implementation, matrices[1:-1])
             prepared[name] = products
     index = itertools.count()
     for turn in range(_TURNS):
@@ -122,8 +122,8 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
         for name, products in prepared.items():
             if turn and min(multiply_s[name]) > _HOPELESS * quickest:
                 continue
-            # As in a step, the processor has the way's code in its near caches, and of the matrix nothing: the way
-            # before, which may have read the same memory, multiplied another one.
+            # As in a step, the processor has the implementation's code in its near caches, and of the matrix nothing:
+            # the implementation before, which may have read the same memory, multiplied another one.
             products[next(index) % len(products)](x, bias)
             start = time.perf_counter()
             products[next(index) % len(products)](x, bias)
@@ -135,7 +135,7 @@ def _measure(matrices: Sequence[Matrix], n_rows: int, rows: Rows | None) -> dict
 
 
 def fastest(known: dict[str, Cost], n_steps: int) -> str:
-    """The way that costs least over n_steps steps, or the first, which needs no timing, where the gain is small."""
+    """The implementation that costs least over n_steps steps, or the first, untimed one where the gain is small."""
     first = next(iter(known))
     best = min(known, key=lambda name: known[name].of(n_steps))
     # Where the first converts int8 to floats, so do others, and that says nothing about the gain.
@@ -148,9 +148,9 @@ class Products:
     """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
 
     n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model, or int8 if
-    the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, the way
-    of each matrix is chosen: `chosen` names it by the shape (K, N). It may hold copies of the matrices, n_bytes in all,
-    as long as this object lives.
+    the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, an
+    implementation is chosen for each matrix: `chosen` names it by the shape (K, N). It may hold copies of the matrices,
+    n_bytes in all, as long as this object lives.
     """
 
     def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int, precision: torch.dtype | None = None):
@@ -170,7 +170,7 @@ class Products:
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
             for matrix in matrices:
-                prepared = ways(matrix, n_rows, rows)[name](matrix)
+                prepared = implementations_of(matrix, n_rows, rows)[name](matrix)
                 self._prepared[_address(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
 
@@ -181,7 +181,7 @@ class Products:
 
 
 def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -> str | None:
-    """The name of the way for matrices of one kind, None for the reference's product."""
+    """The name of the implementation for matrices of one kind, None for the reference's product."""
     n_bytes = sum(matrix.shape.numel() for matrix in matrices) * rows.dtype.itemsize
     fits = has_memory_for(n_bytes)
     if n_steps >= MIN_STEPS:
@@ -190,7 +190,7 @@ def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows) -
     if not isinstance(matrices[0], RoundedMatrix):
         return None
     # The reference would convert the matrix to floats in every step.
-    first = next(iter(ways(matrices[0], n_rows, rows)))
+    first = next(iter(implementations_of(matrices[0], n_rows, rows)))
     is_copy = isinstance(matrices[0], Int4Matrix) or first.startswith("copy")
     return first if fits or not is_copy else None
 

@@ -12,7 +12,7 @@ from small_models import prompt, small_pair
 from torch import Tensor
 
 import fastgpt
-from fastgpt.generate import products, ways
+from fastgpt.generate import implementations, products
 from fastgpt.model import digits
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -74,7 +74,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 def in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products are timed, and the processor is asked what it can do, under the defaults of the test."""
     monkeypatch.setattr(products, "_measured", {})
-    known = digits.is_exact, products.is_slow, ways.multiplies_int4
+    known = digits.is_exact, products.is_slow, implementations.multiplies_int4
     for function in known:
         function.cache_clear()
     yield

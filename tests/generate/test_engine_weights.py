@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from fastgpt import generate as engine
-from fastgpt.generate import products, ways
+from fastgpt.generate import products
+from fastgpt.generate.implementations import implementations_of
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 pytestmark = pytest.mark.usefixtures("backend")
@@ -149,7 +150,7 @@ def test_packed_copies_are_those_of_the_first_token(backend: str, monkeypatch: p
     monkeypatch.setattr(products, "MIN_STEPS", 1)
     monkeypatch.setattr(products, "fastest", lambda known, n_steps: list(known)[-1])
     _, ours = small_pair()
-    assert list(ways.ways(ours.lm_head.weight, 1))[-1] == "packed"
+    assert list(implementations_of(ours.lm_head.weight, 1))[-1] == "packed"
     for change in (in_place, data_in_place, optimized_fused):
         stream = ours.stream(prompt(), **GREEDY)
         change(ours)

@@ -5,28 +5,28 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
+from chosen_products import exact, prefer
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
-from ways import exact, prefer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import products, ways
+from fastgpt.generate import implementations, products
+from fastgpt.generate.implementations import Rows, implementations_of
 from fastgpt.generate.products import Products
-from fastgpt.generate.ways import Rows
 from fastgpt.model import digits
 
 pytestmark = pytest.mark.usefixtures("in_torch")
 
-needs_the_product = pytest.mark.skipif(not ways.multiplies_int4(), reason="torch multiplies no int4 here")
+needs_the_product = pytest.mark.skipif(not implementations.multiplies_int4(), reason="torch multiplies no int4 here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("n_rows", [1, 5])
 @pytest.mark.parametrize(("n_inputs", "n_outputs", "group_size"), [(96, 131, 32), (128, 64, 64), (128, 33, 128)])
 @pytest.mark.parametrize("overflows", [False, True])
-def test_every_way_gives_the_product_of_int4_weights(
+def test_every_implementation_gives_the_product_of_int4_weights(
     overflows: bool, n_inputs: int, n_outputs: int, group_size: int, n_rows: int, dtype: torch.dtype, monkeypatch
 ) -> None:
     """Beside float64 on the rounded weights, with columns of other sizes than torch's product takes."""
@@ -37,15 +37,15 @@ def test_every_way_gives_the_product_of_int4_weights(
     x, bias = torch.randn(n_rows, n_inputs).to(dtype), torch.randn(n_outputs).to(dtype)
     x[0] *= 8
     rows = Rows(dtype, dtype)
-    found = ways.ways(matrix, n_rows, rows)
-    as_int8 = ways.ways(matrix.to_int8(), n_rows, rows)
-    serves = dtype == torch.bfloat16 and ways.multiplies_int4()
+    found = implementations_of(matrix, n_rows, rows)
+    as_int8 = implementations_of(matrix.to_int8(), n_rows, rows)
+    serves = dtype == torch.bfloat16 and implementations.multiplies_int4()
     assert list(found) == [f"as int8, {name}" for name in as_int8] + ["int4"] * serves
     floats = matrix.to_float(torch.float64)
     draws = [drawn_again(x, seed) for seed in range(8)]
     eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
-    for way in found.values():
-        prepared = way(matrix)
+    for implementation in found.values():
+        prepared = implementation(matrix)
         assert_as_accurate(
             prepared(x, bias), multiply(x, matrix, bias), exact(x, floats, bias), eager_error=eager_error
         )
@@ -74,7 +74,7 @@ def test_a_decode_step_in_int4_equals_the_blocks(n_rows: int, monkeypatch: pytes
 
 def test_rows_of_float32_are_not_rounded_to_bfloat16() -> None:
     matrix = Int4Matrix.nearest(torch.randn(64, 300), 32)
-    assert "int4" not in ways.ways(matrix, 2, Rows(torch.float32, torch.float32))
+    assert "int4" not in implementations_of(matrix, 2, Rows(torch.float32, torch.float32))
     assert "int4" not in products._measure([matrix], 2, Rows(torch.float32, torch.float32))
 
 
@@ -84,7 +84,7 @@ def test_where_torch_has_no_product_of_int4_nothing_asks_for_it(monkeypatch: pyt
 
     monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", missing, raising=False)
     monkeypatch.setattr(products, "_measured", {})
-    ways.multiplies_int4.cache_clear()
+    implementations.multiplies_int4.cache_clear()
     try:
         ours = fastgpt.quantize(pair(tiny_config())[1], bits=4, head=True).to(torch.bfloat16)
         chosen = Products(engine.view_weights(ours), 1, products.MIN_STEPS)
@@ -92,7 +92,7 @@ def test_where_torch_has_no_product_of_int4_nothing_asks_for_it(monkeypatch: pyt
         assert all(name.startswith("as int8, ") for name in chosen.chosen.values())
     finally:
         monkeypatch.undo()
-        ways.multiplies_int4.cache_clear()
+        implementations.multiplies_int4.cache_clear()
 
 
 def test_short_calls_unpack_int4_weights_once() -> None:

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
+from chosen_products import exact, prefer
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
-from ways import exact, prefer
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import products, ways
+from fastgpt.generate import implementations, products
+from fastgpt.generate.implementations import Rows, implementations_of
 from fastgpt.generate.products import Products
-from fastgpt.generate.ways import Rows
 from fastgpt.model import digits
 
 pytestmark = pytest.mark.usefixtures("in_torch")
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("n_rows", [1, 5])
 @pytest.mark.parametrize(("n_inputs", "n_outputs"), [(96, 131), (50, 64)])
 @pytest.mark.parametrize("overflows", [False, True])
-def test_every_way_gives_the_product_of_int8_weights(
+def test_every_implementation_gives_the_product_of_int8_weights(
     overflows: bool, n_inputs: int, n_outputs: int, n_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside float64 on the rounded weights, exactly, with rows and columns of other sizes among the usual ones."""
@@ -34,7 +34,7 @@ def test_every_way_gives_the_product_of_int8_weights(
     matrix = Int8Matrix.nearest(torch.randn(n_inputs, n_outputs) * torch.logspace(-2, 1, n_outputs))
     x, bias = torch.randn(n_rows, n_inputs).to(dtype), torch.randn(n_outputs).to(dtype)
     x[0] *= 8
-    found = ways.ways(matrix, n_rows, Rows(dtype, dtype))
+    found = implementations_of(matrix, n_rows, Rows(dtype, dtype))
     # torch's product of int8 reads sixteen inputs at a time, and knows two of these dtypes whose sums cannot overflow.
     # Of float32 rows in digits nothing else is tried.
     serves = [name for name in BYTES if n_rows == 1 or name != "transposed digits"]
@@ -45,9 +45,9 @@ def test_every_way_gives_the_product_of_int8_weights(
     floats = matrix.to_float(torch.float64)
     draws = [drawn_again(x, seed) for seed in range(8)]
     eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
-    for way in found.values():
+    for implementation in found.values():
         true, eager = exact(x, floats, bias), multiply(x, matrix, bias)
-        assert_as_accurate(way(matrix)(x, bias), eager, true, eager_error=eager_error)
+        assert_as_accurate(implementation(matrix)(x, bias), eager, true, eager_error=eager_error)
 
 
 BYTES = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
@@ -143,9 +143,9 @@ def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, n_rows: i
 def test_a_way_that_errs_is_not_taken(monkeypatch) -> None:
     """Rows in bfloat16 for a model in float32 are fast, and err thousands of times as much."""
     matrix, rows = Int8Matrix.nearest(torch.randn(64, 300)), Rows(torch.float32, torch.float32)
-    found = ways.ways(matrix, 2, rows)
-    in_bfloat16 = {"rounded": lambda matrix: ways.Int8Values(matrix, torch.bfloat16)}
-    monkeypatch.setattr(products, "ways", lambda *_: found | in_bfloat16)
+    found = implementations_of(matrix, 2, rows)
+    in_bfloat16 = {"rounded": lambda matrix: implementations.Int8Values(matrix, torch.bfloat16)}
+    monkeypatch.setattr(products, "implementations_of", lambda *_: found | in_bfloat16)
     assert products._measure([matrix], 2, rows).keys() == found.keys()
 
 

@@ -1,16 +1,17 @@
-"""The products of decode steps on a CPU: every way gives the product, and a call takes the cheapest way."""
+"""The products of decode steps on a CPU: every implementation gives the product, and a call takes the cheapest."""
 
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
+from chosen_products import exact, prefer
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import assert_same_within_rounding, pair, tiny_config, token_ids
-from ways import exact, prefer
 
 from fastgpt import generate as engine
-from fastgpt.generate import products, ways
+from fastgpt.generate import implementations, products
+from fastgpt.generate.implementations import implementations_of
 from fastgpt.generate.products import Cost, Products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -18,14 +19,14 @@ LONG = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_to
 
 pytestmark = pytest.mark.usefixtures("in_torch")
 
-# --- each way -------------------------------------------------------------------------------------------------------
+# --- each implementation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 33])
 @pytest.mark.parametrize(("n_inputs", "n_outputs"), [(64, 48), (96, 131), (50, 64)])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_every_way_gives_the_product(
+def test_every_implementation_gives_the_product(
     n_inputs: int, n_outputs: int, by_columns: bool, n_rows: int, dtype: torch.dtype
 ) -> None:
     """Beside the product in float64, with a row that is larger than the others, and with and without a bias."""
@@ -34,7 +35,7 @@ def test_every_way_gives_the_product(
     matrix = matrix.t().contiguous().t() if by_columns else matrix
     x, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, n_inputs), (n_outputs,)))
     x[0] *= 8
-    found = ways.ways(matrix, n_rows)
+    found = implementations_of(matrix, n_rows)
     assert next(iter(found)) == "as stored"
     for n_slices in (2, 4):
         sliced = by_columns or (dtype.itemsize > 2 and n_inputs % n_slices == 0)
@@ -49,8 +50,8 @@ def test_every_way_gives_the_product(
             for row in draws
             for stored in (matrix.contiguous(), matrix.t().contiguous().t())
         )
-        for way in found.values():
-            assert_as_accurate(way(matrix)(x, added), eager, true, eager_error=eager_error)
+        for implementation in found.values():
+            assert_as_accurate(implementation(matrix)(x, added), eager, true, eager_error=eager_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,38 +60,40 @@ def test_onednn_packs_what_the_processor_multiplies(dtype: torch.dtype) -> None:
         pytest.skip("this torch has no oneDNN")
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no instructions for bfloat16")
-    assert "packed" in ways.ways(torch.randn(32, 48).to(dtype), n_rows=1)
+    assert "packed" in implementations_of(torch.randn(32, 48).to(dtype), n_rows=1)
 
 
 def test_a_type_that_onednn_refuses_is_not_packed() -> None:
-    assert "packed" not in ways.ways(torch.randn(32, 48, dtype=torch.float64), n_rows=1)
+    assert "packed" not in implementations_of(torch.randn(32, 48, dtype=torch.float64), n_rows=1)
 
 
 def test_a_product_that_adds_in_half_precision_is_not_packed(monkeypatch) -> None:
     """As oneDNN's of float16 does on ARM: it errs 7 times as much as torch's for 96 inputs, and 37 times for 3072."""
 
-    def added_in_its_dtype(packed: ways.Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def added_in_its_dtype(packed: implementations.Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         parts = zip(x.split(1, dim=1), stored[id(packed)].split(1), strict=True)
         return sum((rows @ part for rows, part in parts), torch.zeros((), dtype=x.dtype))
 
     stored: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(ways.Packed, "__init__", lambda packed, matrix, n: stored.update({id(packed): matrix}))
-    monkeypatch.setattr(ways.Packed, "__call__", added_in_its_dtype)
-    ways.packs.cache_clear()
+    monkeypatch.setattr(
+        implementations.Packed, "__init__", lambda packed, matrix, n: stored.update({id(packed): matrix})
+    )
+    monkeypatch.setattr(implementations.Packed, "__call__", added_in_its_dtype)
+    implementations.packs.cache_clear()
     try:
-        assert not ways.packs(torch.float16)
-        assert not ways.packs(torch.bfloat16)
-        assert ways.packs(torch.float32)
-        assert list(ways.ways(torch.randn(32, 48).half(), n_rows=1)) == ["as stored"]
+        assert not implementations.packs(torch.float16)
+        assert not implementations.packs(torch.bfloat16)
+        assert implementations.packs(torch.float32)
+        assert list(implementations_of(torch.randn(32, 48).half(), n_rows=1)) == ["as stored"]
     finally:
-        ways.packs.cache_clear()
+        implementations.packs.cache_clear()
 
 
 def test_slices_read_the_weights_where_they_lie() -> None:
     """A view sees a change of the weights, and takes no memory; a packed copy says how large it is."""
     for matrix in (torch.randn(32, 48), torch.randn(48, 32).t()):
-        for name, way in ways.ways(matrix, 1).items():
-            prepared, x = way(matrix), torch.ones(1, 32)
+        for name, implementation in implementations_of(matrix, 1).items():
+            prepared, x = implementation(matrix), torch.ones(1, 32)
             assert prepared.n_bytes == (32 * 48 * 4 if name == "packed" else 0)
             before = prepared(x, None)
             with torch.no_grad():
@@ -103,7 +106,7 @@ def test_slices_read_the_weights_where_they_lie() -> None:
 @pytest.mark.parametrize("n_rows", [1, 2, 8])
 @torch.no_grad()
 def test_a_decode_step_equals_the_blocks(n_rows: int, dtype: torch.dtype, name: str, monkeypatch) -> None:
-    if name == "packed" and not ways.packs(dtype):
+    if name == "packed" and not implementations.packs(dtype):
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
     _, ours = pair(tiny_config())
     ours.to(dtype)
@@ -161,7 +164,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     for share in (0.25, 0.4, 0.5):
         left = [int(2 * share * everything.n_bytes)]
 
-        class Copied(ways.Packed):
+        class Copied(implementations.Packed):
             """Takes its memory from what is left."""
 
             def __init__(self, *arguments: Any, left: list[int] = left):
@@ -169,7 +172,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
                 if arguments[0].shape[0] > 16:  # not the trial of the dtype
                     left[0] -= self.n_bytes
 
-        monkeypatch.setattr(ways, "Packed", Copied)
+        monkeypatch.setattr(implementations, "Packed", Copied)
         monkeypatch.setattr(
             products.psutil, "virtual_memory", lambda left=left: type("Memory", (), {"available": left[0]})
         )
@@ -179,7 +182,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
         assert {"packed", "as stored"} == set(some.chosen.values())
 
 
-def test_ways_are_timed_once_a_process_and_for_long_calls_alone(monkeypatch) -> None:
+def test_implementations_are_timed_once_a_process_and_for_long_calls_alone(monkeypatch) -> None:
     _, ours = pair(tiny_config(n_positions=80))
     monkeypatch.setattr(products, "_measured", {})
     timed, measure = [], products._measure
@@ -194,7 +197,7 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
     prefer("packed", monkeypatch)
     alive = []
 
-    class Counted(ways.Packed):
+    class Counted(implementations.Packed):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
             alive.append(self)
@@ -203,7 +206,7 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
             gone.append(self.n_bytes)
 
     gone: list[int] = []
-    monkeypatch.setattr(ways, "Packed", Counted)
+    monkeypatch.setattr(implementations, "Packed", Counted)
     ours.generate(token_ids(1, 3, 131), **LONG)
     n_made = len(alive)
     alive.clear()
@@ -211,17 +214,17 @@ def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
     assert len(gone) == n_made
 
 
-def test_bug_ways_were_timed_on_a_matrix_that_the_way_before_had_brought_into_the_caches(monkeypatch) -> None:
+def test_bug_each_was_timed_on_a_matrix_that_the_one_before_had_brought_into_the_caches(monkeypatch) -> None:
     """In a step it is always another matrix."""
     matrices = [torch.randn(8, 16) for _ in range(12)]
     read: list[int] = []
 
-    class Noted(ways.AsStored):
+    class Noted(implementations.AsStored):
         def __call__(self, x, bias):
             read.append(next(index for index, matrix in enumerate(matrices) if matrix is self.matrix))
             return super().__call__(x, bias)
 
-    monkeypatch.setattr(products, "ways", lambda *_: dict.fromkeys(("one", "two", "three"), Noted))
+    monkeypatch.setattr(products, "implementations_of", lambda *_: dict.fromkeys(("one", "two", "three"), Noted))
     assert products._measure(matrices, 1, None).keys() == {"one", "two", "three"}
     assert len(set(read)) == 12
     for index in range(4, len(read)):

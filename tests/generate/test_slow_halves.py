@@ -11,7 +11,8 @@ from models import pair, tiny_config, token_ids
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import decoding, products, ways
+from fastgpt.generate import decoding, products
+from fastgpt.generate.implementations import implementations_of
 from fastgpt.generate.products import Products
 
 pytestmark = pytest.mark.usefixtures("in_torch")
@@ -29,7 +30,7 @@ def test_only_half_precision_is_ever_slow() -> None:
     assert not products.is_slow(torch.float32)
     assert not products.is_slow(torch.float64)
     for dtype in HALVES:  # oneDNN packs what the processor has instructions for
-        is_packed = "packed" in ways.ways(torch.ones(32, 32, dtype=dtype), 1)
+        is_packed = "packed" in implementations_of(torch.ones(32, 32, dtype=dtype), 1)
         assert not (is_packed and products.is_slow(dtype))
 
 

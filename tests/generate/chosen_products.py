@@ -5,17 +5,17 @@ from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
 from fastgpt.generate import products
+from fastgpt.generate.implementations import Rows, implementations_of
 from fastgpt.generate.products import Cost
-from fastgpt.generate.ways import Rows, ways
 
 
 def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make one way the cheapest wherever it can be taken."""
+    """Make one implementation the cheapest wherever it can be taken."""
 
     def costs(matrices: list[Tensor], n_rows: int, rows: Rows) -> dict[str, Cost]:
         return {
-            way: Cost(0.0, 1.0 if way == name else 2.0, copies=way == "packed")
-            for way in ways(matrices[0], n_rows, rows)
+            other: Cost(0.0, 1.0 if other == name else 2.0, copies=other == "packed")
+            for other in implementations_of(matrices[0], n_rows, rows)
         }
 
     monkeypatch.setattr(products, "costs", costs)

@@ -1,10 +1,10 @@
-"""The ways in which a CPU multiplies few rows by a matrix of a model. `products` chooses among them.
+"""The implementations of a CPU's product of few rows and a matrix of a model. `products` chooses among them.
 
 torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
 Others multiply slices of the matrix at the same time, its transpose, or a copy in oneDNN's layout. An int8 matrix is
-multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`) or in floats, in any way
-of them; an int4 matrix from a copy in torch's layout, or as int8. A way that errs far more than torch's own product is
-not taken, however fast it is.
+multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`) or in floats, by any
+implementation for these; an int4 matrix from a copy in torch's layout, or as int8. An implementation that errs far more
+than torch's own product is not taken, however fast it is.
 
 r rows, K inputs, N outputs.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..model import digits
 
-# --- one way --------------------------------------------------------------------------------------------------------
+# --- one implementation ---------------------------------------------------------------------------------------------
 
 
 class Prepared(Protocol):
-    """A matrix (K, N), ready for one way. n_bytes: of the copy that it holds, 0 for a view."""
+    """A matrix (K, N), ready for one implementation. n_bytes: of the copy that it holds, 0 for a view."""
 
     n_bytes: int
 
@@ -119,11 +119,11 @@ class Int8Values:
 
 
 class FloatCopy:
-    """A float copy of an int8 matrix, multiplied in a way of its dtype."""
+    """A float copy of an int8 matrix, multiplied by an implementation for its dtype."""
 
-    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype, way: "Way"):
+    def __init__(self, matrix: Int8Matrix, dtype: torch.dtype, implementation: "Implementation"):
         copy = matrix.to_float(dtype).contiguous()
-        self.prepared = way(copy)
+        self.prepared = implementation(copy)
         self.n_bytes = self.prepared.n_bytes or copy.nbytes
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,18 +156,18 @@ _INT4_COLUMNS = 16
 
 
 class AsInt8:
-    """An int4 matrix, unpacked to int8 and multiplied in a way of that."""
+    """An int4 matrix, unpacked to int8 and multiplied by an implementation for that."""
 
-    def __init__(self, matrix: Int4Matrix, way: "Way"):
+    def __init__(self, matrix: Int4Matrix, implementation: "Implementation"):
         unpacked = matrix.to_int8()
-        self.prepared = way(unpacked)
+        self.prepared = implementation(unpacked)
         self.n_bytes = self.prepared.n_bytes or unpacked.values.nbytes
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.prepared(x, bias)
 
 
-Way = Callable[[Any], Prepared]
+Implementation = Callable[[Any], Prepared]
 
 
 # --- those of a matrix ----------------------------------------------------------------------------------------------
@@ -183,16 +183,16 @@ class Rows(NamedTuple):
     precision: torch.dtype
 
 
-def ways(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Way]:
+def implementations_of(matrix: Matrix, n_rows: int, rows: Rows | None = None) -> dict[str, Implementation]:
     """What can multiply n_rows rows by a matrix (K, N), stored by rows or by columns. The first is taken untimed.
 
     rows: needed for a rounded matrix, which has no dtype for them.
     """
     if isinstance(matrix, RoundedMatrix):
         assert rows is not None
-        of_kind = _int8_ways if isinstance(matrix, Int8Matrix) else _int4_ways
+        of_kind = _int8_implementations if isinstance(matrix, Int8Matrix) else _int4_implementations
         return of_kind(matrix.shape, n_rows, rows)
-    found: dict[str, Way] = {"as stored": AsStored}
+    found: dict[str, Implementation] = {"as stored": AsStored}
     by_rows, by_columns = matrix.is_contiguous(), matrix.t().is_contiguous()
     if by_columns:
         found["transposed"] = Transposed
@@ -229,10 +229,10 @@ def packs(dtype: torch.dtype) -> bool:
 _DIGITS = {"digits": digits.Stored, "transposed digits": digits.Transposed, "packed digits": digits.Packed}
 
 
-def _int4_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
-    found: dict[str, Way] = {
-        f"as int8, {name}": lambda matrix, way=way: AsInt8(matrix, way)
-        for name, way in _int8_ways(shape, n_rows, rows).items()
+def _int4_implementations(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Implementation]:
+    found: dict[str, Implementation] = {
+        f"as int8, {name}": lambda matrix, of_int8=of_int8: AsInt8(matrix, of_int8)
+        for name, of_int8 in _int8_implementations(shape, n_rows, rows).items()
     }
     # Not the first, because processors for which torch has no code of its own multiply int4 far slower than int8.
     return found | ({"int4": Int4Values} if rows.precision == torch.bfloat16 and multiplies_int4() else {})
@@ -252,8 +252,8 @@ def multiplies_int4() -> bool:
     return exactness(matrix, x, torch.bfloat16)(product)
 
 
-def _int8_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
-    in_digits: dict[str, Way] = {
+def _int8_implementations(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Implementation]:
+    in_digits: dict[str, Implementation] = {
         name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
         for name, product in _DIGITS.items()
         if rows.precision in digits.N_DIGITS and digits.is_exact(product)
@@ -261,9 +261,10 @@ def _int8_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
     }
     if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
         return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.
-    copies = ways(torch.empty(shape, dtype=rows.dtype, device="meta"), n_rows)
-    found: dict[str, Way] = {
-        f"copy, {name}": lambda matrix, way=way: FloatCopy(matrix, rows.dtype, way) for name, way in copies.items()
+    copies = implementations_of(torch.empty(shape, dtype=rows.dtype, device="meta"), n_rows)
+    found: dict[str, Implementation] = {
+        f"copy, {name}": lambda matrix, of_copy=of_copy: FloatCopy(matrix, rows.dtype, of_copy)
+        for name, of_copy in copies.items()
     }
     # torch's product reads K in steps of 16, and past the end of another. Without the scales float16 would overflow.
     if shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
@@ -274,8 +275,8 @@ def _int8_ways(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Way]:
 
 # --- exactness ------------------------------------------------------------------------------------------------------
 
-# Another way may err this many times as much as torch's own, root mean square. Sums in another order reach 4; rows in
-# bfloat16 where the model is in float32, and sums that overflow, are far beyond.
+# Another implementation may err this many times as much as torch's own, root mean square. Sums in another order reach
+# 4; rows in bfloat16 where the model is in float32, and sums that overflow, are far beyond.
 _MAX_ERROR = 8
 
 
