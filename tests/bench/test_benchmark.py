@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 from models import pair, tiny_config
 from rich.console import Console
 from torch import Tensor
@@ -284,8 +285,6 @@ def test_progress_starts_at_nothing_and_ends_at_everything(directory: str) -> No
 
 
 def test_plot_is_a_png_with_something_on_it(result: dict[str, Any], tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
     path = tmp_path / "speed.png"
     benchmark.plot([json.loads(json.dumps(result))] * 2, path)
     assert path.read_bytes().startswith(b"\x89PNG")

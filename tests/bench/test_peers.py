@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,12 @@ SHAPE = Shape(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=67)
 OPTIONS = BenchmarkOptions(
     model="demo", prompt_tokens=12, new_tokens=4, runs=5, device="cpu", dtype="float32", baselines=["hf-sdpa"]
 )
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skips a test where an engine is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +71,15 @@ class Transformers:
 
 
 @pytest.mark.parametrize(
-    ("name", "build"),
+    "build",
     [
-        ("ctranslate2", engines.CTranslate2),
-        ("onnxruntime", engines.OnnxRuntime),
-        ("openvino", openvino_engines.OpenVino),
+        pytest.param(engines.CTranslate2, marks=needs("ctranslate2")),
+        pytest.param(engines.OnnxRuntime, marks=needs("onnxruntime", "onnxscript")),
+        pytest.param(openvino_engines.OpenVino, marks=needs("openvino")),
     ],
 )
 @pytest.mark.parametrize("n_batch", [1, 3])
-def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: str, build: Any, n_batch: int) -> None:
-    pytest.importorskip(name)
-    if name == "onnxruntime":
-        pytest.importorskip("onnxscript")
+def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, build: Any, n_batch: int) -> None:
     ids = token_ids(n_batch, 9, base.config.vocab_size)
     engine = build(base, n_batch, 2)
     peers.check_engine(engine, base, ids, 12)
@@ -87,22 +91,17 @@ def test_engine_gives_the_results_of_transformers(base: GPT2LMHeadModel, name: s
 
 
 @pytest.mark.parametrize(
-    ("package", "build", "allowed"),
+    ("build", "allowed"),
     [
-        ("ctranslate2", quantized_engines.CTranslate2Int8, peers.MAX_INT8_ERROR),
-        ("onnxruntime", quantized_engines.OnnxRuntimeInt8, peers.MAX_INT8_ERROR),
-        ("onnxruntime", quantized_engines.OnnxRuntime8Bit, peers.MAX_INT8_ERROR),
-        ("openvino", openvino_engines.OpenVinoInt8, peers.MAX_INT8_ERROR),
-        ("llama_cpp", llama_engines.LlamaCppQ8, peers.MAX_INT8_ERROR),
-        ("llama_cpp", llama_engines.LlamaCppQ4, peers.MAX_INT4_ERROR),
+        pytest.param(quantized_engines.CTranslate2Int8, peers.MAX_INT8_ERROR, marks=needs("ctranslate2")),
+        pytest.param(quantized_engines.OnnxRuntimeInt8, peers.MAX_INT8_ERROR, marks=needs("onnxruntime", "onnxscript")),
+        pytest.param(quantized_engines.OnnxRuntime8Bit, peers.MAX_INT8_ERROR, marks=needs("onnxruntime", "onnxscript")),
+        pytest.param(openvino_engines.OpenVinoInt8, peers.MAX_INT8_ERROR, marks=needs("openvino")),
+        pytest.param(llama_engines.LlamaCppQ8, peers.MAX_INT8_ERROR, marks=needs("llama_cpp")),
+        pytest.param(llama_engines.LlamaCppQ4, peers.MAX_INT4_ERROR, marks=needs("llama_cpp")),
     ],
 )
-def test_engines_with_rounded_weights_are_accurate(
-    base: GPT2LMHeadModel, package: str, build: Any, allowed: float
-) -> None:
-    pytest.importorskip(package)
-    if package == "onnxruntime":
-        pytest.importorskip("onnxscript")
+def test_engines_with_rounded_weights_are_accurate(base: GPT2LMHeadModel, build: Any, allowed: float) -> None:
     ids = token_ids(2, 9, base.config.vocab_size)
     engine = build(copy.deepcopy(base), 2, 1)
     assert peers.accuracy_of(engine.logits(ids), base, ids, allowed)["logit_error"] > 0
@@ -110,9 +109,9 @@ def test_engines_with_rounded_weights_are_accurate(
     assert engine.n_bytes < 0.6 * sum(p.nbytes for p in base.parameters())
 
 
+@needs("llama_cpp")
 @pytest.mark.parametrize("n_batch", [1, 3])
 def test_llama_cpp_rounds_only_its_gelu(base: GPT2LMHeadModel, n_batch: int) -> None:
-    pytest.importorskip("llama_cpp")
     ids = token_ids(n_batch, 9, base.config.vocab_size)
     engine = llama_engines.LlamaCpp(base, n_batch, 2)
     peers.accuracy_of(engine.logits(ids), base, ids, peers.MAX_TABLE_ERROR)
@@ -123,8 +122,8 @@ def test_llama_cpp_rounds_only_its_gelu(base: GPT2LMHeadModel, n_batch: int) -> 
     peers.accuracy_of(engine.logits(ids), base, ids, peers.MAX_TABLE_ERROR)  # Nothing is left of the call before.
 
 
+@needs("ctranslate2")
 def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
-    pytest.importorskip("ctranslate2")
     ids = token_ids(2, 9, base.config.vocab_size)
     engine = engines.Remote(engines.CTranslate2, base, 2)
     try:
@@ -137,9 +136,9 @@ def test_an_engine_lives_in_a_process_of_its_own(base: GPT2LMHeadModel) -> None:
         engine.close()
 
 
+@needs("openvino")
 @pytest.mark.parametrize("build", [openvino_engines.OpenVino, openvino_engines.OpenVinoInt8])
 def test_openvino_begins_each_call_without_a_past(base: GPT2LMHeadModel, build: Any) -> None:
-    pytest.importorskip("openvino")
     first, second = token_ids(2, 9, base.config.vocab_size), token_ids(2, 5, base.config.vocab_size)
     engine = build(copy.deepcopy(base), 2, 1)
     logits, (tokens, _) = engine.logits(first), engine.generate(first, 4)
@@ -148,6 +147,7 @@ def test_openvino_begins_each_call_without_a_past(base: GPT2LMHeadModel, build: 
     assert torch.equal(engine.generate(first, 4)[0], tokens)
 
 
+@needs("ctranslate2", "llama_cpp", "onnxruntime", "onnxscript", "openvino")
 def test_no_engine_is_loaded_beside_torch() -> None:
     """ctranslate2 in this process would slow torch down, and so every contender."""
     script = (
@@ -161,10 +161,6 @@ def test_no_engine_is_loaded_beside_torch() -> None:
         "        assert make('prefill', base, ids, 4, torch.float32).seconds() > 0\n"
         "    print({'ctranslate2', 'llama_cpp', 'onnxruntime', 'openvino'} & set(sys.modules))\n"
     )
-    pytest.importorskip("ctranslate2")
-    pytest.importorskip("llama_cpp")
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("openvino")
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.stdout == "set()\n", finished.stderr
 

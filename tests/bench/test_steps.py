@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from interpreter import DEVICE as DEVICE_NAME
-from interpreter import INTERPRETING
+from interpreter import only_interpreted
 from interpreter.cooperative import cooperative_grid
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,14 +48,14 @@ def test_all_steps_agree_with_the_reference(dtype: torch.dtype) -> None:
     assert {name: operations.check(case) for name, case in cases.items()} == dict.fromkeys(NAMES)
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: the command checks it there")
+@only_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_persistent_step_agrees_with_the_reference(dtype: torch.dtype) -> None:
     with cooperative_grid(seed=0):
         assert operations.check(persistent(dtype)) is None
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: the kernel runs on it")
+@only_interpreted
 def test_the_persistent_step_packs_again_only_for_another_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     case, packed = persistent(torch.float32), []
     right = steps.PersistentDecoder

@@ -218,9 +218,8 @@ def test_release_leaves_a_model_that_keeps_nothing_alone() -> None:
     fastgpt.release(nn.Linear(2, 2))
 
 
-def test_packed_weights_count_in_the_limit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "torch":
-        pytest.skip("only kernels keep anything")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # only kernels keep anything
+def test_packed_weights_count_in_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETING:
         monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
     _, ours = small_pair(n_embd=128)

@@ -123,12 +123,12 @@ def tokens_of_transformers(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("tier", ["auto", "persistent"])
+@pytest.mark.parametrize(
+    ("tier", "backend"), [("auto", "torch"), ("auto", "triton"), ("persistent", "triton")], indirect=["backend"]
+)
 def test_weights_changed_between_calls(
-    change: Callable[[Any], Any], tier: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Any], Any], tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if tier == "persistent" and backend == "torch":
-        pytest.skip("the persistent kernel is one of triton")
     if INTERPRETING:  # where programs run one after the other, and would wait for each other
         monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
     _, ours = small_pair(n_embd=128)
@@ -144,9 +144,8 @@ def test_weights_changed_between_calls(
         assert torch.equal(ours.generate(prompt(), **GREEDY), expected)
 
 
-def test_packed_copies_are_those_of_the_first_token(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "triton":
-        pytest.skip("only the path for CPUs copies")
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # only the path for CPUs copies
+def test_packed_copies_are_those_of_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "MIN_STEPS", 1)
     monkeypatch.setattr(products, "fastest", lambda known, n_steps: list(known)[-1])
     _, ours = small_pair()

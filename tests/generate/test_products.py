@@ -54,10 +54,12 @@ def test_every_implementation_gives_the_product(
             assert_as_accurate(implementation(matrix)(x, added), eager, true, eager_error=eager_error)
 
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_onednn_packs_what_the_processor_multiplies(dtype: torch.dtype) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no instructions for bfloat16")
     assert "packed" in implementations_of(torch.randn(32, 48).to(dtype), n_rows=1)
@@ -152,13 +154,12 @@ def test_torch_keeps_what_gains_little() -> None:
     assert products.fastest({"torch": Cost(0.0, 1.0, False), "view": Cost(0.0, 0.8, False)}, 100) == "view"
 
 
+@needs_onednn
 def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     _, ours = pair(tiny_config())
     weights = engine.view_weights(ours)
     prefer("packed", monkeypatch)
     everything = Products(weights, 2, products.MIN_STEPS)
-    if "packed" not in everything.chosen.values():
-        pytest.skip("this torch has no oneDNN")
     matrices = [matrix for same in products._by_shape(weights) for matrix in same]
     assert everything.n_bytes == sum(4 * matrix.shape.numel() for matrix in matrices)
     for share in (0.25, 0.4, 0.5):

@@ -12,9 +12,9 @@ from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 
 import interpreter
-from interpreter import DEVICE, INTERPRETING, check_overflow, dry_run, releases, shuffled_grid
+from interpreter import DEVICE, check_overflow, dry_run, only_interpreted, releases, shuffled_grid
 
-pytestmark = pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+pytestmark = only_interpreted
 
 
 @triton.jit

@@ -124,6 +124,7 @@ def test_a_cache_by_position_and_by_either_name(name: str | None) -> None:
     ids=str,
 )
 def test_generate_equals_transformers(options: dict) -> None:
+    # `test_model_on_kernels.py` runs this too.
     if options.get("do_sample") and ops.selected_backend() == "triton":
         pytest.skip("the sampling kernel draws other numbers than torch.multinomial")
     theirs, ours = pair(tiny_config())

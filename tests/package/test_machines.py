@@ -14,7 +14,6 @@ from interpreter import releases
 from paths import ROOT
 
 TABLE = ROOT / "docs" / "machines.md"
-pytest.importorskip("triton")
 
 # By fault: the variables that inject it, where the stand-in does not, and a part of the cause and of the cure.
 FAULTS: dict[str, tuple[dict[str, str], str, str]] = {

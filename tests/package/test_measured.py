@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastgpt_kernels import OPERATIONS
 from fastgpt_kernels.common.precision import float32_products, tf32_is_allowed
-from interpreter import INTERPRETING, shuffled_grid
+from interpreter import only_interpreted, shuffled_grid
 from paths import ROOT
 
 from fastgpt import bench, cli, measured, ops
@@ -269,7 +269,7 @@ def test_bug_without_a_home_a_table_goes_to_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+@only_interpreted
 def test_every_operation_is_checked_timed_and_written(
     run: Callable[..., tuple[Any, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from fastgpt_kernels.operations.attention import op as attention
 from fastgpt_kernels.operations.attention import packed
 from fastgpt_kernels.operations.attention.op import causal_attention
 from fastgpt_kernels.operations.attention.reference import split_heads
-from interpreter import DEVICE, INTERPRETING
+from interpreter import DEVICE, only_interpreted
 
 from .formula import DTYPES, assert_attention_parity, make_inputs, make_mask, outputs_and_gradients
 
@@ -40,13 +40,12 @@ def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_attention_parity(fastgpt_kernels, inputs)
 
 
+@only_interpreted  # chips have no tiles for float64
 @pytest.mark.parametrize("mask", ["none", "holes"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_gradients_are_those_of_finite_differences(
     dropout_p: float, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not INTERPRETING:
-        pytest.skip("chips have no tiles for float64")
     monkeypatch.setattr(attention, "DTYPES", (torch.float64,))
     inputs = [x.requires_grad_() for x in make_inputs(1, 1, 3, 5, 2, dtype=torch.float64)]
     options = {"key_padding_mask": make_mask(mask, 1, 5), "dropout_p": dropout_p, "seed": 3, "scale": 0.3}

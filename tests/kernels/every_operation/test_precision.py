@@ -13,7 +13,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.common import chip
 from fastgpt_kernels.common.precision import float32_products, product_precision
 from fastgpt_kernels.operations.attention.tiles import attention_tile
-from interpreter import DEVICE, INTERPRETING
+from interpreter import DEVICE, only_interpreted
 from records import FORMS, RECORDS, call
 from torch import Tensor
 from triton.runtime import interpreter
@@ -154,7 +154,7 @@ def test_errors_are_those_of_the_precision_asked_for(operation: str, form: str) 
     assert all(map(torch.equal, exact, default))
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="a GPU is here: kernels run on it")
+@only_interpreted
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize(("operation", "form"), MULTIPLYING)
 def test_every_product_follows_the_setting(
