@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import measured, ops
-from .checkpoint.headers import one_line
 from .generate import products, routing
+from .messages import one_line
 from .model.patching import patch
 from .text import default_device
 

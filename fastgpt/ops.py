@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 import fastgpt.measured as measured
 
-from .checkpoint.headers import shown
+from .messages import shown
 
 BACKENDS = ("auto", "torch", "triton")
 

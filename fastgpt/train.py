@@ -20,9 +20,10 @@ from accelerate.utils import is_bf16_available
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
 
 from .checkpoint.fit import rounding_of
-from .checkpoint.headers import one_line, read_json
+from .checkpoint.headers import read_json
 from .corpus import Corpus
 from .curve import draw_curve
+from .messages import one_line
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
 from .trainer import Interrupt, LogFile, Report, RunTrainer, TrainingError, last_checkpoint

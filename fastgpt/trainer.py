@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from . import accounting
-from .checkpoint.headers import one_line
 from .corpus import Corpus, examples
 from .evaluation import mean_loss, perplexity
+from .messages import one_line
 from .modeling import GPT2LMHeadModel
 from .progress import Progress
 

@@ -34,11 +34,10 @@ from .checkpoint.headers import (
     find_weights,
     inspect_weights,
     is_hollow,
-    one_line,
     read_json,
-    shown,
 )
 from .checkpoint.loading import OTHER_CONFIGURATIONS, LoadingMixin, read_config
+from .messages import one_line, shown
 
 MAX_PROBLEMS = 200
 

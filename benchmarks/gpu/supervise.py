@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastgpt.bench import machine
+from fastgpt.messages import first_line
 
 from .run import Extent, Part, Run, Step
 
@@ -77,8 +78,7 @@ def _measured(measure: Callable[[], Any]) -> Any:
 
 def _fault(error: Exception) -> dict[str, str]:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    first_line = (str(error).splitlines() or [""])[0]
-    return {"fault": f"{type(error).__name__}: {first_line}", "where": f"{Path(where.filename).name}:{where.lineno}"}
+    return {"fault": first_line(error), "where": f"{Path(where.filename).name}:{where.lineno}"}
 
 
 def _clean(device: torch.device) -> None:

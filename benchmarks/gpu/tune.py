@@ -37,6 +37,7 @@ from fastgpt.accounting import PRESETS, Shape
 from fastgpt.bench import machine, operations
 from fastgpt.bench.operations import TINY
 from fastgpt.doctor import versions
+from fastgpt.messages import first_line
 from fastgpt.ops import backend
 
 from . import steps
@@ -281,7 +282,7 @@ def _refusal(case: operations.Case, tunable: Tunable, candidate: Any) -> str | N
         try:
             return operations.check(case)
         except Exception as error:  # Too large for the GPU, or for the compiler: a reason to leave it, whatever it is.
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return first_line(error)
 
 
 def _in_turn(

@@ -21,6 +21,7 @@ from fastgpt.accounting import Shape
 from fastgpt.bench import MakeWork, operations
 from fastgpt.bench.parity import ParityError
 from fastgpt.bench.workloads import OURS, Work, contender, decode, prefill
+from fastgpt.messages import first_line
 
 from .cpu_engines import CTranslate2, Engine, OnnxRuntime, Remote
 from .llama_engines import LlamaCpp, LlamaCppQ4, LlamaCppQ8
@@ -225,5 +226,5 @@ def _judged(case: operations.Case, shape: Shape) -> Iterator[tuple[str, str | No
             function = make(shape)
             reason = operations.check(replace(case, contenders={name: function, "torch": case.contenders["torch"]}))
         except Exception as error:  # A package may be missing, or fail on this GPU, in more ways than can be named.
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = first_line(error)
         yield name, reason, function

@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint.blame import faulty_key
 from ..checkpoint.fit import field_problems
-from ..checkpoint.headers import CheckpointError, one_line, read_json, shown
+from ..checkpoint.headers import CheckpointError, read_json
 from ..checkpoint.loading import load_without_code
+from ..messages import one_line, shown
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
@@ -252,8 +253,7 @@ def _build_on_meta(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"):
             return auto_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # fields of a wrong type reach code that does not check them
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no model can be built from this {type(config).__name__}: {reason}") from error
+        raise ValueError(f"no model can be built from this {type(config).__name__}: {one_line(error)}") from error
 
 
 def _module_components(module: nn.Module) -> tuple[Component, ...]:

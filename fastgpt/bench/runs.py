@@ -23,6 +23,7 @@ import fastgpt.bench.workloads as workloads
 
 from .. import accounting, ops
 from ..doctor import versions
+from ..messages import first_line
 from ..progress import Progress
 from ..text import DTYPES, device_and_dtype
 from .workloads import BASELINES, OURS, WORKLOADS
@@ -221,7 +222,7 @@ def _time_workload(
                 # A compiler or another engine may be missing or refuse the model, with any exception.
                 if name != "hf-compile" and name not in peers:
                     raise
-                failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                failed[name] = first_line(error)
                 continue
             works[name] = work
             timed[name] = {"n_tokens": work.n_tokens, "first_run_s": first_run_s, "samples_s": [], **work.accuracy}

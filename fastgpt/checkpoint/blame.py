@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .headers import CheckpointError, one_line, read_json, shown
+from ..messages import one_line, shown
+from .headers import CheckpointError, read_json
 
 # Small sizes, because the sizes were checked before and a small model is built faster.
 _TINY = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_inner": 8, "n_positions": 8, "vocab_size": 8}

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .headers import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor, shown
+from ..messages import shown
+from .headers import FLOATS, Checkpoint, CheckpointError, CheckpointShapeError, StoredTensor
 
 PREFIX = "transformer."
 # Causal masks that old releases of transformers saved with the weights.

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..messages import one_line, shown
+
 # GPT-2 xl needs 60 kB. Parsing the largest allowed header takes a quarter of a second; a larger one is not read.
 MAX_HEADER_BYTES = 1_000_000
 # Room for tens of thousands of labels in a config.json.
@@ -43,18 +45,6 @@ class CheckpointShapeError(CheckpointError, RuntimeError):
 
 
 Problems = list[CheckpointError]
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of another library's error on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def shown(name: object) -> str:
-    """A name from a file, or any other value, for use in a message: quoted, on one line, not too long."""
-    text = repr(name).replace("\n", " ")
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def raise_first(problems: Problems, path: object) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_peft_available
 
+from ..messages import one_line, shown
 from .blame import faulty_key, find_fault
 from .fit import (
     OLD_BUFFER,
@@ -42,10 +43,8 @@ from .headers import (
     CheckpointShapeError,
     find_weights,
     inspect_weights,
-    one_line,
     raise_first,
     read_json,
-    shown,
 )
 
 __all__ = ["LoadingMixin", "check_config", "load_without_code", "read_config"]

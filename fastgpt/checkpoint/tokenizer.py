@@ -6,7 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from .headers import MAX_TOKENIZER_BYTES, CheckpointError, CheckpointFileError, one_line, read_json, read_limited
+from ..messages import one_line
+from .headers import MAX_TOKENIZER_BYTES, CheckpointError, CheckpointFileError, read_json, read_limited
 from .loading import load_without_code
 
 _OBJECTS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"

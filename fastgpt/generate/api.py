@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..checkpoint.headers import shown
+from ..messages import shown
 from ..model.checks import check_module
 from ..model.patching import ATTENTION
 from .kept import release

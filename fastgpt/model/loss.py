@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastgpt.ops as ops
 
-from ..checkpoint.headers import shown
+from ..messages import shown
 
 
 @dataclass(frozen=True)
