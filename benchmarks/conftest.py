@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import accounting
 from fastgpt.bench import BenchmarkOptions, make_tokens, parity, workloads
-from fastgpt.text import DTYPES
+from fastgpt.load import DTYPES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

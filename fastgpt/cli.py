@@ -22,6 +22,7 @@ from .bench import profiling
 from .corpus import pack, read_text, text_files
 from .evaluation import evaluate_text, settle_windows
 from .generate import options as sampling
+from .load import device_and_dtype, load_model_and_tokenizer
 from .progress import progress_bar
 from .terminal import (
     Interrupted,
@@ -39,7 +40,7 @@ from .terminal import (
     write_now,
     wrong_usage,
 )
-from .text import device_and_dtype, load_model_and_tokenizer, stream_text
+from .text import stream_text
 from .verify import verify_checkpoint
 
 app = typer.Typer(

@@ -1,7 +1,6 @@
 """What this machine has, which backend each operation takes here, and whether the results are right."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import fastgpt_kernels
@@ -13,23 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import measured, ops
+from .bench.machine import versions
 from .generate import products, routing
+from .load import default_device
 from .messages import one_line
 from .model.patching import patch
-from .text import default_device
-
-PACKAGES = ("fastgpt", "torch", "triton", "transformers", "safetensors", "peft", "accelerate")
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions by package, None where a package is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found | {"torch": torch.__version__}  # which also names the build, for a CPU or a version of CUDA
 
 
 def check_parity(device: str) -> dict[str, Any]:

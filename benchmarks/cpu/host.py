@@ -25,7 +25,6 @@ from transformers import GPT2Config
 
 import fastgpt
 from fastgpt.bench import machine
-from fastgpt.doctor import versions
 from fastgpt.generate import streams, tier, workspace
 
 from .launches import microseconds
@@ -103,7 +102,7 @@ def main(
                 Console(stderr=True).print(f"{name}, batch {n_rows}: {figures[f'{name}, batch {n_rows}']:.1f} us")
     content = {
         "machine": machine.describe(torch.device("cpu")),
-        "versions": versions(),
+        "versions": machine.versions(),
         "us_per_token": figures,
         "us_to_first_token": first,
     }

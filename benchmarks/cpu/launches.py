@@ -21,7 +21,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastgpt
 from fastgpt.bench import machine
-from fastgpt.doctor import versions
 
 from .stub_driver import stub_gpu
 
@@ -113,5 +112,5 @@ def main(
 
             with fastgpt.backend(backend):
                 show(name, microseconds(score, calls // 10, rounds), microseconds(step, calls // 10, rounds))
-    content = {"machine": machine.describe(torch.device("cpu")), "versions": versions(), "us": figures}
+    content = {"machine": machine.describe(torch.device("cpu")), "versions": machine.versions(), "us": figures}
     out.write_text(json.dumps(content, indent=1) + "\n")

@@ -20,7 +20,7 @@ from fastgpt import load_demo
 from fastgpt.bench import Progress, machine, rotated, spread, workloads
 from fastgpt.bench.parity import ParityError
 from fastgpt.generate.products import Products
-from fastgpt.text import DTYPES
+from fastgpt.load import DTYPES
 
 from ..report.tables import publish
 

@@ -27,7 +27,6 @@ from rich.console import Console
 
 from fastgpt.accounting import PRESETS
 from fastgpt.bench import machine
-from fastgpt.doctor import versions
 
 from ..report import records
 from . import kernels as gpu_kernels
@@ -44,7 +43,7 @@ _log = Console(stderr=True, highlight=False)
 def environment(run: Run) -> Iterator[Part]:
     """The machine, versions and the commit."""
     yield Part("machine", partial(machine.describe, run.extent.device))
-    yield Part("versions", versions)
+    yield Part("versions", machine.versions)
     yield Part("commit", _commit)
 
 
@@ -136,6 +135,6 @@ def _result(file: Path, dry_run: bool, extent: Extent) -> dict[str, Any]:
         raise typer.BadParameter(f"{file} is the result of another kind of run: give another folder")
     if "environment" in result["seconds"]:
         was, gpu = result["environment"], machine.describe(extent.device)["gpu"]
-        if (was["machine"]["gpu"], was["versions"], was["commit"]) != (gpu, versions(), _commit()):
+        if (was["machine"]["gpu"], was["versions"], was["commit"]) != (gpu, machine.versions(), _commit()):
             raise typer.BadParameter(f"{file} is of another GPU, commit or version: give another folder")
     return result

@@ -36,7 +36,6 @@ from rich.console import Console
 from fastgpt.accounting import PRESETS, Shape
 from fastgpt.bench import machine, operations
 from fastgpt.bench.operations import TINY
-from fastgpt.doctor import versions
 from fastgpt.messages import first_line
 from fastgpt.ops import backend
 
@@ -335,7 +334,7 @@ def main(
         for finding in tune(shapes, device, batch, 60 * minutes, only, dry_run):
             findings.append(finding)
             _log.print(_summary(finding), soft_wrap=True)
-            environment = {"machine": machine.describe(device), "versions": versions(), "dry_run": dry_run}
+            environment = {"machine": machine.describe(device), "versions": machine.versions(), "dry_run": dry_run}
             out.write_text(json.dumps(environment | {"findings": [asdict(one) for one in findings]}, indent=1))
     print(to_paste(findings, machine.describe(device)["gpu"] or "the interpreter"))
 

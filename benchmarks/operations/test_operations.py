@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from fastgpt.accounting import PRESETS, Shape
 from fastgpt.bench import BenchmarkOptions, machine, operations
 from fastgpt.bench.operations import TINY
-from fastgpt.text import DTYPES, default_device
+from fastgpt.load import DTYPES, default_device
 
 SHAPES: dict[str, Shape] = {**TINY, **PRESETS}
 DIRECTIONS = ("forward", "backward", "forward+backward")

@@ -12,7 +12,7 @@ from typing import Any
 from fastgpt import accounting
 from fastgpt.accounting import PRESETS, Shape, count_parameters
 from fastgpt.bench.workloads import OURS
-from fastgpt.text import DTYPES
+from fastgpt.load import DTYPES
 
 from .tables import describe_work, markdown_table
 

@@ -11,8 +11,7 @@ import torch
 
 from fastgpt.bench import SCHEMA, machine, plotting
 from fastgpt.bench.workloads import OURS, WORKLOADS
-from fastgpt.doctor import versions
-from fastgpt.text import DTYPES
+from fastgpt.load import DTYPES
 
 from ..peers.contenders import CPU_PEERS
 from .records import (
@@ -150,7 +149,7 @@ def detail_tables(results: Sequence[Result]) -> list[str]:
 
 def publish(file: Path, parts: Mapping[str, Any]) -> None:
     """Write what was measured on the CPU at hand to a file, and print its tables."""
-    environment = {"machine": machine.describe(torch.device("cpu")), "versions": versions()}
+    environment = {"machine": machine.describe(torch.device("cpu")), "versions": machine.versions()}
     content = {"schema": SCHEMA, "environment": environment, **parts}
     file.write_text(json.dumps(content, indent=2) + "\n")
     for block in detail_tables([Result(file, content)]):

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: its description, its clock, its best rates, and its memory."""
+"""The machine that a benchmark runs on: its description and versions, its clock, its best rates, and its memory."""
 
 import ctypes
 import gc
@@ -7,12 +7,15 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+PACKAGES = ("fastgpt", "torch", "triton", "transformers", "safetensors", "peft", "accelerate")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -28,6 +31,17 @@ def describe(device: torch.device) -> dict[str, Any]:
         "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory if is_cuda else None,
         "cuda": torch.version.cuda,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions by package, None where a package is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"torch": torch.__version__}  # which also names the build, for a CPU or a version of CUDA
 
 
 def _cpu_name() -> str:

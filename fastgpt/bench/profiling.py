@@ -10,7 +10,7 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, record_function
 
 from ..accounting.shapes import shape_of
-from ..text import DTYPES
+from ..load import DTYPES
 from . import machine, workloads
 from .runs import BenchmarkOptions, make_tokens
 

@@ -22,10 +22,9 @@ import fastgpt.bench.parity as parity
 import fastgpt.bench.workloads as workloads
 
 from .. import accounting, ops
-from ..doctor import versions
+from ..load import DTYPES, device_and_dtype
 from ..messages import first_line
 from ..progress import Progress
-from ..text import DTYPES, device_and_dtype
 from .workloads import BASELINES, OURS, WORKLOADS
 
 SCHEMA = 2
@@ -138,7 +137,7 @@ def run_benchmark(
         "schema": SCHEMA,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(device) | {"load_average": [load_before, machine.load_average()]},
-        "versions": versions(),
+        "versions": machine.versions(),
         "options": asdict(options),
         "model": {"name": options.model, "weights": weights, "dropout": dropout, **asdict(shape)},
         "path": "kernels" if ops.runs_kernels(device) else "torch",

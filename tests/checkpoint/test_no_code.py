@@ -17,8 +17,7 @@ from models import HEADS
 from paths import ROOT
 
 import fastgpt
-from fastgpt import accounting, cli
-from fastgpt import text as generation
+from fastgpt import accounting, cli, load
 from fastgpt.bench import workloads
 from fastgpt.verify import verify_checkpoint
 
@@ -100,7 +99,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     **{head: getattr(fastgpt, head).from_pretrained for head in HEADS},
     "count_parameters": fastgpt.count_parameters,
     "report": lambda folder: accounting.report(str(folder)),
-    "load_model_and_tokenizer": lambda folder: generation.load_model_and_tokenizer(str(folder)),
+    "load_model_and_tokenizer": lambda folder: load.load_model_and_tokenizer(str(folder)),
     "load_base": lambda folder: workloads.load_base(str(folder)),
     "verify_checkpoint": verify_checkpoint,
 }
