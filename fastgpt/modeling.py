@@ -20,7 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 import fastgpt.ops as ops
 
-from .checkpoint.loading import LoadingMixin, check_config
+from .checkpoint.fit import check_config
+from .checkpoint.loading import LoadingMixin
 from .generate.api import GenerationMethods
 from .model.attention import nothing_hidden
 from .model.blocks import GPT2MLP, GPT2Attention, GPT2Block, LayerNorm, PositionEmbedding, TokenEmbedding

@@ -5,6 +5,7 @@ exact integers. Cross-attention has parameters, but its work depends on the enco
 those of a decoder without encoder states.
 """
 
+from ..checkpoint.fit import DEFAULT_GROUP_SIZE
 from .shapes import Shape, count_parameters
 
 # Measured on one H200: a large copy (bytes/s) and a large bf16 matrix product (FLOP/s).
@@ -50,18 +51,14 @@ def weight_bytes(shape: Shape) -> dict[str, int]:
     return found
 
 
-# Weights that share a step of one byte in `fastgpt.quantize(model, bits=4)`.
-_GROUP_SIZE = 64
-
-
 def roundings(shape: Shape) -> tuple[int, ...]:
     """The bits to which the products of a model can be rounded."""
-    return (8, 4) if shape.n_embd % _GROUP_SIZE == shape.hidden_width % _GROUP_SIZE == 0 else (8,)
+    return (8, 4) if shape.n_embd % DEFAULT_GROUP_SIZE == shape.hidden_width % DEFAULT_GROUP_SIZE == 0 else (8,)
 
 
 def _product_bytes(n_elements: int, n_columns: int, bits: int) -> int:
     """The bytes of rounded matrices, with an fp32 scale for each output column."""
-    return n_elements * bits // 8 + (n_elements // _GROUP_SIZE if bits == 4 else 0) + 4 * n_columns
+    return n_elements * bits // 8 + (n_elements // DEFAULT_GROUP_SIZE if bits == 4 else 0) + 4 * n_columns
 
 
 def _products_of_blocks(shape: Shape, n_attentions: int = 1) -> tuple[int, int]:

@@ -26,7 +26,6 @@ from .fit import (
     PREFIX,
     body_shapes,
     by_model_name,
-    check_config,
     config_problems,
     field_problems,
     head_shapes,
@@ -46,8 +45,6 @@ from .headers import (
     raise_first,
     read_json,
 )
-
-__all__ = ["LoadingMixin", "check_config", "load_without_code", "read_config"]
 
 HUB_TIMEOUT_S = 3.0
 # JSON files besides config.json that transformers reads with a model.

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import fastgpt.ops as ops
 
-from ..checkpoint.fit import INT4, INT8, Rounding, group_problem, rounding_marked, rounding_of
+from ..checkpoint.fit import DEFAULT_GROUP_SIZE, INT4, INT8, Rounding, group_problem, rounding_marked, rounding_of
 from . import digits
 from .plain import is_plain, watch
 
@@ -27,9 +27,6 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 # For 768 x 3072, digits of 16 float32 rows take a quarter of the time of a float copy and its product, of 64 half, of
 # 128 three quarters. From there on they gain little, and their products take much memory in the head.
 MAX_ROWS_IN_DIGITS = 128
-
-# Of int4: a compromise between the bytes and the demo's perplexity.
-DEFAULT_GROUP_SIZE = 64
 
 # --- the modules ----------------------------------------------------------------------------------------------------
 
