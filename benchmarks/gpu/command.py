@@ -25,7 +25,6 @@ import transformers
 import typer
 from rich.console import Console
 
-from fastgpt.accounting import PRESETS
 from fastgpt.bench import machine
 
 from ..report import records
@@ -33,7 +32,7 @@ from . import kernels as gpu_kernels
 from . import models as gpu_models
 from . import smoke
 from . import tables as gpu_tables
-from .run import ROOT, Extent, Part, Run, Step, dry, full
+from .run import ROOT, Extent, Part, Run, Step, checked_sizes, dry, full
 from .supervise import OutOfTime, Supervisor
 
 SCHEMA = 3
@@ -94,17 +93,13 @@ def main(
 ) -> None:
     """Prove the kernels on the GPU at hand."""
     stop_at = time.monotonic() + 60 * minutes
-    unknown = [name for name in sizes.split(",") if name not in PRESETS]
-    if unknown:
-        raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
-    if not dry_run and not torch.cuda.is_available():
-        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
+    names = checked_sizes(sizes, dry_run)
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # which triton reads when it is imported, in the processes that measure
         sys.path.append(str(ROOT / "tests"))  # for them too
     out.mkdir(parents=True, exist_ok=True)
     n_processes = min(16, os.cpu_count() or 1) if find_spec("xdist") else 1
-    extent = dry() if dry_run else full(sizes.split(","), batch, n_processes)
+    extent = dry() if dry_run else full(names, batch, n_processes)
     transformers.logging.disable_progress_bar()
     result = _result(out / "result.json", dry_run, extent)
     supervisor = Supervisor(extent, stop_at, out / "result.json", result, _say)

@@ -34,12 +34,12 @@ _LIMIT_S, _COMPILED_LIMIT_S = 120.0, 300.0
 
 def decode(run: Run, size: str) -> Iterator[Part]:
     """Decoding: tokens/s of one sequence and of many, around one context."""
-    prompt_tokens = run.extent.decode_context - run.extent.n_new_tokens // 2
-    for n_batch in run.extent.decode_batches:
-        peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in run.extent.tiers}
+    extent = run.extent
+    for n_batch in extent.decode_batches:
+        peers = {f"fastgpt, {tier}": partial(_decode_on_tier, tier) for tier in extent.tiers}
         if n_batch == 1:  # random weights soon repeat themselves, which is the text that lookup is for
             peers["fastgpt, lookup 8"] = partial(_decode_with_lookup, 8)
-        measure = partial(_bench, run, size, "decode", n_batch, prompt_tokens, run.extent.baselines, peers)
+        measure = partial(_bench, run, size, "decode", n_batch, extent.decode_prompt, extent.baselines, peers)
         yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
@@ -47,8 +47,7 @@ def decode_batches(run: Run, size: str) -> Iterator[Part]:
     """Decoding: tokens/s of the batch sizes between one and the largest."""
     extent = run.extent
     for n_batch in extent.more_decode_batches:
-        prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
-        measure = partial(_bench, run, size, "decode", n_batch, prompt_tokens, extent.baselines)
+        measure = partial(_bench, run, size, "decode", n_batch, extent.decode_prompt, extent.baselines)
         yield Part(f"batch {n_batch}", measure, _LIMIT_S)
 
 
@@ -69,9 +68,8 @@ def train(run: Run, size: str) -> Iterator[Part]:
 def compiled(run: Run, size: str) -> Iterator[Part]:
     """Decoding and prefill compared with torch.compile, which spends most of this step compiling."""
     extent = run.extent
-    prompt_tokens = extent.decode_context - extent.n_new_tokens // 2
     for workload, n_batch, n_tokens in (
-        *(("decode", n_batch, prompt_tokens) for n_batch in extent.decode_batches),
+        *(("decode", n_batch, extent.decode_prompt) for n_batch in extent.decode_batches),
         ("prefill", extent.n_batch, extent.n_tokens),
     ):
         measure = partial(_bench, run, size, workload, n_batch, n_tokens, extent.compiled_baselines)
@@ -120,7 +118,7 @@ def profiles(run: Run, size: str) -> Iterator[Part]:
     for workload, n_batch, n_tokens in (
         ("train", n_training, extent.n_tokens),
         ("prefill", extent.n_batch, extent.n_tokens),
-        *(("decode", n_batch, extent.decode_context - extent.n_new_tokens // 2) for n_batch in extent.decode_batches),
+        *(("decode", n_batch, extent.decode_prompt) for n_batch in extent.decode_batches),
     ):
         options = _options(extent, size, workload, n_batch, n_tokens)
         yield Part(f"{workload}, batch {n_batch}", partial(_expenses, options), _LIMIT_S)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import typer
 from transformers import GPT2LMHeadModel
 
 from fastgpt.accounting import PRESETS, Shape
@@ -50,6 +51,22 @@ class Extent:
     @property
     def is_dry(self) -> bool:
         return self.device.type == "cpu"
+
+    @property
+    def decode_prompt(self) -> int:
+        """Tokens of a prompt that, with half of what is decoded after it, make `decode_context`."""
+        return self.decode_context - self.n_new_tokens // 2
+
+
+def checked_sizes(sizes: str, dry_run: bool) -> list[str]:
+    """The presets that an option names. Raises BadParameter on others, and where there is no GPU to measure."""
+    names = sizes.split(",")
+    unknown = [name for name in names if name not in PRESETS]
+    if unknown:
+        raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
+    return names
 
 
 def tests_of_kernels() -> list[Path]:

@@ -40,7 +40,7 @@ from fastgpt.messages import first_line
 from fastgpt.ops import backend
 
 from . import steps
-from .run import ROOT
+from .run import ROOT, checked_sizes
 
 MIN_GAIN = 1.02
 _log = Console(stderr=True, highlight=False)
@@ -316,18 +316,14 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="every step on tiny shapes, on a CPU")] = False,
 ) -> None:
     """Search for faster launch configurations on the GPU at hand."""
-    unknown = [name for name in sizes.split(",") if name not in PRESETS]
-    if unknown:
-        raise typer.BadParameter(f"unknown size {unknown[0]!r}: give some of {', '.join(PRESETS)}")
-    if not dry_run and not torch.cuda.is_available():
-        raise typer.BadParameter("no GPU is visible to torch; --dry-run goes through every step on a CPU")
+    names = checked_sizes(sizes, dry_run)
     if dry_run and "TRITON_INTERPRET" not in os.environ:  # which triton reads when it is imported, as it is by now
         again = [sys.executable, "-m", "benchmarks", "tune", *sys.argv[2:]]
         os.execve(sys.executable, again, os.environ | {"TRITON_INTERPRET": "1"})
     if dry_run:
         sys.path.append(str(ROOT / "tests"))
         import_module("interpreter")  # of the tests: it mends triton's own where that computes otherwise than a GPU
-    shapes = TINY if dry_run else {name: PRESETS[name] for name in sizes.split(",")}
+    shapes = TINY if dry_run else {name: PRESETS[name] for name in names}
     device = torch.device("cpu" if dry_run else "cuda")
     findings = []
     with backend("triton"):
