@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from interpreter import DEVICE
+import pytest
+from fastgpt_kernels.operations.persistent_decode import tiles
+from interpreter import DEVICE, INTERPRETING
 from models import pair, tiny_config, token_ids
 from torch import Tensor
 
@@ -16,3 +18,9 @@ def small_pair(**changes: Any) -> tuple[Any, Any]:
 def prompt(n_rows: int = 1) -> Tensor:
     """(B, 5) ids on the device of the kernels."""
     return token_ids(n_rows, 5, 131).to(DEVICE)
+
+
+def let_persistent_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, where programs run one after the other, as one program, which need not wait for others."""
+    if INTERPRETING:
+        monkeypatch.setattr(tiles, "persistent_programs", lambda _: 1)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
-from interpreter import DEVICE, INTERPRETING
-from small_models import prompt, small_pair
+from interpreter import DEVICE
+from small_models import let_persistent_run, prompt, small_pair
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -220,8 +219,7 @@ def test_release_leaves_a_model_that_keeps_nothing_alone() -> None:
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)  # only kernels keep anything
 def test_packed_weights_count_in_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETING:
-        monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
+    let_persistent_run(monkeypatch)
     _, ours = small_pair(n_embd=128)
     with engine.tier("persistent"):
         ours.generate(prompt(), **GREEDY)

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
 from interpreter import DEVICE, INTERPRETING
 from models import token_ids
 from prompts import left_padded, ragged
-from small_models import small_pair
+from small_models import let_persistent_run, small_pair
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
@@ -256,8 +255,7 @@ def test_unknown_tier() -> None:
 
 
 def test_persistent_tier_equals_transformers(route, monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETING:  # where programs run one after the other, and would wait for each other
-        monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
+    let_persistent_run(monkeypatch)
     theirs, ours = small_pair(n_embd=128, n_head=2, n_layer=2)
     ids, options = token_ids(1, 7, 131).to(DEVICE), GREEDY | {"max_new_tokens": 5}
     with workspace.tier("persistent"):

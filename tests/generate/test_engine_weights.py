@@ -8,9 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
-from fastgpt_kernels.operations.persistent_decode import tiles as persistent_decode_tiles
 from interpreter import DEVICE, INTERPRETING
-from small_models import prompt, small_pair
+from small_models import let_persistent_run, prompt, small_pair
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -129,8 +128,7 @@ def tokens_of_transformers(model: Any) -> Tensor:
 def test_weights_changed_between_calls(
     change: Callable[[Any], Any], tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if INTERPRETING:  # where programs run one after the other, and would wait for each other
-        monkeypatch.setattr(persistent_decode_tiles, "persistent_programs", lambda _: 1)
+    let_persistent_run(monkeypatch)
     _, ours = small_pair(n_embd=128)
     before = tokens_of_transformers(ours)
     # One step compiles and packs; a graph, which needs a GPU, is recorded in the next.

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
-from chosen_products import exact, prefer
+from chosen_products import assert_step_equals_blocks, exact
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
-from models import assert_same_within_rounding, pair, tiny_config, token_ids
+from models import pair, tiny_config
 
 import fastgpt
 from fastgpt import generate as engine
@@ -54,22 +54,13 @@ def test_every_implementation_gives_the_product_of_int4_weights(
 
 @needs_the_product
 @pytest.mark.parametrize("n_rows", [1, 3])
-@torch.no_grad()
 def test_a_decode_step_in_int4_equals_the_blocks(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = fastgpt.quantize(pair(tiny_config())[1], bits=4, group_size=32, head=True).to(torch.bfloat16)
-    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
-    expected = ours(ids).logits[:, -1]
-    prefer("int4", monkeypatch)
-    weights = engine.view_weights(ours)
-    chosen = Products(weights, n_rows, products.MIN_STEPS)
+    chosen = assert_step_equals_blocks(ours, n_rows, "int4", monkeypatch)
     assert set(chosen.chosen.values()) == {"int4"}
     # Half a byte, and a step and a zero point in bfloat16 for each group; of the head, columns up to a multiple of 16.
     n_weights = 2 * 12 * 64 * 64 + 144 * 64
     assert chosen.n_bytes == n_weights // 2 + n_weights // 32 * 4
-    cache = engine.KVCache.allocate(ours, n_rows, 9)
-    engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
-    logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8], chosen)
-    assert_same_within_rounding(logits, expected, n_ulps=4)
 
 
 def test_rows_of_float32_are_not_rounded_to_bfloat16() -> None:

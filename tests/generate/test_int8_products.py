@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
-from chosen_products import exact, prefer
+from chosen_products import assert_step_equals_blocks, exact
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
-from models import assert_same_within_rounding, pair, tiny_config, token_ids
+from models import pair, tiny_config, token_ids
 
 import fastgpt
 from fastgpt import generate as engine
@@ -124,23 +124,13 @@ def test_digits_keep_nan_in_its_row(precision: torch.dtype, n_rows: int, name: s
 
 @each_exact_product(1, 3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
 def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, n_rows: int, name: str, monkeypatch) -> None:
     ours = fastgpt.quantize(pair(tiny_config())[1]).to(dtype)
-    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
-    expected = ours(ids).logits[:, -1]
-    prefer(name, monkeypatch)
-    weights = engine.view_weights(ours)
-    chosen = Products(weights, n_rows, products.MIN_STEPS)
-    assert name in chosen.chosen.values()
+    chosen = assert_step_equals_blocks(ours, n_rows, name, monkeypatch)
     assert chosen.n_bytes == (2 * 12 * 64 * 64 if name == "packed digits" else 0)  # a copy of the values
-    cache = engine.KVCache.allocate(ours, n_rows, 9)
-    engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
-    logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8], chosen)
-    assert_same_within_rounding(logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
 
 
-def test_a_way_that_errs_is_not_taken(monkeypatch) -> None:
+def test_an_implementation_that_errs_is_not_taken(monkeypatch) -> None:
     """Rows in bfloat16 for a model in float32 are fast, and err thousands of times as much."""
     matrix, rows = Int8Matrix.nearest(torch.randn(64, 300)), Rows(torch.float32, torch.float32)
     found = implementations_of(matrix, 2, rows)

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
-from chosen_products import exact, prefer
+from chosen_products import assert_step_equals_blocks, exact, prefer
 from fastgpt_kernels.operations.decode_step.reference import multiply
-from models import assert_same_within_rounding, pair, tiny_config, token_ids
+from models import pair, tiny_config, token_ids
 
 from fastgpt import generate as engine
 from fastgpt.generate import implementations, products
@@ -106,22 +106,10 @@ def test_slices_read_the_weights_where_they_lie() -> None:
 @pytest.mark.parametrize("name", ["as stored", "transposed", "2 slices", "4 slices", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_rows", [1, 2, 8])
-@torch.no_grad()
 def test_a_decode_step_equals_the_blocks(n_rows: int, dtype: torch.dtype, name: str, monkeypatch) -> None:
     if name == "packed" and not implementations.packs(dtype):
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
-    _, ours = pair(tiny_config())
-    ours.to(dtype)
-    ids, positions = token_ids(n_rows, 9, 131), torch.arange(9)[None]
-    expected = ours(ids).logits[:, -1]
-    prefer(name, monkeypatch)
-    weights = engine.view_weights(ours)
-    chosen = Products(weights, n_rows, products.MIN_STEPS)
-    assert name in chosen.chosen.values()
-    cache = engine.KVCache.allocate(ours, n_rows, 9)
-    engine.prefill(ours, cache, ids[:, :8], None, positions[:, :8])
-    logits = engine.decode_one_token(weights, cache, ids[:, 8], positions[:, 8], chosen)
-    assert_same_within_rounding(logits, expected, n_ulps=64 if dtype == torch.float32 else 4)
+    assert_step_equals_blocks(pair(tiny_config())[1].to(dtype), n_rows, name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["2 slices", "packed"])
