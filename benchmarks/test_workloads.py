@@ -5,6 +5,7 @@
 Contenders run one after the other here; ratios that can be trusted come from `fastgpt bench`, which interleaves them.
 """
 
+from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -19,47 +20,46 @@ from fastgpt.bench.workloads import OURS, make_work
 CONTENDERS = [OURS, "hf-eager", "hf-sdpa"]
 
 
-class Suite:
-    """Runs one workload of one contender under pytest-benchmark."""
+# Times one workload of one contender, by their names.
+Time = Callable[[str, str], None]
 
-    def __init__(self, base: GPT2LMHeadModel, ids: Tensor, options: BenchmarkOptions, dtype: torch.dtype):
-        self.base, self.ids, self.options, self.dtype = base, ids, options, dtype
 
-    def time(self, benchmark: BenchmarkFixture, workload: str, contender: str) -> None:
-        work = make_work(workload, contender, self.base, self.ids, self.options.new_tokens, self.dtype)
+@pytest.fixture
+def time(
+    benchmark: BenchmarkFixture, base: GPT2LMHeadModel, ids: Tensor, options: BenchmarkOptions, dtype: torch.dtype
+) -> Time:
+    def run(workload: str, contender: str) -> None:
+        work = make_work(workload, contender, base, ids, options.new_tokens, dtype)
         for _ in range(2):
             work.seconds()
         counted_s: list[float] = []
         benchmark.group = workload
-        benchmark.pedantic(lambda: counted_s.append(work.seconds()), rounds=self.options.runs)
+        benchmark.pedantic(lambda: counted_s.append(work.seconds()), rounds=options.runs)
         benchmark.extra_info.update(
             tokens_per_s=work.n_tokens / median(counted_s),
             n_tokens=work.n_tokens,
-            batch=self.options.batch,
-            prompt_tokens=self.options.prompt_tokens,
-            device=self.options.device,
-            dtype=self.options.dtype,
+            batch=options.batch,
+            prompt_tokens=options.prompt_tokens,
+            device=options.device,
+            dtype=options.dtype,
         )
 
-
-@pytest.fixture
-def suite(base: GPT2LMHeadModel, ids: Tensor, options: BenchmarkOptions, dtype: torch.dtype) -> Suite:
-    return Suite(base, ids, options, dtype)
+    return run
 
 
 @pytest.mark.usefixtures("inference_parity")
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_prefill(benchmark: BenchmarkFixture, suite: Suite, contender: str) -> None:
-    suite.time(benchmark, "prefill", contender)
+def test_prefill(time: Time, contender: str) -> None:
+    time("prefill", contender)
 
 
 @pytest.mark.usefixtures("inference_parity")
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_decode(benchmark: BenchmarkFixture, suite: Suite, contender: str) -> None:
-    suite.time(benchmark, "decode", contender)
+def test_decode(time: Time, contender: str) -> None:
+    time("decode", contender)
 
 
 @pytest.mark.usefixtures("training_parity")
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_train(benchmark: BenchmarkFixture, suite: Suite, contender: str) -> None:
-    suite.time(benchmark, "train", contender)
+def test_train(time: Time, contender: str) -> None:
+    time("train", contender)
