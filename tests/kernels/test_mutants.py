@@ -26,6 +26,7 @@ TESTS = {
     "common/precision.py": ["kernels/every_operation/test_precision.py"],
     "operations/linear_cross_entropy/kernels.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
     "operations/linear_cross_entropy/op.py": ["kernels/linear_cross_entropy", "kernels/every_operation"],
+    "common/dropout.py": ["kernels/attention", "kernels/gelu_mlp"],
     "common/dropout_kernels.py": ["kernels/attention"],
     "operations/decode_step/kernels.py": ["kernels/decode_step"],
     "operations/decode_step/many_rows_kernels.py": ["kernels/decode_step"],

@@ -63,6 +63,12 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
+def own_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """`seed_tensor` in memory of its own: the caller may advance a tensor before the backward pass reads it."""
+    own = seed_tensor(seed, device)
+    return own.clone() if isinstance(seed, Tensor) else own
+
+
 def dropout_threshold(dropout_p: float) -> int:
     """dropout_p in units of 1/65536; below 65536, so that the factor of surviving weights is finite."""
     return min(round(dropout_p * 65536), 65535)

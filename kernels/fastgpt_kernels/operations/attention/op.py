@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...common import chip
 from ...common.arithmetic import LOG2_E
-from ...common.dropout import dropout_threshold, seed_tensor
+from ...common.dropout import dropout_threshold, own_seed
 from ...common.launch import Launch, cdiv, eager_or_registered, launching
 from ...common.precision import as_autocast, product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
@@ -59,12 +59,7 @@ def causal_attention(
     scale = math.pow(q.shape[-1], -0.5) if scale is None else scale
     if scale <= 0.0:  # The kernels find a row's largest score before they scale it.
         q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
-    drop_seed = None
-    if dropout_p > 0.0:
-        drop_seed = seed_tensor(seed, q.device)
-        if isinstance(seed, Tensor):  # The caller may advance it before the backward pass.
-            drop_seed = drop_seed.clone()
-
+    drop_seed = own_seed(seed, q.device) if dropout_p > 0.0 else None
     implementation = eager_or_registered(causal_attention_fwd, _CausalAttention, _causal_attention_op)
     return implementation(q, k, v, key_padding_mask, drop_seed, scale, dropout_p)[0]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...common import chip
-from ...common.dropout import dropout_threshold, seed_tensor
+from ...common.dropout import dropout_threshold, own_seed
 from ...common.launch import Launch, accumulator, cdiv, eager_or_registered, launching, triton_accumulator
 from ...common.precision import as_autocast, product_precision
 from ...common.second_order import formula_gradients, twice_differentiable
@@ -57,12 +57,7 @@ def gelu_mlp(
     check_mlp_arguments(*tensors, activation, residual, dropout_p)
     tensors = tuple(map(as_autocast, tensors))
     _check_kernel_arguments(tensors, residual)
-    drop_seed = None
-    if dropout_p > 0.0:
-        drop_seed = seed_tensor(seed, x.device)
-        if isinstance(seed, Tensor):  # The caller may advance it before the backward pass.
-            drop_seed = drop_seed.clone()
-
+    drop_seed = own_seed(seed, x.device) if dropout_p > 0.0 else None
     save_pre = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     implementation = eager_or_registered(gelu_mlp_fwd, _GeluMlp, _gelu_mlp_op)
     return implementation(*tensors, residual, drop_seed, activation, dropout_p, save_pre)[0]
