@@ -79,8 +79,21 @@ def speeds(device: str, results: Sequence[Mapping[str, Any]]) -> Plot:
                 panel.axis("off")
             part.suptitle(heading, fontsize=9, x=0.01, ha="left")
 
+    figures = [
+        [heading, _work(result, workload), *_drawn(result, workload, row)]
+        for heading, works in groups.items()
+        for result, workload, bars in works
+        for row in bars
+    ]
     caption = f"tokens/s of each contender on {device}, with quartiles"
-    return Plot(f"{device}-speed", caption, list(results), (4.6 * n_columns, sum(heights)), draw)
+    return Plot(f"{device}-speed", caption, figures, (4.6 * n_columns, sum(heights)), draw)
+
+
+def _drawn(result: Mapping[str, Any], workload: str, row: Mapping[str, Any]) -> list[Any]:
+    """What a bar shows."""
+    contender = row["contender"]
+    ratio = plotting.ratio_text(result, workload, contender)
+    return [plotting.label(result, contender), row["tokens_per_s"], row["ceiling_tokens_per_s"], ratio]
 
 
 def _order(work: tuple[Mapping[str, Any], str, list[Any]]) -> tuple[int, int, int]:

@@ -83,6 +83,14 @@ def test_check_fails_on_changed_results_until_they_are_written(checkout: Path) -
     assert report.write(checkout) == []
 
 
+def test_bug_a_plot_of_other_ratios_passed_the_check(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was known by the file of the results, and not by what its bars make of them."""
+    edit(checkout / FLOAT32, lambda content: content["gate"]["inference"].update(largest_logit=1.0))
+    assert report.differences(checkout) == []
+    monkeypatch.setattr(plots.plotting, "ratio_text", lambda *_: "2.00x (1.00 - 3.00)")
+    assert any("cpu-speed.svg" in line for line in report.differences(checkout))
+
+
 def test_prose_around_the_markers_is_kept(checkout: Path) -> None:
     page = checkout / "docs/results.md"
     before = page.read_text()
