@@ -2,9 +2,9 @@
 
 torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
 Others multiply slices of the matrix at the same time, its transpose, or a copy in oneDNN's layout. An int8 matrix is
-multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`) or in floats, by any
-implementation for these; an int4 matrix from a copy in torch's layout, or as int8. An implementation that errs far more
-than torch's own product is not taken, however fast it is.
+multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`), as a sum of its rows
+(`bags`) or in floats, by any implementation for these; an int4 matrix from a copy in torch's layout, or as int8. An
+implementation that errs far more than torch's own product is not taken, however fast it is.
 
 r rows, K inputs, N outputs.
 """
@@ -22,6 +22,7 @@ from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
 from ..model import digits
+from . import bags
 
 # --- one implementation ---------------------------------------------------------------------------------------------
 
@@ -253,24 +254,26 @@ def multiplies_int4() -> bool:
 
 
 def _int8_implementations(shape: torch.Size, n_rows: int, rows: Rows) -> dict[str, Implementation]:
-    in_digits: dict[str, Implementation] = {
+    found: dict[str, Implementation] = {
         name: lambda matrix, product=product: digits.Digits(matrix, n_rows, rows.precision, product)
         for name, product in _DIGITS.items()
         if rows.precision in digits.N_DIGITS and digits.is_exact(product)
         if n_rows == 1 or product is not digits.Transposed
     }
-    if "digits" in in_digits and rows.precision in (torch.float32, torch.int8):
-        return in_digits  # As exact as a float copy, about as fast without any, and faster than timing one.
+    if rows.precision in (torch.float16, torch.bfloat16, torch.float32) and bags.adds_bytes():
+        found["bags"] = lambda matrix: bags.Bags(matrix, n_rows)
+    if "digits" in found and rows.precision in (torch.float32, torch.int8):
+        return found  # As exact as a float copy, about as fast or faster, and faster than timing one.
     copies = implementations_of(torch.empty(shape, dtype=rows.dtype, device="meta"), n_rows)
-    found: dict[str, Implementation] = {
+    in_floats: dict[str, Implementation] = {
         f"copy, {name}": lambda matrix, of_copy=of_copy: FloatCopy(matrix, rows.dtype, of_copy)
         for name, of_copy in copies.items()
     }
     # torch's product reads K in steps of 16, and past the end of another. Without the scales float16 would overflow.
     if shape[0] % 16 == 0 and rows.precision in (torch.bfloat16, torch.float32):
         int8 = {"int8": lambda matrix: Int8Values(matrix, rows.precision)}
-        found = found | int8 if rows.precision == torch.float32 else int8 | found
-    return found | in_digits
+        in_floats = in_floats | int8 if rows.precision == torch.float32 else int8 | in_floats
+    return in_floats | found
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------

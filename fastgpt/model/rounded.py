@@ -220,8 +220,8 @@ def quantize(
     weights like trained ones the largest error of the logits was 14.0 of 171 with and without it in int8 (bfloat16
     alone: 6.9).
     activations: with 8 bits, let a CPU round the rows that these weights multiply to int8 as well, each with a scale of
-    its own, where it has exact instructions for that and no gradient is asked for. Prompts and steps are then faster,
-    and err more; kernels on a GPU read the rows as they are.
+    its own, where it has exact instructions for that and no gradient is asked for. Prompts are then faster, a step of a
+    single row is not, and both err more; kernels on a GPU read the rows as they are.
     Returns the model. Raises TypeError on another model, and ValueError, having changed nothing, on other values of
     these, when a product was changed (adapters, hooks) or holds NaN or Inf, when there is no head of tokens to round,
     and on a model that is rounded already in another way.

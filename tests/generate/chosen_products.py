@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import drawn_again, max_error
+from fastgpt_kernels.common.decode_weights import RoundedMatrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import assert_same_within_rounding, token_ids
 from torch import Tensor
@@ -45,3 +47,18 @@ def assert_step_equals_blocks(model: Any, n_rows: int, name: str, monkeypatch: p
 def exact(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """The product in float64."""
     return multiply(x.double(), matrix.double(), None if bias is None else bias.double())
+
+
+def largest_eager_error(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None) -> float:
+    """Of torch's product with a float copy, over eight draws of rows like these.
+
+    The largest of a few rounding errors is random, and torch adds in another order when the copy is stored the other
+    way, and may err twice as much.
+    """
+    floats = matrix.to_float(x.dtype)
+    truth = matrix.to_float(torch.float64)
+    return max(
+        max_error(multiply(row, stored, bias), exact(row, truth, bias))
+        for row in (drawn_again(x, seed) for seed in range(8))
+        for stored in (floats.contiguous(), floats.t().contiguous().t())
+    )

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, drawn_again, max_error
-from chosen_products import assert_step_equals_blocks, exact
+from accuracy import assert_as_accurate
+from chosen_products import assert_step_equals_blocks, exact, largest_eager_error
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import pair, tiny_config
@@ -42,8 +42,7 @@ def test_every_implementation_gives_the_product_of_int4_weights(
     serves = dtype == torch.bfloat16 and implementations.multiplies_int4()
     assert list(found) == [f"as int8, {name}" for name in as_int8] + ["int4"] * serves
     floats = matrix.to_float(torch.float64)
-    draws = [drawn_again(x, seed) for seed in range(8)]
-    eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
+    eager_error = largest_eager_error(x, matrix, bias)
     for implementation in found.values():
         prepared = implementation(matrix)
         assert_as_accurate(

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, drawn_again, max_error
-from chosen_products import assert_step_equals_blocks, exact
+from accuracy import assert_as_accurate
+from chosen_products import assert_step_equals_blocks, exact, largest_eager_error
 from fastgpt_kernels.common.int8 import Int8Matrix
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import pair, tiny_config, token_ids
 
 import fastgpt
 from fastgpt import generate as engine
-from fastgpt.generate import implementations, products
+from fastgpt.generate import bags, implementations, products
 from fastgpt.generate.implementations import Rows, implementations_of
 from fastgpt.generate.products import Products
 from fastgpt.model import digits
@@ -42,9 +42,9 @@ def test_every_implementation_gives_the_product_of_int8_weights(
     is_tried = dtype == torch.bfloat16 or (dtype == torch.float32 and "digits" not in in_digits)
     assert ("int8" in found) == (n_inputs % 16 == 0 and is_tried)
     assert in_digits == found.keys() & BYTES
+    assert ("bags" in found) == (dtype in digits.N_DIGITS and bags.adds_bytes())
     floats = matrix.to_float(torch.float64)
-    draws = [drawn_again(x, seed) for seed in range(8)]
-    eager_error = max(max_error(multiply(row, matrix, bias), exact(row, floats, bias)) for row in draws)
+    eager_error = largest_eager_error(x, matrix, bias)
     for implementation in found.values():
         true, eager = exact(x, floats, bias), multiply(x, matrix, bias)
         assert_as_accurate(implementation(matrix)(x, bias), eager, true, eager_error=eager_error)
@@ -128,6 +128,53 @@ def test_a_decode_step_in_digits_equals_the_blocks(dtype: torch.dtype, n_rows: i
     ours = fastgpt.quantize(pair(tiny_config())[1]).to(dtype)
     chosen = assert_step_equals_blocks(ours, n_rows, name, monkeypatch)
     assert chosen.n_bytes == (2 * 12 * 64 * 64 if name == "packed digits" else 0)  # a copy of the values
+
+
+needs_bags = pytest.mark.skipif(not bags.adds_bytes(), reason="this torch has no bags of bytes")
+
+
+@needs_bags
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("n_inputs", [768, 50])
+def test_bags_are_as_exact_as_a_float_copy(n_inputs: int, n_rows: int) -> None:
+    """With a last slice that is shorter, and one input far larger than the others."""
+    torch.manual_seed(n_rows)
+    matrix = Int8Matrix.nearest(torch.randn(n_inputs, 96) * torch.logspace(-2, 1, 96))
+    x, bias = torch.randn(n_rows, n_inputs), torch.randn(96)
+    x[:, 5] *= 300
+    in_bags = bags.Bags(matrix, n_rows)
+    for added in (bias, None):
+        true, eager_error = exact(x, matrix.to_float(torch.float64), added), largest_eager_error(x, matrix, added)
+        assert_as_accurate(in_bags(x, added), multiply(x, matrix, added), true, eager_error=eager_error)
+    assert torch.equal(in_bags(torch.zeros_like(x), bias), bias.expand(n_rows, -1))
+
+
+@needs_bags
+def test_bags_keep_nan_in_its_row() -> None:
+    x = torch.ones(3, 32)
+    x[1, 7] = torch.nan
+    product = bags.Bags(Int8Matrix.nearest(torch.randn(32, 48)), 3)(x, torch.ones(48))
+    assert product.isnan().any(1).tolist() == [False, True, False]
+    assert product[1].isnan().all()
+
+
+def test_without_bags_of_bytes_digits_are_left(monkeypatch) -> None:
+    bags.adds_bytes.cache_clear()
+    monkeypatch.setattr(torch.ops, "quantized", object())
+    try:
+        assert not bags.adds_bytes()
+        assert "bags" not in implementations_of(
+            Int8Matrix.nearest(torch.randn(64, 48)), 1, Rows(torch.float32, torch.float32)
+        )
+    finally:
+        bags.adds_bytes.cache_clear()
+
+
+@needs_bags
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decode_step_in_bags_equals_the_blocks(dtype: torch.dtype, n_rows: int, monkeypatch) -> None:
+    assert_step_equals_blocks(fastgpt.quantize(pair(tiny_config())[1]).to(dtype), n_rows, "bags", monkeypatch)
 
 
 def test_an_implementation_that_errs_is_not_taken(monkeypatch) -> None:
