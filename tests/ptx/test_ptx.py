@@ -12,7 +12,8 @@ from fastgpt_kernels.audit import shipped
 from fastgpt_kernels.common import chip
 from paths import ROOT
 
-# Calls of `shipped` whose every machine code is executed on a sample of its programs: all of one dtype, in four parts.
+# Calls of `shipped` whose every machine code is executed on a sample of its programs: all of one dtype, in parts, those
+# with the name of a large model on request.
 PARTS = {
     "norms, loss, MLP, sampling": ["*layer_norm bf16*", "linear_cross_entropy bf16*", "gelu_mlp bf16*", "sample *"],
     "attention": ["causal_attention bf16*"],
@@ -69,7 +70,7 @@ def assert_nothing_noticed(*options: str) -> None:
     assert found["launches"] >= len(found["kernels"]) >= 1
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.ptx] * ("xl" in part)) for part in PARTS])
 def test_compiled_kernels_run_without_a_hazard(part: str) -> None:
     assert_nothing_noticed("--once", "--only", *PARTS[part])
 

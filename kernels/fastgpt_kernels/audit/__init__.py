@@ -218,13 +218,25 @@ def launches(architecture: str, only: str = "") -> list[Launch]:
     return [launch for launch in recorded if only in f"{launch.operation} {launch.label}"]
 
 
-def audit_all(architectures: Sequence[str], only: str = "", n_jobs: int = 1) -> list[Finding]:
+def audit_all(architectures: Sequence[str], only: str = "", n_jobs: int = 1, once: bool = False) -> list[Finding]:
     """The findings of every launch, in a fixed order.
 
-    architectures: of `SHARED_LIMITS`. only: as `launches` takes it. n_jobs: worker processes, 1 for none.
+    architectures: of `SHARED_LIMITS`. only: as `launches` takes it. n_jobs: worker processes, 1 for none. once: whether
+    the first launch of each kernel is enough.
     """
-    tasks = [(launch, architecture) for architecture in architectures for launch in launches(architecture, only)]
+    found = {architecture: launches(architecture, only) for architecture in architectures}
+    if once:
+        found = {architecture: _of_each_kernel(shipped) for architecture, shipped in found.items()}
+    tasks = [(launch, architecture) for architecture, shipped in found.items() for launch in shipped]
     if n_jobs == 1:
         return [audit(*task) for task in tasks]
     with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(audit, *zip(*tasks, strict=True), chunksize=8)) if tasks else []
+
+
+def _of_each_kernel(found: Sequence[Launch]) -> list[Launch]:
+    """The first launch of each kernel."""
+    firsts: dict[str, Launch] = {}
+    for launch in found:
+        firsts.setdefault(launch.kernel, launch)
+    return list(firsts.values())

@@ -1,4 +1,4 @@
-"""python -m fastgpt_kernels.audit [--arch 90,gfx942] [--only TEXT] [--jobs 2] [--json FILE]
+"""python -m fastgpt_kernels.audit [--arch 90,gfx942] [--only TEXT] [--once] [--jobs 2] [--json FILE]
 
 Exit code 0 when every launch passes, 1 when one fails, 2 on wrong usage.
 """
@@ -45,12 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=_architectures, default=list(SHARED_LIMITS), help="comma-separated; all of them")
     parser.add_argument("--only", default="", metavar="TEXT", help='such as "layer_norm bf16"')
+    parser.add_argument("--once", action="store_true", help="the first launch of each kernel alone")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, under which nothing can be compiled: unset it")
-    findings = audit_all(options.arch, options.only, options.jobs)
+    findings = audit_all(options.arch, options.only, options.jobs, options.once)
     if not findings:
         parser.error(f"no launch that ships holds {options.only!r}")
     if options.json:
