@@ -86,7 +86,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     file = folder / "result.json"
     process = subprocess.Popen([*COMMAND, *DRY, "--out", str(folder)], cwd=ROOT, env=ENVIRONMENT)
     try:
-        stop_at = time.monotonic() + 300
+        stop_at = time.monotonic() + 600
         while not (file.is_file() and len(json.loads(file.read_text()).get("kernels tiny", {})) >= 2):
             assert process.poll() is None
             assert time.monotonic() < stop_at
