@@ -220,7 +220,7 @@ class Hopper:
         self.store_groups.append(self.loose_stores)
         self.loose_stores = []
 
-    def bulk_wait(self, n_left, mask, only_read):
+    def bulk_wait(self, n_left, mask):
         while len(self.store_groups) > n_left:
             for copy in self.store_groups.pop(0):
                 self._store_tile(*copy)
@@ -228,7 +228,7 @@ class Hopper:
     def finish(self):
         """At the end of a program, let all copies arrive."""
         self.bulk_commit(None)
-        self.bulk_wait(0, None, False)
+        self.bulk_wait(0, None)
         self.wgmma_commit(None)
         self.wgmma_wait(0, None, None)
 

@@ -35,7 +35,6 @@ _UNITS = {
     " FSETP FMNMX FCHK HSET2 HSETP2 HMNMX2 MOV PRMT SGXT BMSK F2FP I2FP P2R R2P CSEL",
 }
 _UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in words.split()}
-UNITS = tuple(_UNITS)
 # PTX of which ptxas makes one instruction, and that instruction.
 _ONE_OF_EACH = {
     "wgmma.mma_async": "HGMMA", "mma": "HMMA", "ld.global": "LDG", "st.global": "STG", "ex2": "MUFU", "shfl": "SHFL",

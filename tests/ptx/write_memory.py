@@ -100,7 +100,7 @@ class Memory(Writer):
         if "commit_group" in parts:
             self.emit("X.bulk_commit(M)")
         elif "wait_group" in parts:
-            self.emit(f"X.bulk_wait({operands[0].bits}, M, {'read' in parts})")
+            self.emit(f"X.bulk_wait({operands[0].bits}, M)")
         elif "tensor" in parts and "mbarrier:complete_tx:bytes" in parts:
             target, source, barrier = operands[:3]
             coordinates = [self.get(c, "s4", array=True) for c in source.extra[0].items]
