@@ -264,7 +264,6 @@ def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("label", [131, -7])
 @pytest.mark.parametrize("given", ["by name", "by position", "with embeddings"])
 @pytest.mark.parametrize(
     ("head", "shape", "name"),
@@ -277,9 +276,7 @@ def test_token_ids_are_checked_after_resizing_the_vocabulary() -> None:
         ("GPT2ForTokenClassification", (1, 5), "labels"),
     ],
 )
-def test_label_out_of_range(
-    head: str, shape: tuple[int, ...], name: str, given: str, label: int, training: bool
-) -> None:
+def test_label_out_of_range(head: str, shape: tuple[int, ...], name: str, given: str, training: bool) -> None:
     """One rule in every class and mode, where torch knows another for each."""
     _, ours = pair(tiny_config(), head)
     ours.train(training)
@@ -295,9 +292,10 @@ def test_label_out_of_range(
         _, *names = inspect.signature(ours.forward).parameters
         return ours(ids, *[None] * names.index(name), labels)
 
-    labels.flatten()[-1] = label
-    with pytest.raises(ValueError, match=rf"label {label} is outside .* it must be in \[0, "):
-        call()
+    for label in (131, -7):
+        labels.flatten()[-1] = label
+        with pytest.raises(ValueError, match=rf"label {label} is outside .* it must be in \[0, "):
+            call()
     labels.fill_(-100)
     call()
 

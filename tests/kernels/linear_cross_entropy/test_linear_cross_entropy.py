@@ -52,7 +52,7 @@ def test_the_tile_and_the_chunk_that_ship(
     assert_loss_parity(operations, inputs, labels, reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of which the latter's chunks add up in float32
 @every_reduction
 @pytest.mark.parametrize("n_chunk_rows", [1, 6, 12, 13, 14])
 def test_chunks_end_anywhere(
