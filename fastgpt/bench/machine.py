@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -73,6 +74,49 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU; a CPU has no work outstanding."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# More than the second-level cache of any GPU.
+_CLEARED_BYTES = 2**28
+# How much longer a GPU clears memory than the host takes to launch a call.
+_AHEAD = 1.5
+
+
+def gpu_seconds(call: Callable[[], Any], device: torch.device, budget_s: float) -> tuple[list[float], float]:
+    """How long a GPU takes for each of several runs of a call, in about budget_s, and how long the host, to launch one.
+
+    Nothing of a run is in the second-level cache. A GPU that has to wait for launches would be timed waiting: before
+    each run it clears memory for longer than the host takes to launch the run, so that the host is ahead of it, as it
+    is in a model whose GPU is busy.
+    """
+    memory = torch.empty(_CLEARED_BYTES // 4, dtype=torch.int32, device=device)
+
+    def timed(run: Callable[[], Any], n_runs: int, n_clears: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n_runs)]
+        for start, end in events:
+            for _ in range(n_clears):
+                memory.zero_()
+            start.record()
+            run()
+            end.record()
+        synchronize(device)
+        return [start.elapsed_time(end) / 1000 for start, end in events]
+
+    with torch.cuda.device(device):  # which records the events
+        launch_s = median(_launch_seconds(call, device) for _ in range(5))
+        clear_s = median(timed(memory.zero_, 5, 1))
+        n_clears = 1 + int(_AHEAD * launch_s / clear_s)
+        run_s = n_clears * clear_s + median(timed(call, 3, n_clears))
+        n_runs = max(5, int(budget_s / run_s))
+        timed(call, n_runs // 4, n_clears)  # for the GPU's clocks
+        return timed(call, n_runs, n_clears), launch_s
+
+
+def _launch_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------

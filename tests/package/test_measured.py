@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,22 +307,6 @@ def test_every_operation_is_checked_timed_and_written(
     assert {(row["torch_s"], row["kernel_s"]) for row in written["rows"]} == {(1.0, 2.0)}
     for operation in OPERATIONS:
         assert ops.explain(operation, GPU, torch.bfloat16)[0] == "torch"
-
-
-def test_bug_a_second_gpu_was_timed_by_the_clock_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """triton's timer records its events on the current GPU."""
-    current = ["cuda:0"]
-
-    @contextmanager
-    def device(one: torch.device) -> Iterator[None]:
-        current.append(str(one))
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(operations.machine, "peak_growth", lambda *_: (0, ""))
-    monkeypatch.setattr("triton.testing.do_bench", lambda *_, **__: [1.0 if current[-1] == "cuda:1" else 0.0] * 3)
-    assert operations.time_call(lambda: None, torch.device("cuda:1"), 0.1)["median_s"] == 0.001
 
 
 def test_nothing_is_written_where_a_kernel_is_wrong(
