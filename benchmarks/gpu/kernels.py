@@ -2,11 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,28 +30,41 @@ from .run import ROOT, Part, Run
 WITHOUT_REFERENCES = ["-k", "not [reference"]
 
 
+# A group of tests is stopped then; those that hang say where. What pytest has to say after that takes a while.
+_TESTS_LIMIT_S, _HANGS_S, _LAST_WORDS_S = 200.0, 100, 40.0
+
+
 def tests(run: Run) -> Iterator[Part]:
-    """The tests of the kernels on this device, file by file."""
-    for test in run.extent.tests:
-        yield Part(Path(test).stem, partial(_tests, run, test), 150)
+    """The tests of the kernels on this device, those of a folder at once: a process of pytest takes long to start."""
+    for folder, files in run.extent.tests.items():
+        measure = partial(run_tests, files, run.extent.n_processes, _TESTS_LIMIT_S)
+        yield Part(folder, measure, _TESTS_LIMIT_S + _LAST_WORDS_S)
 
 
-def _tests(run: Run, test: str) -> dict[str, Any]:
-    """Whether the tests passed, which failed, and the table of errors."""
+def run_tests(tests: Sequence[str], n_processes: int, limit_s: float) -> dict[str, Any]:
+    """Whether the tests passed, which failed, and the table of errors; also of tests that were stopped."""
     options = ["-q", "-p", "no:cacheprovider", "--accuracy-table", *WITHOUT_REFERENCES]
-    command = [sys.executable, "-m", "pytest", test, *options]
-    if run.extent.n_processes > 1:
-        command += ["-n", str(run.extent.n_processes)]
+    command = [sys.executable, "-m", "pytest", *tests, *options, "-o", f"faulthandler_timeout={_HANGS_S}"]
+    if n_processes > 1:
+        command += ["-n", str(n_processes)]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))
-    finished = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
-    lines = finished.stdout.splitlines()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    stopped = ""
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # upon which pytest says what has failed so far
+        stopped = f"stopped after {limit_s:.0f} s: "
+        output, _ = process.communicate()
+    lines = output.splitlines()
     summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no summary")
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     found = {"summary": summary, "accuracy": [line for line in lines if line.startswith("│")]}
-    if finished.returncode != 0:
-        return found | {"fault": summary, "failures": failures, "output": (finished.stdout + finished.stderr)[-20000:]}
+    if process.returncode != 0:
+        return found | {"fault": stopped + summary, "failures": failures, "output": output[-20000:]}
     return found
 
 

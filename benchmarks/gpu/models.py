@@ -121,12 +121,13 @@ def profiles(run: Run, size: str) -> Iterator[Part]:
         *(("decode", n_batch, extent.decode_prompt) for n_batch in extent.decode_batches),
     ):
         options = _options(extent, size, workload, n_batch, n_tokens)
-        yield Part(f"{workload}, batch {n_batch}", partial(_expenses, options), _LIMIT_S)
+        yield Part(f"{workload}, batch {n_batch}", partial(_expenses, run, size, options), _LIMIT_S)
 
 
-def _expenses(options: BenchmarkOptions, n: int = 30) -> list[dict[str, Any]]:
+def _expenses(run: Run, size: str, options: BenchmarkOptions, n: int = 30) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        return [asdict(expense) for expense in profiling.profile(options, f"{folder}/trace.json.gz")[:n]]
+        expenses = profiling.profile(options, f"{folder}/trace.json.gz", run.load(size)[0])
+    return [asdict(expense) for expense in expenses[:n]]
 
 
 def _decode_on_tier(

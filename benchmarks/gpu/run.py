@@ -24,7 +24,7 @@ class Extent:
     n_tokens for operations and the larger prefill. row_s: timed seconds of one operation. decode_context: the tokens
     that a sequence has when half of what it decodes is there. tiers: of decoding, each timed in addition to the one
     that `generate()` chooses. cold_starts: how many with empty caches of kernels, and how many with full ones. tests:
-    files of tests, or tests, as pytest names them.
+    files of tests, or tests, as pytest names them, by their folder.
     """
 
     device: torch.device
@@ -45,7 +45,7 @@ class Extent:
     compiled_baselines: tuple[str, ...]
     tiers: tuple[str, ...]
     cold_starts: tuple[int, int]
-    tests: tuple[str, ...]
+    tests: dict[str, tuple[str, ...]]
     n_processes: int
 
     @property
@@ -69,11 +69,17 @@ def checked_sizes(sizes: str, dry_run: bool) -> list[str]:
     return names
 
 
-def tests_of_kernels() -> list[Path]:
-    """The files whose tests run kernels. Where a test also runs the reference, that case's id starts with its name."""
+def tests_of_kernels() -> dict[str, tuple[str, ...]]:
+    """The files whose tests run kernels, by their folder.
+
+    Where a test also runs the reference, that case's id starts with its name.
+    """
     tests = ROOT / "tests"
     of_operations = (path for path in tests.glob("kernels/*/test_*.py") if path.parent.name != "audit")
-    return sorted([*of_operations, *tests.rglob("test_*_on_kernels.py")])
+    folders: dict[str, tuple[str, ...]] = {}
+    for path in sorted([*of_operations, *tests.rglob("test_*_on_kernels.py")]):
+        folders[path.parent.name] = (*folders.get(path.parent.name, ()), str(path.relative_to(ROOT)))
+    return folders
 
 
 def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
@@ -97,7 +103,7 @@ def full(sizes: list[str], n_batch: int, n_processes: int) -> Extent:
         compiled_baselines=("hf-sdpa", "hf-compile"),
         tiers=("eager", "graph", "persistent"),
         cold_starts=(1, 3),
-        tests=tuple(str(path.relative_to(ROOT)) for path in tests_of_kernels()),
+        tests=tests_of_kernels(),
         n_processes=n_processes,
     )
 
@@ -123,7 +129,7 @@ def dry() -> Extent:
         compiled_baselines=("hf-sdpa",),
         tiers=("eager",),
         cold_starts=(1, 1),
-        tests=("tests/kernels/layer_norm/test_layer_norm.py::test_wrong_shapes_are_refused",),
+        tests={"layer_norm": ("tests/kernels/layer_norm/test_layer_norm.py::test_wrong_shapes_are_refused",)},
         n_processes=1,
     )
 
@@ -141,7 +147,8 @@ class Run:
         """The model of a size on the device, in float32, and where its weights are from; one is held at a time."""
         if size not in self._base:
             self._base.clear()
-            base, weights = workloads.load_base(self.extent.models[size])
+            with self.extent.device:  # A CPU takes half a minute to draw the weights of gpt2-xl.
+                base, weights = workloads.load_base(self.extent.models[size])
             self._base[size] = base.to(self.extent.device), weights  # type: ignore[arg-type]
         return self._base[size]
 

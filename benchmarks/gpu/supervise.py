@@ -31,6 +31,8 @@ from .run import Extent, Part, Run, Step
 
 # A worker imports torch, transformers and triton, and a step may load a model before its first part.
 _START_S = 120.0
+# Of a fault's traceback, whose end says the most.
+_MOST_CHARACTERS = 8000
 
 
 class OutOfTime(Exception):
@@ -47,6 +49,8 @@ class _Unusable(Exception):
 def _serve(connection: Connection, extent: Extent) -> None:
     """Take steps until the connection ends. Every answer is (what, name of the part, value)."""
     os.setsid()  # what a part starts is killed with this process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's `&` ignores it, for what a part starts too.
+    gc.freeze()  # What was imported is not looked through again, which takes 0.2 s for every row that is timed.
     if extent.is_dry:
         torch.set_num_threads(1)  # more gain nothing at this size, and cost much where other processes are busy
         import_module("interpreter")  # of the tests: it mends triton's own where that computes otherwise than a GPU
@@ -78,7 +82,12 @@ def _measured(measure: Callable[[], Any]) -> Any:
 
 def _fault(error: Exception) -> dict[str, str]:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return {"fault": first_line(error), "where": f"{Path(where.filename).name}:{where.lineno}"}
+    return {
+        "fault": first_line(error),
+        "where": f"{Path(where.filename).name}:{where.lineno}",
+        # A compiler begins with a place in the source and ends with what is wrong there.
+        "traceback": "".join(traceback.format_exception(error))[-_MOST_CHARACTERS:],
+    }
 
 
 def _clean(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, record_function
+from transformers import GPT2LMHeadModel
 
 from ..accounting.shapes import shape_of
 from ..load import DTYPES
@@ -25,13 +26,17 @@ class Expense:
     share: float
 
 
-def profile(options: BenchmarkOptions, file: str | os.PathLike[str]) -> list[Expense]:
+def profile(
+    options: BenchmarkOptions, file: str | os.PathLike[str], base: GPT2LMHeadModel | None = None
+) -> list[Expense]:
     """Trace one run of each workload, after a warm-up run, into a JSON file (gzipped if its name ends in .gz).
 
+    base: as `workloads.load_base` gives it; None loads it.
     In the trace, spans such as "fastgpt prefill" mark the workloads. Returns the operations, the most expensive first.
     """
     device, dtype = torch.device(str(options.device)), DTYPES[str(options.dtype)]
-    base, _ = workloads.load_base(options.model, random_weights=options.random_weights, seed=options.seed)
+    if base is None:
+        base, _ = workloads.load_base(options.model, random_weights=options.random_weights, seed=options.seed)
     ids = make_tokens(options, shape_of(base)).to(device)
     works = {
         workload: workloads.make_work(workload, workloads.OURS, base, ids, options.new_tokens, dtype)

@@ -1,7 +1,9 @@
 """`python -m benchmarks gpu` goes through every step, on a CPU with `--dry-run`, and goes on where it was cut off."""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import torch
 from compilers import HAS_CXX, WITHOUT_CXX
 from models import pair, tiny_config, token_ids
 from paths import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.gpu import cold_start
@@ -55,13 +58,11 @@ def command_here(*arguments: str) -> int:
 
 def test_bug_a_run_on_a_gpu_names_the_tests_of_every_kernel() -> None:
     """The folder moved, the pattern found nothing, and pytest without arguments would have run the whole suite."""
-    named = list(gpu_run.full(["gpt2"], 1, 1).tests)
+    named = [Path(test) for tests in gpu_run.full(["gpt2"], 1, 1).tests.values() for test in tests]
     assert all((ROOT / test).is_file() for test in named)
-    files = [path.relative_to(ROOT) for path in gpu_run.tests_of_kernels()]
-    assert [str(file) for file in files] == named
     operations = {path.parent.name for path in (ROOT / "kernels" / "fastgpt_kernels" / "operations").glob("*/op.py")}
-    assert operations <= {file.parent.name for file in files}
-    assert {"test_layer_norm.py", "test_engine_on_kernels.py", "test_model_on_kernels.py"} <= {f.name for f in files}
+    assert operations <= {file.parent.name for file in named} == set(gpu_run.tests_of_kernels())
+    assert {"test_layer_norm.py", "test_engine_on_kernels.py", "test_model_on_kernels.py"} <= {f.name for f in named}
 
 
 def test_a_run_on_a_gpu_leaves_out_the_tests_of_references() -> None:
@@ -74,6 +75,33 @@ def test_a_run_on_a_gpu_leaves_out_the_tests_of_references() -> None:
     references, kernels = ([line for line in everything if f"[{kind}" in line] for kind in ("reference", "kernel"))
     assert len(references) == len(kernels) > 50
     assert [line for line in chosen if "::" in line] == kernels
+
+
+PYTEST = """#!{python} -IS
+import sys, time
+print("FAILED tests/a.py::test_b - it is wrong", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("1 failed, 2 passed in 3.00s")
+    sys.exit(2)
+"""
+
+
+def test_bug_tests_that_are_stopped_left_nothing_of_what_had_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(PYTEST.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found = gpu_kernels.run_tests(["tests/a.py"], 1, limit_s=3)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert found["fault"] == "stopped after 3 s: 1 failed, 2 passed in 3.00s"
+    assert found["failures"] == ["FAILED tests/a.py::test_b - it is wrong"]
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
@@ -128,7 +156,7 @@ def test_every_step_has_its_figures(whole: tuple[dict[str, Any], str]) -> None:
     result, output = whole
     assert records.faults(result) == []
     assert result["environment"]["versions"]["torch"] == torch.__version__
-    assert " passed" in result["tests"]["test_layer_norm"]["summary"]
+    assert " passed" in result["tests"]["layer_norm"]["summary"]
     assert set(result["smoke operations, float32"].values()) == {"agrees"}
     assert set(result["smoke generate, float32"].values()) == {"agrees"}
     assert result["smoke compile"]["fullgraph"]["difference"] <= 1e-5
@@ -214,6 +242,22 @@ def test_what_another_machine_left_is_not_continued(tmp_path: Path, change: dict
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_drawn_on_the_device() -> None:
+    """gpt2-xl takes a CPU half a minute."""
+    drawn = set()
+
+    class Drawn(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.normal_.default:
+                drawn.add(args[0].device.type)
+            return function(*args, **(kwargs or {}))
+
+    extent = dataclasses.replace(gpu_run.dry(), device=torch.device("meta"), models={"small": "distilgpt2"})
+    with Drawn():
+        model, origin = gpu_run.Run(extent, {}, print).load("small")
+    assert (origin, model.device.type, drawn) == ("random", "meta", {"meta"})
 
 
 def test_a_prefill_may_fill_the_context_and_needs_no_second_loading() -> None:

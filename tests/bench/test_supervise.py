@@ -59,7 +59,7 @@ def bad_parts(run: Run) -> Iterator[Part]:
 
 
 def wrong_part() -> None:
-    raise ParityError("result 0 errs by 1\nand more")
+    raise ParityError("result 0 errs by 1\nand more, at last the cause")
 
 
 HANGS = "import time; time.sleep(4321.5)"
@@ -132,6 +132,8 @@ def test_what_fails_hangs_exits_or_is_too_large_costs_its_own_part(supervisor: S
     faults = {name: part["fault"] for name, part in parts.items() if part != 1}
     assert parts["right"] == 1
     assert faults["wrong"] == "ParityError: result 0 errs by 1"
+    assert parts["wrong"]["traceback"].startswith("Traceback")
+    assert parts["wrong"]["traceback"].endswith("and more, at last the cause\n")
     assert faults["hangs"] == "stopped after 2 s"
     assert faults["exits"] == "its process ended with 7"
     assert "allocate" in faults["takes all memory"] or "memory" in faults["takes all memory"]
