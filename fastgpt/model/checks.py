@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import fastgpt.ops as ops
 
@@ -58,8 +59,10 @@ def check_range(ids: Tensor, limit: int, message: str, may_wait: bool = False) -
 
 
 def can_read(x: Tensor) -> bool:
-    """Whether the host can read values: not in a traced or captured step, nor of a tensor that has none."""
+    """Whether the host can read values: not in a traced or captured step, nor of a tensor that has none of its own."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    if is_traceable_wrapper_subclass(x):  # such as a DTensor
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -81,6 +82,12 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return model
 
 
+def tables_in_parallel(model: nn.Module) -> nn.Module:
+    """The rows of both tables are on different processes."""
+    plan: Any = {f"transformer.{table}": RowwiseParallel(input_layouts=Replicate()) for table in ("wte", "wpe")}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
 def norms_computed_again(wrap: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
     model.config.recompute_norms = True  # type: ignore[union-attr]
     return wrap(model)
@@ -100,6 +107,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2, checkpointed by transformers": checkpointed_by_transformers,
     "FSDP2, checkpointed by accelerate": checkpointed_by_accelerate,
     "tensor parallel": tensor_parallel,
+    "tensor parallel, tables alone": tables_in_parallel,
     "FSDP1, norms computed again": partial(norms_computed_again, fsdp1),
     "FSDP2, norms computed again": partial(norms_computed_again, fsdp2),
 }
@@ -140,7 +148,7 @@ def train(rank: int, n_processes: int, folder: Path) -> None:
     for name, reads in itertools.product(WRAPPERS, READS):
         if ("norms" in name or "tensor" in name) and reads != "nothing":  # which changes nothing in blocks
             continue
-        batch = 0 if name == "tensor parallel" else rank  # all of its processes read the same
+        batch = 0 if "tensor" in name else rank  # all of its processes read the same
         theirs, ours = (
             losses_of(WRAPPERS[name](model.train()), batch, reads) for model in pair(tiny_config(n_layer=1))
         )
