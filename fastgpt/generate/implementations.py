@@ -22,7 +22,7 @@ from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
 from ..model import digits
-from . import bags
+from .bags import Bags, adds_bytes
 
 # --- one implementation ---------------------------------------------------------------------------------------------
 
@@ -260,8 +260,8 @@ def _int8_implementations(shape: torch.Size, n_rows: int, rows: Rows) -> dict[st
         if rows.precision in digits.N_DIGITS and digits.is_exact(product)
         if n_rows == 1 or product is not digits.Transposed
     }
-    if rows.precision in (torch.float16, torch.bfloat16, torch.float32) and bags.adds_bytes():
-        found["bags"] = lambda matrix: bags.Bags(matrix, n_rows)
+    if rows.precision in (torch.float16, torch.bfloat16, torch.float32) and adds_bytes():
+        found["bags"] = lambda matrix: Bags(matrix, n_rows)
     if "digits" in found and rows.precision in (torch.float32, torch.int8):
         return found  # As exact as a float copy, about as fast or faster, and faster than timing one.
     copies = implementations_of(torch.empty(shape, dtype=rows.dtype, device="meta"), n_rows)
