@@ -65,6 +65,10 @@ def _with_backward(operation: Callable[..., Any], *args: Any, **options: Any) ->
     return run
 
 
+def _without_gradients(operation: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:
+    return torch.no_grad()(partial(operation, *args, **options))
+
+
 def _with_tf32(call: Call) -> Iterator[Call]:
     """A call, and if it multiplies float32 in a kernel the same where torch may round float32 to tf32."""
     yield call
@@ -95,6 +99,7 @@ def _layer_norm(_: str) -> Iterator[Call]:
         for operation, inputs in (
             (layer_norm.layer_norm, (x, weight, bias)),
             (layer_norm.add_layer_norm, (added, x, weight, bias)),
+            (layer_norm.add_layer_norm, (None, x, weight, bias)),  # the first norm of a block, beside the stream
         ):
             yield Call(operation.__name__, label, _with_backward(operation, *inputs, dtype=result))
 
@@ -149,18 +154,21 @@ def _mlp_forms(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "gelu_new", {"activation": "gelu_new"}
     training = {"activation": "gelu", "dropout_p": 0.1, "seed": 0}
     yield "gelu residual dropout", training | {"residual_dtype": dtype}
+    yield "gelu_new residual in evaluation", {"activation": "gelu_new", "residual_dtype": dtype, "with_backward": False}
     if dtype == torch.bfloat16:  # Under autocast the stream stays in float32.
         yield "gelu fp32 residual dropout", training | {"residual_dtype": torch.float32}
+        yield "gelu_new fp32 residual", {"activation": "gelu_new", "residual_dtype": torch.float32}
 
 
 def _run_gelu_mlp(
     n_rows: int, width: int, n_hidden: int, dtype: torch.dtype, *,
-    residual_dtype: torch.dtype | None = None, **options: Any,
+    residual_dtype: torch.dtype | None = None, with_backward: bool = True, **options: Any,
 ) -> None:  # fmt: skip
     shapes = (n_rows, width), (width, n_hidden), (n_hidden,), (n_hidden, width), (width,)
     inputs = [_random(*shape, dtype=dtype) for shape in shapes]
-    residual = None if residual_dtype is None else _random(n_rows, width, dtype=residual_dtype)
-    _with_backward(gelu_mlp.gelu_mlp, *inputs, residual=residual, **options)()
+    options["residual"] = None if residual_dtype is None else _random(n_rows, width, dtype=residual_dtype)
+    run = _with_backward if with_backward else _without_gradients
+    run(gelu_mlp.gelu_mlp, *inputs, **options)()
 
 
 def _run_large_gelu_mlp(dtype: torch.dtype, **options: Any) -> None:
@@ -195,12 +203,13 @@ def _decode_weights(n_channels: int, n_heads: int, dtype: torch.dtype, kind: str
     )  # fmt: skip
     wte = new(_VOCABULARY, n_channels)
     head = rounded(wte.t()) if kind else wte
-    return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer,), *norm, head, 1e-5, n_heads, "gelu_new")
+    # The products of a first layer find no sums of parts to add to the stream, those of the others do.
+    return DecodeWeights(wte, new(_CONTEXT, n_channels), (layer, layer), *norm, head, 1e-5, n_heads, "gelu_new")
 
 
 def _decode_state(n_channels: int, n_heads: int, n_rows: int, n_caches: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Cache, tokens, positions, slots, starts and logits."""
-    cache = torch.zeros(1, 2, n_caches, n_heads, _CONTEXT, n_channels // n_heads, dtype=dtype)
+    cache = torch.zeros(2, 2, n_caches, n_heads, _CONTEXT, n_channels // n_heads, dtype=dtype)
     return cache, *torch.zeros(4, n_rows, dtype=torch.int64), torch.zeros(n_rows, _VOCABULARY)
 
 
