@@ -26,31 +26,36 @@ class Bags:
     A bag is one row of x and one slice of the inputs. Cores share the bags, and the slices' sums are added afterwards.
     """
 
-    def __init__(self, matrix: Int8Matrix, n_rows: int):
+    def __init__(self, matrix: Int8Matrix):
         n_inputs, n_outputs = matrix.shape
         self.scale = matrix.scale
         self.matrix = torch.empty(n_inputs, n_outputs + len(_SCALE_AND_OFFSET), dtype=torch.uint8, device="cpu")
         self.matrix[:, :n_outputs].copy_(matrix.values.t().view(torch.uint8)).bitwise_xor_(_ZERO)
         self.matrix[:, n_outputs:] = _SCALE_AND_OFFSET
         self.n_bytes = self.matrix.nbytes
-        slices = torch.arange(n_inputs, dtype=torch.int32, device="cpu").split(_BAG)
-        bags = [inputs for inputs in slices for _ in range(n_rows)]
-        lengths = torch.tensor([len(bag) for bag in bags], dtype=torch.int32, device="cpu")
-        self.rows = torch.cat(bags)  # (K * r,), those of the matrix in each bag
-        self.starts = lengths.cumsum(0, dtype=torch.int32) - lengths  # (S * r,), of the bags among them
-
-    def _by_slice(self, x: Tensor) -> Tensor:
-        """(r, K) as (K * r,): the first slice of all rows, then the next."""
-        return x.flatten() if len(x) == 1 else torch.cat([part.flatten() for part in x.split(_BAG, 1)])
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K), contiguous. bias: (N,). Returns (r, N)."""
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.matrix, self.rows, self.starts, per_sample_weights=self._by_slice(x.float())
+            self.matrix, *_bags(*x.shape), per_sample_weights=_by_slice(x.float())
         )
         product = sums.unflatten(0, (-1, len(x))).sum(0)
         product = product.mul_(self.scale) if bias is None else torch.addcmul(bias.float(), product, self.scale)
         return product.to(x.dtype)
+
+
+@functools.cache
+def _bags(n_rows: int, n_inputs: int) -> tuple[Tensor, Tensor]:
+    """(K * r,), the rows of the matrix in each bag, by slice, then by row of x; (S * r,), where each bag starts."""
+    slices = torch.arange(n_inputs, dtype=torch.int32, device="cpu").split(_BAG)
+    bags = [inputs for inputs in slices for _ in range(n_rows)]
+    lengths = torch.tensor([len(bag) for bag in bags], dtype=torch.int32, device="cpu")
+    return torch.cat(bags), lengths.cumsum(0, dtype=torch.int32) - lengths
+
+
+def _by_slice(x: Tensor) -> Tensor:
+    """(r, K) as (K * r,): the first slice of all rows, then the next."""
+    return x.flatten() if len(x) == 1 else torch.cat([part.flatten() for part in x.split(_BAG, 1)])
 
 
 @functools.cache
@@ -59,7 +64,7 @@ def adds_bytes() -> bool:
     values = torch.arange(-8, 8, dtype=torch.int8, device="cpu").view(4, 4)
     matrix = Int8Matrix(values, torch.ones(4, dtype=torch.float32, device="cpu"))
     try:
-        sums = Bags(matrix, 1)(matrix.scale[None], None)
+        sums = Bags(matrix)(matrix.scale[None], None)
     except (AttributeError, RuntimeError):
         return False
     return torch.equal(sums, values.sum(1, dtype=torch.float32)[None])

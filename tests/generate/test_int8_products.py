@@ -142,7 +142,7 @@ def test_bags_are_as_exact_as_a_float_copy(n_inputs: int, n_rows: int) -> None:
     matrix = Int8Matrix.nearest(torch.randn(n_inputs, 96) * torch.logspace(-2, 1, 96))
     x, bias = torch.randn(n_rows, n_inputs), torch.randn(96)
     x[:, 5] *= 300
-    in_bags = bags.Bags(matrix, n_rows)
+    in_bags = bags.Bags(matrix)
     for added in (bias, None):
         true, eager_error = exact(x, matrix.to_float(torch.float64), added), largest_eager_error(x, matrix, added)
         assert_as_accurate(in_bags(x, added), multiply(x, matrix, added), true, eager_error=eager_error)
@@ -150,10 +150,19 @@ def test_bags_are_as_exact_as_a_float_copy(n_inputs: int, n_rows: int) -> None:
 
 
 @needs_bags
+def test_bug_bags_were_made_for_one_number_of_rows() -> None:
+    """A step of prompt lookup has as many rows as tokens were proposed: past them lay whatever was in memory."""
+    in_bags, x = bags.Bags(Int8Matrix.nearest(torch.randn(96, 48))), torch.randn(4, 96)
+    each = torch.cat([in_bags(row, None) for row in x.split(1)])
+    for n_rows in (4, 1, 3):
+        assert torch.equal(in_bags(x[:n_rows], None), each[:n_rows])
+
+
+@needs_bags
 def test_bags_keep_nan_in_its_row() -> None:
     x = torch.ones(3, 32)
     x[1, 7] = torch.nan
-    product = bags.Bags(Int8Matrix.nearest(torch.randn(32, 48)), 3)(x, torch.ones(48))
+    product = bags.Bags(Int8Matrix.nearest(torch.randn(32, 48)))(x, torch.ones(48))
     assert product.isnan().any(1).tolist() == [False, True, False]
     assert product[1].isnan().all()
 
