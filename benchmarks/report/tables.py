@@ -94,7 +94,7 @@ def headline(results: Sequence[Result]) -> str:
     """A heading and a short table of one sequence at a time: of a GPU if there are results of one, of the newest."""
     device = "gpu" if any(result.device == "gpu" and benchmarks(result.content) for result in results) else "cpu"
     chosen: dict[tuple[int, int], tuple[str, list[str]]] = {}
-    for result in sorted(results, key=lambda result: result.file.name, reverse=True):  # names begin with the date
+    for result in sorted(results, key=_timestamp, reverse=True):
         for content in benchmarks(result.content).values() if result.device == device else ():
             options = content["options"]
             for row in content["results"] if options["batch"] == 1 else ():
@@ -110,6 +110,11 @@ def headline(results: Sequence[Result]) -> str:
     (heading, _), *_ = chosen.values()
     rows = [figures for _, (terms, figures) in sorted(chosen.items()) if terms == heading]
     return f"{heading}\n\n{markdown_table(headings, rows)}"
+
+
+def _timestamp(result: Result) -> str:
+    """Of the newest benchmark in a file; empty without any."""
+    return max((content["timestamp"] for content in benchmarks(result.content).values()), default="")
 
 
 def describe_work(content: Mapping[str, Any], workload: str) -> str:
