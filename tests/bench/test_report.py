@@ -135,6 +135,15 @@ def test_an_engine_in_floats_that_states_its_error_stays_beside_the_others(check
     assert "llama.cpp" in {row["contender"] for row in records.benchmarks(content)[""]["results"]}
 
 
+def test_bug_the_last_name_and_not_the_newest_result_stood_in_the_readme() -> None:
+    folder = ROOT / "benchmarks" / "results" / "cpu"
+    newer = json.loads((folder / "2026-11-30-gpt2-512-peers.json").read_text())
+    older = newer | {"timestamp": "2026-11-29T00:00:00+00:00", "options": newer["options"] | {"prompt_tokens": 7}}
+    both = [records.Result(folder / "a.json", newer), records.Result(folder / "z.json", older)]
+    assert "1 x 512" in tables.headline(both)
+    assert "1 x 7" not in tables.headline(both)
+
+
 def test_quantized_weights_have_a_table_of_their_own(checkout: Path) -> None:
     """The tables and plots of exact weights leave out contenders whose weights are rounded."""
     content = json.loads((checkout / FLOAT32).read_text())
