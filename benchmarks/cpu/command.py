@@ -35,6 +35,7 @@ def main(
     batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
     new_tokens: Annotated[int, typer.Option(help="tokens that decode adds")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, which not every engine has")] = "float32",
     baselines: Annotated[str, typer.Option(help="of transformers; comma-separated")] = ",".join(BASELINES),
     peers: Annotated[str, typer.Option(help="other engines; comma-separated")] = ",".join(CPU_PEERS),
     quantized: Annotated[
@@ -42,7 +43,7 @@ def main(
     ] = False,
     runs: Annotated[int, typer.Option(help="timed runs of each contender")] = 7,
 ) -> None:
-    """Compare tokens/s in float32 with transformers and other engines, after a parity check of each."""
+    """Compare tokens/s with transformers and other engines, after a parity check of each."""
     known = CPU_PEERS | OUR_QUANTIZED | QUANTIZED_PEERS
     names = [name for name in peers.split(",") if name]
     unknown = [name for name in names if name not in known]
@@ -57,7 +58,7 @@ def main(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             baselines=baselines.split(","),
             runs=runs,
         )

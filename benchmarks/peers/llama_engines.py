@@ -21,6 +21,7 @@ class LlamaCpp:
     """The model with its weights in float32. Its table of GELU holds float16, which the logits show."""
 
     quantization: str | None = None  # one of the library's own kinds of file, to round the weights to
+    cache_type = "F32"
 
     def __init__(self, base: GPT2LMHeadModel, n_batch: int, n_threads: int):
         from llama_cpp import llama_cpp as library  # type: ignore[import-not-found]
@@ -43,7 +44,7 @@ class LlamaCpp:
         settings.n_outputs_max = n_batch * n_positions
         settings.n_seq_max = n_batch
         settings.n_threads = settings.n_threads_batch = n_threads
-        settings.type_k = settings.type_v = library.GGML_TYPE_F32
+        settings.type_k = settings.type_v = getattr(library, f"GGML_TYPE_{self.cache_type}")
         self._context = library.llama_init_from_model(self._model, settings)
         self._batch = library.llama_batch_init(n_batch * n_positions, 0, 1)
 
@@ -93,6 +94,12 @@ class LlamaCpp:
         n_rows = ids.size if all_logits else n_batch
         values = self._library.llama_get_logits(self._context)
         return np.ctypeslib.as_array(values, shape=(n_rows, self._vocab_size)).copy()
+
+
+class LlamaCppBFloat16(LlamaCpp):
+    """Weights in bfloat16, and a cache in float16, as its users have it."""
+
+    quantization, cache_type = "BF16", "F16"
 
 
 class LlamaCppQ8(LlamaCpp):

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
 from ..model.checks import check_positions
 from ..model.rounded import RoundedLinear
+from .copies import Copies
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
 from .products import Products
 
@@ -95,7 +96,10 @@ class Generation:
         """Those of the steps to come."""
         product: Any = self.model.transformer.h[0].mlp.c_fc  # type: ignore[union-attr]
         rounds = isinstance(product, RoundedLinear) and product.rounds_input
-        return Products(weights, n_rows, self._n_free, torch.int8 if rounds else self.model.dtype)
+        precision = torch.int8 if rounds else self.model.dtype
+        # Weights of another dtype than the model's live for this call alone.
+        copies = Copies(self.model if weights.wte.dtype == self.model.dtype else None)
+        return Products(weights, n_rows, self._n_free, precision, copies)
 
     @property
     def _n_free(self) -> int:

@@ -11,6 +11,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from transformers import GPT2LMHeadModel
 
 from ..model.checks import check_module
+from .copies import forget_copies
 from .workspace import Workspace, fixed_in_graphs
 
 Result = TypeVar("Result")
@@ -46,7 +47,7 @@ def workspaces(model: GPT2LMHeadModel) -> Sequence[Workspace]:
 
 
 def release(model: torch.nn.Module) -> None:
-    """Free what is kept on the device for the next calls of a model: its caches, graphs and copies of weights.
+    """Free what is kept for the next calls of a model: its caches, graphs and copies of weights.
 
     model: a GPT-2, or a module that contains one, such as an adapter; without effect if nothing is kept. The next call
     allocates everything again. A running call keeps its workspace until it ends. Moving a model by `to()` and similar
@@ -56,6 +57,7 @@ def release(model: torch.nn.Module) -> None:
     with _one_thread:
         for module in model.modules():
             _kept.pop(module, None)  # type: ignore[arg-type]
+            forget_copies(module)
 
 
 def _take(model: GPT2LMHeadModel, weights: DecodeWeights, n_rows: int, n_slots: int, n_new: int) -> Workspace | None:

@@ -21,6 +21,7 @@ from fastgpt_kernels.operations.decode_step.reference import head_matrix, multip
 from torch import Tensor
 
 from ..model import digits
+from .copies import Copies
 from .implementations import Prepared, Rows, columns, exactness, implementations_of
 
 # --- half precision -------------------------------------------------------------------------------------------------
@@ -150,10 +151,17 @@ class Products:
     n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model, or int8 if
     the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, an
     implementation is chosen for each matrix: `chosen` names it by the shape (K, N). It may hold copies of the matrices,
-    n_bytes in all, as long as this object lives.
+    n_bytes in all, as long as this object lives. copies: those of the model's call before, and for its next one.
     """
 
-    def __init__(self, weights: DecodeWeights, n_rows: int, n_steps: int, precision: torch.dtype | None = None):
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        n_rows: int,
+        n_steps: int,
+        precision: torch.dtype | None = None,
+        copies: Copies | None = None,
+    ):
         self.chosen: dict[tuple[int, int], str] = {}
         self.n_bytes = 0
         self._prepared: dict[int, Prepared] = {}
@@ -162,7 +170,7 @@ class Products:
         dtype = weights.wte.dtype
         if precision is None or (precision == torch.int8 and not digits.is_exact(digits.Stored)):
             precision = dtype
-        rows = Rows(dtype, precision)
+        rows, copies = Rows(dtype, precision), copies or Copies()
         for matrices in _by_shape(weights):
             name = _choose(matrices, n_rows, n_steps, rows)
             if name is None:
@@ -170,9 +178,11 @@ class Products:
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
             for matrix in matrices:
-                prepared = implementations_of(matrix, n_rows, rows)[name](matrix)
+                implementation = implementations_of(matrix, n_rows, rows)[name]
+                prepared = copies.prepared(matrix, (name, n_rows, rows), implementation)
                 self._prepared[_address(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
+        copies.keep()
 
     def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""

@@ -109,6 +109,21 @@ def test_engines_with_rounded_weights_are_accurate(base: GPT2LMHeadModel, build:
     assert engine.n_bytes < 0.6 * sum(p.nbytes for p in base.parameters())
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(openvino_engines.OpenVinoBFloat16, marks=needs("openvino")),
+        pytest.param(llama_engines.LlamaCppBFloat16, marks=needs("llama_cpp")),
+    ],
+)
+def test_engines_in_bfloat16_are_as_accurate_as_it_is(base: GPT2LMHeadModel, build: Any) -> None:
+    ids = token_ids(2, 9, base.config.vocab_size)
+    engine = build(copy.deepcopy(base), 2, 1)
+    error = peers.accuracy_of(engine.logits(ids), base, ids, peers.MAX_BFLOAT16_ERROR)["logit_error"]
+    assert error > 1e-3
+    assert engine.generate(ids, 4)[0].shape == (2, 4)
+
+
 @needs("llama_cpp")
 @pytest.mark.parametrize("n_batch", [1, 3])
 def test_llama_cpp_rounds_only_its_gelu(base: GPT2LMHeadModel, n_batch: int) -> None:

@@ -95,8 +95,13 @@ def merged_and_unloaded(model: Any) -> Any:
     return peft.get_peft_model(model, config).merge_and_unload().eval()
 
 
+@torch.no_grad()
 def resized(model: Any) -> Any:
+    """With new tokens that the model prefers to the others."""
     model.resize_token_embeddings(140, mean_resizing=False)
+    weight = model.transformer.wte.weight
+    new = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    weight[131:] = (8 * weight.std() * new.to(weight.device)).to(weight.dtype)
     return model
 
 

@@ -181,28 +181,6 @@ def test_implementations_are_timed_once_a_process_and_for_long_calls_alone(monke
         assert len(timed) == n_timed, (n_new, n_rows)
 
 
-def test_copies_live_as_long_as_their_call(monkeypatch) -> None:
-    _, ours = pair(tiny_config())
-    prefer("packed", monkeypatch)
-    alive = []
-
-    class Counted(implementations.Packed):
-        def __init__(self, *arguments: Any):
-            super().__init__(*arguments)
-            alive.append(self)
-
-        def __del__(self) -> None:
-            gone.append(self.n_bytes)
-
-    gone: list[int] = []
-    monkeypatch.setattr(implementations, "Packed", Counted)
-    ours.generate(token_ids(1, 3, 131), **LONG)
-    n_made = len(alive)
-    alive.clear()
-    assert n_made > 0
-    assert len(gone) == n_made
-
-
 def test_bug_each_was_timed_on_a_matrix_that_the_one_before_had_brought_into_the_caches(monkeypatch) -> None:
     """In a step it is always another matrix."""
     matrices = [torch.randn(8, 16) for _ in range(12)]
