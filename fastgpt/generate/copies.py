@@ -42,6 +42,10 @@ class Copies:
         # Bytes that may be left to the next call.
         self._room = 0 if model is None else limit_bytes()
 
+    def have_room_for(self, n_bytes: int) -> bool:
+        """Whether copies, with the matrices as they were, may be left to the next call."""
+        return n_bytes <= self._room
+
     def prepared(self, matrix: Matrix, how: Hashable, implementation: Callable[[Matrix], Prepared]) -> Prepared:
         """What an implementation makes of a matrix, or made of it in the call before. how: all that it depends on."""
         parts = list(matrix) if isinstance(matrix, RoundedMatrix) else [matrix]

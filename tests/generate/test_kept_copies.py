@@ -160,3 +160,33 @@ def test_a_call_without_copies_leaves_those_before_it(made: list[Any], monkeypat
     ours.generate(ids, **GREEDY)
     ours.generate(ids, **GREEDY | {"max_new_tokens": 1})
     assert n_made(made, lambda: ours.generate(ids, **GREEDY)) == 0
+
+
+def test_of_a_copy_that_is_kept_a_call_counts_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first call too: which implementation is taken, and so every bit, does not depend on the calls before."""
+    known = {"as stored": products.Cost(0.0, 1.0, copies=False), "packed": products.Cost(20.0, 0.5, copies=True)}
+    monkeypatch.setattr(products, "costs", lambda *_: known)
+    _, ours = pair(tiny_config())
+    weights = decoding.view_weights(ours)
+    for kept, expected in ((ours, "packed"), (ours, "packed"), (None, "as stored")):
+        chosen = products.Products(weights, 1, 16, copies=copies.Copies(kept)).chosen
+        assert set(chosen.values()) == {expected}
+    monkeypatch.setattr(copies, "limit_bytes", lambda: 0)
+    assert set(products.Products(weights, 1, 16, copies=copies.Copies(ours)).chosen.values()) == {"as stored"}
+
+
+def test_each_part_of_the_head_has_left_the_caches_when_it_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = torch.randn(8 * 50 + 3, 16).t()
+    read: list[int] = []
+
+    class Noted(implementations.AsStored):
+        def __call__(self, x: Any, bias: Any) -> Any:
+            read.append((self.matrix.data_ptr() - head.data_ptr()) // (4 * 16 * 51))
+            return super().__call__(x, bias)
+
+    monkeypatch.setattr(products, "implementations_of", lambda *_: dict.fromkeys(("one", "two", "three"), Noted))
+    products._measure([head], 1, None)
+    assert set(read) == set(range(7))
+    timed = read[3:]  # after each product was looked at
+    for index in range(6, len(timed)):
+        assert timed[index] not in timed[index - 6 : index]
