@@ -224,6 +224,7 @@ CHANGES: dict[str, Change] = {
     "wte.max_norm": _attribute("transformer.wte", "max_norm", 0.05),
     "wpe.max_norm": _attribute("transformer.wpe", "max_norm", 0.01),
     "attn.is_causal = False": _attribute("transformer.h.0.attn", "is_causal", False),
+    "config.is_causal = False": lambda model, stack: setattr(model.config, "is_causal", False),
     "attn.scaling": _attribute("transformer.h.0.attn", "scaling", 0.9),
     "attn.num_heads": _attribute("transformer.h.0.attn", "num_heads", 2),
     "attn.head_dim": _attribute("transformer.h.1.attn", "head_dim", 32),

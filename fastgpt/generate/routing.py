@@ -101,7 +101,7 @@ def _obstacles_in_call(
     inputs: dict[str, Any],
 ) -> Iterator[str]:
     for name, value in inputs.items():
-        if name not in _INPUTS and value is not None and value is not False:
+        if name not in _INPUTS and value is not None and (value is not False or name == "is_causal"):
             yield f"{name} was given"
     for kind in {type(processor) for processor in processors} - _PROCESSORS:
         yield f"the logits processor {kind.__name__}"

@@ -77,9 +77,10 @@ def attention_forward(
     n_queries_per_key = getattr(module, "num_key_value_groups", 1)
     if n_queries_per_key > 1:
         key, value = (heads.repeat_interleave(n_queries_per_key, dim=1) for heads in (key, value))
-    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    if getattr(module, "is_cross_attention", True) is False:
-        is_causal = is_causal or key.shape[2] != query.shape[2]  # then transformers always has a causal mask
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+        if getattr(module, "is_cross_attention", True) is False:
+            is_causal = is_causal or key.shape[2] != query.shape[2]  # then transformers always has a causal mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = attend(query, key, value, attention_mask, is_causal=is_causal, scale=scale, dropout_p=dropout)
     return attended.transpose(1, 2).contiguous(), None

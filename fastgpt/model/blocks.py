@@ -95,8 +95,10 @@ class GPT2Attention(hf.GPT2Attention):
             key, value = append_to_cache(past, key, value, self.layer_idx, kwargs)  # (B, H, past + T, D)
 
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        # As in transformers: masks are always causal, and module.is_causal counts only where there is no mask.
-        is_causal = self.is_causal or key.shape[2] != T
+        # As in transformers: masks say what they hide, and where there is none, the caller or the configuration says
+        # whether attention is causal, or else module.is_causal, but for a continued sequence, whose mask is causal.
+        is_causal = kwargs.get("is_causal")
+        is_causal = self.is_causal or key.shape[2] != T if is_causal is None else is_causal
         attended = attend(
             query, key, value, attention_mask, is_causal=is_causal, scale=self.scaling, dropout_p=dropout_p
         )

@@ -49,6 +49,8 @@ def differences(model: nn.Module) -> Iterator[str]:
         yield f"the model is not a plain module: {type(model).__name__}"
         return
     assert isinstance(model, hf.GPT2LMHeadModel)
+    if not getattr(model.config, "is_causal", True):
+        yield "its configuration says that attention is not causal"
     if _has_any_global_hook():
         yield "a hook is set on every module"
     try:

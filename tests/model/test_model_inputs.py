@@ -76,6 +76,33 @@ def test_other_inputs() -> None:
         assert_same_within_rounding(ours(**inputs).logits, theirs(**inputs).logits)
 
 
+@pytest.mark.parametrize("of_modules", [None, False])
+@pytest.mark.parametrize("asked", [False, True])
+@torch.no_grad()
+def test_attention_that_is_asked_to_be_causal_or_not(asked: bool, of_modules: bool | None) -> None:
+    """It overrides the modules, with padding and without, in a continued sequence, and in generate()."""
+    theirs, ours = pair(tiny_config())
+    ids, mask, results = token_ids(2, 10, 131), _masks(2, 10)["left"], []
+    for model in (theirs, ours):
+        for block in model.transformer.h:
+            block.attn.is_causal = block.attn.is_causal if of_modules is None else of_modules
+        past = DynamicCache(config=model.config)
+        logits = [
+            model(ids, is_causal=asked).logits,
+            model(ids, attention_mask=mask, is_causal=asked).logits[mask.bool()],
+            model(ids[:, :6], is_causal=asked, **{CACHE: past}).logits,
+            model(ids[:, 6:], is_causal=asked, **{CACHE: past}).logits,
+        ]
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        tokens = [
+            model.generate(ids, is_causal=asked, **options),
+            model.generate(ids, attention_mask=mask, is_causal=asked, **options),
+        ]
+        results.append((torch.cat([part.flatten() for part in logits]), torch.cat(tokens)))
+    assert_same_within_rounding(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1])
+
+
 @pytest.mark.parametrize("n_new", [1, 4])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -162,6 +162,7 @@ FORWARD = [
     Row("`attention_mask` with holes", given(attention_mask=padding("holes")), MASK),
     Row("`attention_mask` (B, 1, T, T), bool", given(attention_mask=shown_matrix), MASK),
     Row("`attention_mask` (B, 1, T, T), added", given(attention_mask=added_matrix), MASK),
+    Row("`is_causal=False`", given(is_causal=False)),
     Row("`position_ids`", given(position_ids=lambda ids: rows_of(ids) % 40), takes("position_ids")),
     Row("packed sequences, by `position_ids`", given(position_ids=packed, use_cache=False), takes("position_ids")),
     Row("`token_type_ids`", given(token_type_ids=lambda ids: ids.flip(-1)), takes("token_type_ids")),

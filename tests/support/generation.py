@@ -151,6 +151,7 @@ GENERATION = [
     Row("`attention_mask` with holes", asked(attention_mask=lambda: padding("holes")(prompt()))),
     Row("`position_ids`", asked(position_ids=lambda: torch.arange(3, 3 + N_PROMPT).expand(2, -1))),
     Row("`token_type_ids`", asked(token_type_ids=lambda: prompt().flip(1))),
+    Row("`is_causal=False`", asked(is_causal=False)),
     Row("`inputs_embeds`", lambda model, _: model.generate(inputs_embeds=model.transformer.wte(prompt()), **GREEDY)),
     sampled("sampled"),
     sampled("sampled, `attention_mask`", **LEFT),
