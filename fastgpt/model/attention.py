@@ -30,6 +30,8 @@ def attend(
     complete mask with four axes, bool (True = attend) or additive; or None, where is_causal says whether it is causal.
     Returns (B, H, Tq, D).
     """
+    if dropout_p == 1.0:  # drops every weight, whatever a mask hides; the operations divide by 1 - p
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
     if is_causal if mask is None else mask.ndim == 2:
         return ops.causal_attention(query, key, value, scale=scale, key_padding_mask=mask, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)

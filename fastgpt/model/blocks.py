@@ -122,7 +122,7 @@ class GPT2MLP(hf.GPT2MLP):
         activation = fused_activation(self.act) if is_as_imported(hf.GPT2MLP) else None
         if activation is None or not (is_plain(fc, Conv1D) and is_plain(proj, Conv1D)):
             hidden_states = super().forward(hidden_states)  # type: ignore[arg-type]
-        elif residual is None or not is_plain(self.dropout, nn.Dropout):
+        elif residual is None or not is_plain(self.dropout, nn.Dropout) or self.dropout.p == 1.0:
             hidden_states = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias, activation)
             hidden_states = self.dropout(hidden_states)
         else:

@@ -201,6 +201,21 @@ def test_empty_inputs() -> None:
             ours.generate(empty, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("name", ["attn_pdrop", "resid_pdrop"])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_dropout_that_leaves_nothing(name: str, is_padded: bool) -> None:
+    theirs, ours = pair(tiny_config(**{name: 1.0}))
+    ids = token_ids(2, 10, 131)
+    mask = _masks(2, 10)["left"] if is_padded else None
+    results = []
+    for model in (theirs.train(), ours.train()):
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters()]
+        results.append(torch.cat([loss.detach()[None], *gradients]))
+    assert_same_within_rounding(results[1], results[0])
+
+
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_attention_dropout_is_seeded_and_drops(n_layer: int) -> None:
     _, ours = pair(tiny_config(attn_pdrop=0.5, n_layer=n_layer))
