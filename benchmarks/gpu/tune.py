@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from fastgpt_kernels.common import chip
 from fastgpt_kernels.common.launch import forget_plans
 from fastgpt_kernels.operations.attention import tiles as attention_tiles
 from fastgpt_kernels.operations.decode_step import tiles as decode_tiles
@@ -104,13 +105,16 @@ def _kernel(name: str) -> Callable[..., bool]:
 
 _ROWS = {"block_rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)}
 _SCORES = {"block_q": (32, 64, 128), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
-_PRODUCT = {
+_RESIDENT_PRODUCT = {
     "block_rows": (64, 128, 256),
     "block_cols": (64, 128, 256),
     "block_inner": (32, 64, 128),
     "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
+    "num_stages": (2, 3, 4, 5),
+    "n_resident": (1, 2),
 }
+# The MLP added to a residual stream, in each of its dtypes: in all rows, and in so few that tiles are narrow.
+_STREAMS = tuple(f"gelu_mlp, {dtype} stream{rows}" for rows in ("", ", few rows") for dtype in ("bfloat16", "float32"))
 _ATTENTIONS = ("causal_attention", f"causal_attention, dropout {operations.DROPOUT_P}")
 _BOTH, _STEP = "forward+backward", "replay"
 _FEW, _MANY = (f"decode step, B={n}" for n in (FEW, MANY))
@@ -129,9 +133,10 @@ TUNABLES = (
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dq")) for operation in _ATTENTIONS),
     *(Tunable(operation, _BOTH, "attention_tile", _SCORES, _kernel("dkdv")) for operation in _ATTENTIONS),
     *(
-        Tunable("gelu_mlp", direction, "product_tile", {**_PRODUCT, "n_resident": (1, 2)}, _kernel(kernel))
+        Tunable("gelu_mlp", direction, "product_tile", _RESIDENT_PRODUCT, _kernel(kernel))
         for kernel, direction in (("hidden", "forward"), ("out", "forward"), ("pre", _BOTH))
     ),
+    *(Tunable(operation, "forward", "product_tile", _RESIDENT_PRODUCT, _kernel("out")) for operation in _STREAMS),
     Tunable("gelu_mlp", _BOTH, "_WIDE_TILES_PER_MULTIPROCESSOR", {"": (1, 2, 4, 2**20)}),
     Tunable("gelu_mlp", _BOTH, "GELU_MLP_BWD_PRODUCT", {**_ROWS, "block_rows": (16, 32, 64), "block_cols": (64, 128)}),
     Tunable("linear_cross_entropy", _BOTH, "LINEAR_CROSS_ENTROPY_LANES", {"": (256, 512, 1024, 2048)}),
@@ -205,6 +210,17 @@ def shipped_values(tunable: Tunable, run: Callable[[], Any]) -> dict[str, Any]:
     with _replaced(tunable, note):
         run()
     return read
+
+
+def stream_cases(shape: Shape, n_rows: int, device: torch.device, dtype: torch.dtype) -> Iterator[operations.Case]:
+    """Those of `_STREAMS`. few rows: the most, of halves of n_rows, whose second product takes narrow tiles."""
+    n_few, n_multiprocessors = n_rows, chip.chip(device).n_multiprocessors
+    while gelu_mlp_tiles.is_large_product(n_few, shape.n_embd, n_multiprocessors):
+        n_few //= 2
+    for n, suffix in ((n_rows, ""), (n_few, ", few rows")):
+        for stream_dtype in (torch.bfloat16, torch.float32):
+            case = operations.mlp_and_stream_case(shape, n, device, dtype, stream_dtype)
+            yield replace(case, operation=case.operation + suffix)
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -346,7 +362,9 @@ def tune(
     n_left = len(wanted) * len(shapes)
     for size, shape in shapes.items():
         of_generation = steps.cases(shape, (FEW, MANY), n_tokens, device, dtype)
-        for case in itertools.chain(operations.cases(shape, n_batch, n_tokens, device, dtype), of_generation):
+        of_streams = stream_cases(shape, n_batch * n_tokens, device, dtype)
+        of_operations = operations.cases(shape, n_batch, n_tokens, device, dtype)
+        for case in itertools.chain(of_operations, of_streams, of_generation):
             for tunable in wanted:
                 if tunable.operation != case.operation:
                     continue

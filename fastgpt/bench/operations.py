@@ -4,7 +4,7 @@ Bytes and FLOPs are those that an operation cannot avoid, as `kernels/README.md`
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import quantiles
 from typing import Any
@@ -50,22 +50,18 @@ class Case:
 def cases(shape: Shape, n_batch: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every operation on n_batch sequences of n_tokens; one at a time is in memory."""
 
-    def random(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(sizes, device=device) * scale).to(dtype).requires_grad_()
-
+    random = partial(_random, device, dtype)
     C, H, V, N = shape.n_embd, shape.n_head, shape.vocab_size, n_batch * n_tokens
-    hidden_width, element = shape.n_inner or 4 * C, dtype.itemsize
 
     yield _layer_norm_case(random(N, C), random(C), random(C))
     yield _add_layer_norm_case(random(N, C), random(N, C), random(C), random(C))
     packed = random(n_batch, n_tokens, 3 * C)
     for dropout_p in (0.0, DROPOUT_P):
         yield _attention_case(packed, H, dropout_p)
-    weights = random(C, hidden_width, scale=C**-0.5), random(hidden_width), random(hidden_width, C, scale=0.02)
-    yield _mlp_case(random(N, C), *weights, random(C))
+    yield _mlp_case(shape, N, device, dtype)
     labels = torch.randint(V, (N,), device=device)
     flops = 2 * N * V * C
-    vocabulary = (V * C + N * C) * element
+    vocabulary = (V * C + N * C) * dtype.itemsize
     yield Case(
         "linear_cross_entropy",
         (random(N, C), random(V, C, scale=C**-0.5), labels),
@@ -73,6 +69,10 @@ def cases(shape: Shape, n_batch: int, n_tokens: int, device: torch.device, dtype
         (vocabulary, flops),
         (2 * vocabulary, 2 * flops),
     )
+
+
+def _random(device: torch.device, dtype: torch.dtype, *sizes: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(sizes, device=device) * scale).to(dtype).requires_grad_()
 
 
 def _ours(operation: str, **options: Any) -> dict[str, Callable[..., Any]]:
@@ -124,10 +124,13 @@ def _pinned_sdpa(backend: SDPBackend, dropout_p: float, q: Tensor, k: Tensor, v:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
-def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Case:
-    n_hidden = x.shape[0] * fc_weight.shape[1]
-    flops = 4 * n_hidden * x.shape[1]
-    n_bytes = fc_weight.nbytes + proj_weight.nbytes + 2 * x.nbytes + 2 * n_hidden * x.element_size()
+def _mlp_case(shape: Shape, n_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+    random = partial(_random, device, dtype)
+    C, hidden_width = shape.n_embd, shape.n_inner or 4 * shape.n_embd
+    x, fc_weight, fc_bias = random(n_rows, C), random(C, hidden_width, scale=C**-0.5), random(hidden_width)
+    inputs = x, fc_weight, fc_bias, random(hidden_width, C, scale=0.02), random(C)
+    flops = 4 * n_rows * hidden_width * C
+    n_bytes = 2 * (fc_weight.nbytes + x.nbytes + n_rows * hidden_width * dtype.itemsize)
     contenders = _ours("gelu_mlp")
     if x.is_cuda:  # On a CPU it computes the exact GELU, not the tanh form.
 
@@ -135,8 +138,29 @@ def _mlp_case(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor
             return torch.addmm(proj[1], torch._addmm_activation(fc_bias, x, fc_weight, use_gelu=True), proj[0])
 
         contenders["cuBLASLt epilogue"] = cublas_epilogue
-    inputs = x, fc_weight, fc_bias, proj_weight, proj_bias
     return Case("gelu_mlp", inputs, contenders, (n_bytes, flops), (2 * n_bytes, 2 * flops))
+
+
+def mlp_and_stream_case(
+    shape: Shape, n_rows: int, device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype
+) -> Case:
+    """The MLP added to a residual stream, which under autocast is in float32."""
+
+    def onto(mlp: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return mlp(*inputs[:-1], residual=inputs[-1])
+
+    alone = _mlp_case(shape, n_rows, device, dtype)
+    stream = _random(device, stream_dtype, n_rows, shape.n_embd)
+    # The stream is read, and the result is in its dtype.
+    n_bytes, flops = alone.forward[0] - alone.inputs[0].nbytes + 2 * stream.nbytes, alone.forward[1]
+    return replace(
+        alone,
+        operation=f"gelu_mlp, {str(stream_dtype).removeprefix('torch.')} stream",
+        inputs=(*alone.inputs, stream),
+        contenders={name: partial(onto, mlp) for name, mlp in _ours("gelu_mlp").items()},
+        forward=(n_bytes, flops),
+        backward=(2 * n_bytes, 2 * flops),
+    )
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------

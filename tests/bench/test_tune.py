@@ -40,6 +40,7 @@ def timing(median_s: float, spread_s: float = 0.0) -> Timing:
 def all_cases() -> Iterator[operations.Case]:
     place, shape = torch.device("cpu"), TINY["tiny"]
     yield from operations.cases(shape, 1, 5, place, torch.float32)
+    yield from tune.stream_cases(shape, 5, place, torch.bfloat16)
     # In float32 many rows go through torch's products.
     yield from steps.cases(shape, (tune.FEW, tune.MANY), 5, place, torch.bfloat16)
     yield steps.persistent_case(replace(shape, n_embd=64, n_head=1), 5, place, torch.bfloat16)
