@@ -172,7 +172,7 @@ def _mlp_due(rows: int) -> dict[str, dict[str, int]]:
 def mlp_tile(kernel: str, n_rows: int, n_cols: int, n_multiprocessors: int) -> mlp_tiles.ProductTile:
     """The tile of a product of the MLP in bfloat16."""
     large = mlp_tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
-    return mlp_tiles.product_tile(kernel, 2, "sm_90", True, large)
+    return mlp_tiles.product_tile(kernel, 2, 2, "sm_90", True, large)
 
 
 def _decode_parts() -> Iterator[Part]:

@@ -13,6 +13,8 @@ import fastgpt_kernels
 import pytest
 from fastgpt_kernels import audit
 from fastgpt_kernels.audit.__main__ import main
+from fastgpt_kernels.operations.gelu_mlp import tiles as mlp_tiles
+from fastgpt_kernels.operations.gelu_mlp.tiles import ProductTile
 from paths import ROOT
 
 LAUNCH = audit.Launch("layer_norm", "bf16 C=768", "", "_layer_norm_fwd_kernel", "{}")
@@ -23,6 +25,14 @@ import json
 from fastgpt_kernels import audit
 chips = [name for name in audit.SHARED_LIMITS if name not in ("sm_86", "sm_89")]  # whose calls are those of sm_80
 print(json.dumps({name: audit.launches(name) for name in chips}))
+"""
+# The second products of the MLP that take descriptors, compiled for Hopper, as JSON.
+AUDIT_SECOND_PRODUCTS = """
+import json
+from dataclasses import asdict
+from fastgpt_kernels import audit
+found = [one for one in audit.launches("sm_90", "bf16 gelu") if one.kernel == "_gelu_mlp_fwd_out_kernel"]
+print(json.dumps([asdict(audit.audit(one, "sm_90")) for one in found if "DESCRIPTORS" in one.label]))
 """
 
 
@@ -168,6 +178,24 @@ def test_both_tiles_of_the_products_of_the_mlp_on_hopper_are_audited() -> None:
         assert {"BLOCK_COLS=128", "BLOCK_COLS=256"} == {
             word for text in labels for word in text.split() if "_COLS" in word
         }
+
+
+def test_programs_of_the_mlp_fit_beside_each_other_where_they_are_meant_to() -> None:
+    """A stream in float32 takes more shared memory: of two programs that were launched, one was resident."""
+    finished = run("-c", AUDIT_SECOND_PRODUCTS)
+    assert finished.returncode == 0, finished.stderr
+    shipped = {tuple(tile[:5]): tile.n_resident for tile in vars(mlp_tiles).values() if type(tile) is ProductTile}
+    seen = set()
+    for finding in json.loads(finished.stdout):
+        words = dict(word.split("=") for word in finding["configuration"].split() if "=" in word)
+        names = "BLOCK_ROWS", "BLOCK_COLS", "BLOCK_INNER", "warps", "stages"
+        n_resident = shipped[tuple(int(words[name]) for name in names)]
+        seen.add(n_resident)
+        n_threads = 32 * int(words["warps"])
+        # Of a multiprocessor's 228 KiB, the system takes one for each program.
+        assert n_resident * (finding["shared_bytes"] + 1024) <= 228 * 1024, finding
+        assert n_resident * finding["registers"] * n_threads <= 65536, finding
+    assert seen == {1, 2}
 
 
 def test_torchs_setting_for_float32_reaches_every_product() -> None:

@@ -89,7 +89,9 @@ def results(function: Function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def several_programs(patch: pytest.MonkeyPatch) -> None:
     """Small tiles; with tensor descriptors and few programs where they can hold the matrices."""
 
-    def tile(_kernel: str, _size: int, _architecture: str, describable: bool, _large: bool) -> tiles.ProductTile:
+    def tile(
+        _kernel: str, _size: int, _result_size: int, _architecture: str, describable: bool, _large: bool
+    ) -> tiles.ProductTile:
         return tiles.ProductTile(16, 64, 32, 4, 2, int(describable))
 
     patch.setattr(tiles, "product_tile", tile)

@@ -116,17 +116,39 @@ def test_large_products_have_wide_tiles_on_hopper_in_half_precision(
 ) -> None:
     for kernel in ("hidden", "out", "pre"):
         small, large = (
-            gelu_mlp_tiles.product_tile(kernel, element_size, architecture, describable, is_large)
+            gelu_mlp_tiles.product_tile(kernel, element_size, element_size, architecture, describable, is_large)
             for is_large in (False, True)
         )
         assert large.block_cols == block_cols
         assert (small == large) == (block_cols != 256)
 
 
+@pytest.mark.parametrize("kernel", ["hidden", "out", "pre"])
+@pytest.mark.parametrize(
+    ("result_size", "large", "block_cols", "n_resident"),
+    [
+        (2, False, 128, 2),
+        (4, False, 128, 1),
+        (8, False, 128, 1),
+        (2, True, 256, 1),
+        (4, True, 256, 1),
+        (8, True, 128, 1),
+    ],
+)
+def test_results_in_a_wider_dtype_leave_one_program_resident(
+    kernel: str, result_size: int, large: bool, block_cols: int, n_resident: int
+) -> None:
+    tile = gelu_mlp_tiles.product_tile(kernel, 2, result_size, "sm_90", True, large)
+    assert (tile.block_cols, tile.n_resident) == (block_cols, n_resident)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU here may be no Hopper")
-@pytest.mark.parametrize(("stream", "of_out"), [(torch.bfloat16, 256), (torch.float32, 256), (torch.float64, 128)])
-def test_wide_tiles(stream: torch.dtype, of_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three row tiles and two column tiles, none of them full, in programs that take several."""
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_rows", "n_cols", "block_cols"), [(383, 272, 256), (120, 136, 128)])
+def test_tiles_of_hopper(
+    n_rows: int, n_cols: int, block_cols: int, stream: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three row tiles and two column tiles, or one and two, none of them full, in programs that take several."""
     chosen = []
 
     def note(kernel: str, *arguments: Any) -> gelu_mlp_tiles.ProductTile:
@@ -136,11 +158,11 @@ def test_wide_tiles(stream: torch.dtype, of_out: int, monkeypatch: pytest.Monkey
 
     product_tile = gelu_mlp_tiles.product_tile
     monkeypatch.setattr(gelu_mlp_tiles, "product_tile", note)
-    *inputs, residual = make_inputs(383, 272, n_hidden=264, dtype=torch.bfloat16, has_residual=True)
+    *inputs, residual = make_inputs(n_rows, n_cols, n_hidden=264, dtype=torch.bfloat16, has_residual=True)
     with chip.assume(chip.Chip("sm_90", 1)):
         assert_mlp_parity(fastgpt_kernels, (*inputs, residual.to(stream)), dropout_p=0.25)
-    forward, backward = [("hidden", 256), ("out", of_out)], [("pre", 256)]
-    assert chosen == forward + forward + backward
+    forward = [("hidden", block_cols), ("out", 128 if stream == torch.float64 else block_cols)]
+    assert chosen == forward + forward + [("pre", block_cols)]
 
 
 # --- dtypes and refusals --------------------------------------------------------------------------------------------

@@ -109,10 +109,9 @@ def _product_tile(kernel: str, x: Tensor, *others: Tensor | None) -> tiles.Produ
     present = [x, *(matrix for matrix in others if matrix is not None)]
     n_rows, n_cols = present[-1].shape
     architecture, n_multiprocessors = chip.chip(x.device)
-    # Beside the operands of a wide tile, shared memory has no room for a float64 stream.
-    fits = present[-1].element_size() < 8
-    large = fits and tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
-    return tiles.product_tile(kernel, x.element_size(), architecture, all(map(_is_describable, present)), large)
+    describable = all(map(_is_describable, present))
+    large = tiles.is_large_product(n_rows, n_cols, n_multiprocessors)
+    return tiles.product_tile(kernel, x.element_size(), present[-1].element_size(), architecture, describable, large)
 
 
 def _product(

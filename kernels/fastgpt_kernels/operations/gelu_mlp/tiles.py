@@ -25,6 +25,10 @@ class ProductTile(NamedTuple):
 # Two programs with up to 128 registers per thread and 112 KiB each fill a multiprocessor: one multiplies while the
 # other runs its epilogue. Compiled, not timed.
 _PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 128, 64, 8, 3, n_resident=2)
+# The epilogue of a float32 stream takes 16 KiB more, so that two programs would have two stages each. One with five has
+# 128 KiB on the way in place of 64: its loads go on during its epilogues, which by count costs as much as two programs
+# that hide each other's, and less where a multiprocessor has one tile. Compiled, not timed.
+_PRODUCT_OF_WIDE_STREAM_HOPPER = ProductTile(128, 128, 64, 8, 5, n_resident=1)
 # A program with twice as many columns asks L2 for three quarters of the operands, and L2 limits these kernels. It has a
 # multiprocessor to itself, so that nothing hides its epilogue. Predicted by counts, not timed.
 _WIDE_PRODUCT_DESCRIPTORS_HOPPER = ProductTile(128, 256, 64, 8, 3, n_resident=1)
@@ -63,16 +67,22 @@ def is_large_product(n_rows: int, n_cols: int, n_multiprocessors: int) -> bool:
     return n_cols >= wide.block_cols and n_tiles > _WIDE_TILES_PER_MULTIPROCESSOR * n_multiprocessors
 
 
-def product_tile(kernel: str, element_size: int, architecture: str, describable: bool, large: bool) -> ProductTile:
+def product_tile(
+    kernel: str, element_size: int, result_size: int, architecture: str, describable: bool, large: bool
+) -> ProductTile:
     """The tile of a fused product.
 
-    kernel: hidden, out or pre, so that each can be tuned; none has a tile of its own yet. element_size: bytes of the
-    operands' dtype. describable: tensor descriptors can hold all of its matrices. large: by `is_large_product`.
+    kernel: hidden, out or pre, so that each can be tuned; none has a tile of its own yet. element_size, result_size:
+    bytes of the dtypes of the operands and of the result, which differ under autocast. describable: tensor descriptors
+    can hold all of its matrices. large: by `is_large_product`.
     """
     if architecture == "cpu":
         return _PRODUCT_OF_CPU
     if architecture == "sm_90" and element_size == 2 and describable:
-        return _WIDE_PRODUCT_DESCRIPTORS_HOPPER if large else _PRODUCT_DESCRIPTORS_HOPPER
+        # Beside the operands of a wide tile, shared memory has no room for a float64 stream.
+        if large and result_size < 8:
+            return _WIDE_PRODUCT_DESCRIPTORS_HOPPER
+        return _PRODUCT_DESCRIPTORS_HOPPER if result_size == 2 else _PRODUCT_OF_WIDE_STREAM_HOPPER
     if architecture == "sm_100" and (element_size, describable) in _PRODUCT_SM100:
         return _PRODUCT_SM100[element_size, describable]
     return (_PRODUCT if describable else _PRODUCT_OF_ODD_ROWS)[element_size]
