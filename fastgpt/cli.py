@@ -45,7 +45,6 @@ from .verify import verify_checkpoint
 
 app = typer.Typer(
     help="GPT-2 with Hugging Face weights on fused Triton kernels, and on plain torch where there is no GPU.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -73,7 +72,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0 for all.")] = 50,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens with this total probability.")
@@ -395,5 +394,5 @@ def _measure(model: str, device: torch.device) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line on `arguments` (sys.argv by default) and exit with its code."""
-    run(app, sys.argv[1:] if arguments is None else arguments)
+    """Run the command line on `arguments` (sys.argv by default) and exit with its code; without any, show the help."""
+    run(app, (sys.argv[1:] if arguments is None else arguments) or ["--help"])

@@ -12,6 +12,7 @@ from fastgpt_kernels.operations.sampling.reference import SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from ..model.checks import context_is_full
 from .decoding import prefill, view_weights, without_autograd
 from .host_loop import Request
 from .kept import with_room, workspace
@@ -85,7 +86,7 @@ class DeviceGeneration:
                     return
             newest = following
         if self.n_tokens < request.max_length:
-            raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+            raise context_is_full(self.n_positions)
 
     def _prefill(self, work: Workspace) -> None:
         """Fill the cache with the prompt, and the first B logits with those of the first new token."""

@@ -12,7 +12,7 @@ from fastgpt_kernels.common.decode_weights import DecodeWeights
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, LogitsProcessorList
 
-from ..model.checks import check_positions
+from ..model.checks import check_positions, context_is_full
 from ..model.rounded import RoundedLinear
 from .copies import Copies
 from .decoding import KVCache, decode_one_token, in_fast_dtype, prefill, view_weights, without_autograd
@@ -123,7 +123,7 @@ class Generation:
         if ended or self.n_tokens >= self.request.max_length:
             return False
         if self.n_tokens == self._sequences.shape[1]:
-            raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+            raise context_is_full(self.n_positions)
         return True
 
     def _positions(self, n_new: int) -> Tensor:

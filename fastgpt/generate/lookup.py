@@ -13,6 +13,7 @@ from fastgpt_kernels.operations.sampling.reference import Rows, SamplingOptions
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from ..model.checks import context_is_full
 from .decoding import decode_tokens, prefill, view_weights
 from .device_loop import DeviceGeneration, HostCopies
 from .host_loop import Generation, Request
@@ -154,5 +155,5 @@ class DeviceLookupGeneration(DeviceGeneration):
         if ended or self.n_tokens >= self.request.max_length:
             return False
         if self.n_tokens == self.n_most:
-            raise ValueError(f"position {self.n_positions} is outside the context: n_positions is {self.n_positions}")
+            raise context_is_full(self.n_positions)
         return True

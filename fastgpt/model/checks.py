@@ -43,6 +43,11 @@ def check_length(n_tokens: int, n_positions: int) -> None:
         raise ValueError(_PAST_THE_CONTEXT.format(value=n_tokens - 1, limit=n_positions))
 
 
+def context_is_full(n_positions: int) -> ValueError:
+    """The error for a row that needs one more token than its context holds."""
+    return ValueError(_PAST_THE_CONTEXT.format(value=n_positions, limit=n_positions))
+
+
 def check_range(ids: Tensor, limit: int, message: str, may_wait: bool = False) -> None:
     """Raise ValueError on an id outside [0, limit).
 

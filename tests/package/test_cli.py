@@ -155,7 +155,7 @@ def test_directory_without_weights(run, tmp_path) -> None:
         ),
         (["generate", "hi", "--max-new-tokens", "no"], "--max-new-tokens"),
         (["generate", "hi", "--prompt-lookup", "0"], "--prompt-lookup"),
-        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
+        (["generate", "hi", "--temperature", "-1"], "--temperature"),
         (["generate", "hi", "--temperature", "nan"], "not nan"),
         (["generate", "hi", "--temperature", "1e-38"], "temperature must be 1e-30 or more"),
         (["generate", "hi", "--top-p", "1.5"], "--top-p"),
@@ -187,6 +187,13 @@ def test_directory_without_weights(run, tmp_path) -> None:
 )
 def test_wrong_usage_is_one_line_and_exit_2(run, arguments: list[str], word: str) -> None:
     assert_one_line_error(run(*arguments), 2, "--help", word)
+
+
+def test_without_a_command_the_help_is_shown(run) -> None:
+    result = run()
+    assert (result.code, result.err) == (0, "")
+    assert result.out.lstrip().startswith("Usage: fastgpt")
+    assert result.out == run("--help").out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -91,13 +91,18 @@ def test_one_set_of_versions_is_said_everywhere() -> None:
     (least_triton,) = (line for line in project["dependencies"] if line.startswith("triton"))
     assert least_triton.startswith(f"triton>={triton_[0].removesuffix('.0')};")
     assert f"transformers>={transformers_[0].removesuffix('.0')},<6" in project["dependencies"]
-    assert f"torch=={torch_[0].rpartition('.')[0]}.*" in project["optional-dependencies"]["dev"]
+    pinned_torch = f"torch=={torch_[0].rpartition('.')[0]}.*"
+    assert pinned_torch in project["optional-dependencies"]["dev"]
+    # Any other CPU build of torch would be replaced by the build with CUDA when fastgpt[dev] is installed.
+    assert f"pip install '{pinned_torch}' --index-url" in readme
 
 
+ASKED_BY_TORCH = [line for line in requires("torch") or [] if line.startswith("triton")]
+
+
+@pytest.mark.skipif(not ASKED_BY_TORCH, reason="a CPU build of torch asks for no triton")
+@pytest.mark.skipif(
+    version("torch").partition("+")[0] != pairs()[0][0], reason="another torch than the README's line brings"
+)
 def test_the_first_pair_is_what_torch_itself_asks_for() -> None:
-    asked = [line for line in requires("torch") or [] if line.startswith("triton")]
-    if not asked:
-        pytest.skip("a CPU build of torch asks for no triton")
-    if version("torch").partition("+")[0] != pairs()[0][0]:
-        pytest.skip("another torch is installed than the README's line brings")
-    assert any(line.startswith(f"triton=={pairs()[0][1]}") for line in asked)
+    assert any(line.startswith(f"triton=={pairs()[0][1]}") for line in ASKED_BY_TORCH)

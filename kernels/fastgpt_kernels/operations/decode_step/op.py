@@ -69,8 +69,10 @@ class DecodeStep:
         self.normalised = new(n_rows, self.n_channels)
         self.qkv, self.hidden = new(n_rows, 3 * self.n_channels), new(n_rows, self.n_hidden)
         # The output of attention, or the sums of its splits.
-        whole = (n_rows, self.n_channels) if self.n_splits == 1 else (self.n_splits, n_rows, self.n_channels)
-        self.mixed = new(whole) if self.n_splits == 1 else new(whole, dtype=torch.float32)
+        if self.n_splits == 1:
+            self.mixed = new(n_rows, self.n_channels)
+        else:
+            self.mixed = new(self.n_splits, n_rows, self.n_channels, dtype=torch.float32)
         self.peak, self.total = new(2, self.n_splits, n_rows * weights.n_heads, dtype=torch.float32)
         # Two copies of the stream: one is read while the other is written.
         self.streams = new(2, n_rows, self.n_channels, dtype=torch.float32)
