@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import measured, ops
-from .bench.machine import versions
+from .bench.machine import cpu_name, versions
 from .generate import products, routing
 from .load import default_device
 from .messages import one_line
@@ -84,9 +84,7 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "device": device,
-        "device_name": torch.cuda.get_device_name(device)
-        if torch.device(device).type == "cuda"
-        else platform.processor(),
+        "device_name": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "backend_setting": ops.backend_setting(),
         "first_kernel": _first_kernel(torch.device(device)),

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -45,7 +45,8 @@ def versions() -> dict[str, str | None]:
     return found | {"torch": torch.__version__}  # which also names the build, for a CPU or a version of CUDA
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as Linux calls it; Python alone knows no name there."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else []:
         if line.startswith("model name"):

@@ -109,6 +109,30 @@ def test_contenders_take_turns_at_going_first() -> None:
     assert Counter(before) == {"a": 2, "c": 2}
 
 
+def test_the_prompt_is_no_part_of_the_time_of_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stand-in for a model, whose prompt takes 100 s and each later token 1 s."""
+    clock = iter([0.0, *(100.0 + token for token in range(8))])
+    monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
+
+    class Generates:
+        def generate(self, ids: Tensor, max_new_tokens: int, streamer: Any, **options: Any) -> Tensor:
+            streamer.put(ids)
+            for _ in range(max_new_tokens):
+                streamer.put(ids[:, -1])
+            return torch.cat([ids, ids[:, -1:].expand(-1, max_new_tokens)], 1)
+
+    work = workloads.decode("fastgpt", Generates(), torch.zeros(3, 5, dtype=torch.int64), 8)  # type: ignore[arg-type]
+    assert work.seconds() == 7.0
+    assert work.n_tokens == 3 * 7
+
+
+def test_rates_count_what_a_second_moves_and_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy reads and writes 2**28 bytes, and a product of two 2048 x 2048 adds as many products as it has."""
+    monkeypatch.setattr(machine, "_best_seconds", lambda call, device: 1.0)
+    rates = machine.measure_rates(torch.device("cpu"), torch.bfloat16)
+    assert rates == {"bandwidth": 2.0**29, "matrix_rate": 2.0 * 2048**3}
+
+
 def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
     """To the byte: a gradient is freed and allocated again, and two temporaries live at a time."""
     held: list[Tensor] = []

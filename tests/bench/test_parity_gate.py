@@ -1,10 +1,12 @@
 """The parity gate of the benchmark goes red for a wrong model, before anything is timed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fastgpt_kernels import reference
+from torch import Tensor
 
 from fastgpt import generate as engine
 from fastgpt.bench import BenchmarkOptions, ParityError, machine, parity, run_benchmark, workloads
@@ -82,3 +84,60 @@ def test_bfloat16_passes_the_gate_and_a_wrong_model_does_not(
     slightly_wrong("gelu_mlp", monkeypatch, lambda args, out: out * 1.3)
     with pytest.raises(ParityError):
         check()
+
+
+# --- the limits -----------------------------------------------------------------------------------------------------
+
+
+class Says:
+    """In place of a model: one row of logits (V,) after every token, and the tokens that it continues with."""
+
+    def __init__(self, dtype: torch.dtype, logits: list[float], tokens: list[int]):
+        self.dtype, self.logits, self.tokens = dtype, torch.tensor(logits), tokens
+
+    def __call__(self, ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.logits.expand(*ids.shape, -1))
+
+    def generate(self, ids: Tensor, **_: Any) -> Tensor:
+        return torch.cat([ids, torch.tensor([self.tokens]).expand(len(ids), -1)], 1)
+
+
+@pytest.mark.parametrize(("knows_truth", "share", "passes"), [(k, s, s < 1) for k in (True, False) for s in (0.9, 1.1)])
+def test_logits_may_err_as_much_as_the_gate_says(
+    knows_truth: bool, share: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as much as transformers' and one ulp of the largest, 256; without the truth 64 ulps."""
+    ids, ulp, their_error = torch.zeros(1, 2, dtype=torch.int64), 2.0**-15, 2.0**-10
+    allowed = 2 * their_error + ulp if knows_truth else 64 * ulp
+    truth = torch.tensor([256.0, 1.0], dtype=torch.float64).expand(1, 2, -1)
+    monkeypatch.setattr(parity, "_truth", lambda base, ids: truth if knows_truth else None)
+    theirs = Says(torch.float32, [256.0, 1 + their_error if knows_truth else 1.0], [])
+    ours: Any = Says(torch.float32, [256.0, 1 + share * allowed], [])
+    if passes:
+        assert parity._check_logits(ours, theirs, None, ids)["allowed"] == allowed  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ParityError, match="error against float64" if knows_truth else "difference from"):
+            parity._check_logits(ours, theirs, None, ids)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "passes"),
+    [
+        (torch.float32, 0.0, False),
+        (torch.bfloat16, 0.0, True),
+        (torch.bfloat16, 0.5, True),
+        (torch.bfloat16, 0.6, False),
+    ],
+)
+def test_greedy_tokens_differ_in_half_precision_alone_and_where_logits_tie(
+    dtype: torch.dtype, gap: float, passes: bool
+) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    theirs: Any = Says(dtype, [1.0, 1.0 - gap, 0.0], [0, 0, 0, 0])
+    ours: Any = Says(dtype, [1.0, 1.0 - gap, 0.0], [0, 1, 2, 2])
+    if passes:
+        found = parity._check_greedy(ours, theirs, ids, 4, tie=0.5)
+        assert found == {"greedy_tokens": 2 * 4, "greedy_tokens_equal": 2 * 1}
+    else:
+        with pytest.raises(ParityError, match="greedy token 1 of sequence 0 is 1, transformers' 0"):
+            parity._check_greedy(ours, theirs, ids, 4, tie=0.5)
