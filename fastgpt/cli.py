@@ -23,7 +23,7 @@ from .corpus import pack, read_text, text_files
 from .evaluation import evaluate_text, settle_windows
 from .generate import options as sampling
 from .load import device_and_dtype, load_model_and_tokenizer
-from .progress import progress_bar
+from .progress import progress_bar, without_transformers_bars
 from .terminal import (
     Interrupted,
     check_outputs,
@@ -338,7 +338,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: its files, then that it loads and runs; and print the sha256 of its files."""
-    with notes.status("checking") as status:
+    with without_transformers_bars(), notes.status("checking") as status:
         report = verify_checkpoint(directory, tell=status.update)
     if as_json:
         print_json(asdict(report))

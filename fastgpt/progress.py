@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import transformers
 from rich import progress
 from rich.console import Console
 
@@ -18,6 +19,18 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         return
     times = progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()
     columns = progress.TextColumn("{task.description}"), progress.BarColumn(), *times
-    with progress.Progress(*columns, console=console, transient=True) as bar:
+    with without_transformers_bars(), progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting")
         yield lambda what, n_done, n_steps: bar.update(task, description=what, completed=n_done, total=n_steps)
+
+
+@contextmanager
+def without_transformers_bars() -> Iterator[None]:
+    """transformers draws no bars of its own inside the block: they would be written across what is shown there."""
+    was_enabled = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers.logging.enable_progress_bar()

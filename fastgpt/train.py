@@ -234,7 +234,7 @@ def _trainers_arguments(
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
+        warmup_steps=n_steps // 20,  # Given a share, Trainer rounds up, and the first step of a warm-up learns nothing.
         weight_decay=settings.weight_decay,
         use_cpu=device.type == "cpu",
         bf16=device.type == "cuda" and is_bf16_available(),

@@ -19,12 +19,18 @@ def load_tokenizer(name: str) -> Any:
     if directory.is_dir():
         _check_files(directory)
     try:
-        return load_without_code(AutoTokenizer, name)
+        tokenizer = load_without_code(AutoTokenizer, name)
     except CheckpointError:
         raise
     except Exception as error:  # fields of a wrong type reach code that does not check them
         kind = CheckpointFileError if isinstance(error, OSError) else CheckpointError
         raise kind(f"{_culprit(directory)}: no tokenizer can be made of it: {one_line(error)}") from error
+    # Where config.json names a GPT-2 and no file holds a vocabulary, transformers makes a tokenizer without one.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointFileError(
+            f"{name}: holds no tokenizer: save one there, as by tokenizer.save_pretrained({name!r})"
+        )
+    return tokenizer
 
 
 def _check_files(directory: Path) -> None:

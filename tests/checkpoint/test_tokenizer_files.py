@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from models import tiny_config
 
 import fastgpt
 from fastgpt.checkpoint.headers import MAX_TOKENIZER_BYTES, CheckpointError
@@ -70,4 +71,11 @@ def test_sizes_beyond_reason_are_refused_at_once(saved: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_tokenizer(str(tmp_path))
+
+
+def test_bug_a_model_without_a_tokenizer_made_every_prompt_empty(tmp_path: Path) -> None:
+    """transformers makes a tokenizer without a vocabulary of the configuration alone."""
+    fastgpt.GPT2LMHeadModel(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: holds no tokenizer: save one there"):
         load_tokenizer(str(tmp_path))

@@ -156,7 +156,7 @@ def test_directory_without_weights(run, tmp_path) -> None:
         (["generate", "hi", "--max-new-tokens", "no"], "--max-new-tokens"),
         (["generate", "hi", "--prompt-lookup", "0"], "--prompt-lookup"),
         (["generate", "hi", "--temperature", "-1"], "--temperature"),
-        (["generate", "hi", "--temperature", "nan"], "not nan"),
+        (["generate", "hi", "--temperature", "nan"], "--temperature"),
         (["generate", "hi", "--temperature", "1e-38"], "temperature must be 1e-30 or more"),
         (["generate", "hi", "--top-p", "1.5"], "--top-p"),
         (["generate", "hi", "--top-p", "nan"], "top"),
@@ -301,6 +301,7 @@ def test_doctor(run) -> None:
     assert result.code == 0
     assert diagnosis["parity"]["passed"]
     assert diagnosis["operations"]["causal_attention"]["backend"] == "torch"
+    assert diagnosis["device_name"]
     assert "torch" in run("doctor", "--device", "cpu").out
 
 

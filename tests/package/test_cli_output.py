@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from commands import assert_one_line_error, in_process
+from rich.console import Console
 
 import fastgpt
 from fastgpt import cli, terminal
+from fastgpt.progress import progress_bar
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 
@@ -99,3 +102,19 @@ def test_bug_notes_that_cannot_be_written_fail_the_work() -> None:
     assert done.returncode == 0
     assert json.loads(done.stdout)["n_new_tokens"] == 3
     assert in_shell("2>/dev/full", "params", "gpt2", "--nonsense").returncode == 2
+
+
+def test_only_one_bar_is_drawn_at_a_time() -> None:
+    """At each checkpoint of a training run, transformers drew a bar across the run's own."""
+    screen = io.StringIO()
+    was_enabled = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.enable_progress_bar()
+    try:
+        with progress_bar(Console(file=screen, force_terminal=True)) as progress:
+            assert not transformers.logging.is_progress_bar_enabled()
+            progress("training", 1, 2)
+        assert transformers.logging.is_progress_bar_enabled()
+        assert "training" in screen.getvalue()
+    finally:
+        if not was_enabled:
+            transformers.logging.disable_progress_bar()

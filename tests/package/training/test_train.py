@@ -35,6 +35,13 @@ def test_it_learns_and_stock_transformers_loads_the_result(whole: Path, run) -> 
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bug_a_run_of_one_step_learned_nothing(inputs: list[str], run, tmp_path: Path) -> None:
+    """It was all warm-up, whose first step has a learning rate of zero."""
+    assert run("train", *inputs, "--steps", "1", "--every", "1", "--out", str(tmp_path / "out")).code == 0
+    before, after = (entry["eval_loss"] for entry in log_of(tmp_path / "out") if "eval_loss" in entry)
+    assert after < before
+
+
 def test_the_validation_loss_is_that_of_eval(inputs: list[str], run, tmp_path: Path, monkeypatch) -> None:
     """The one of the model that is saved, on a text of its own; the others are trained on in order of their names."""
     monkeypatch.setattr(accounting, "peak_rate", lambda name: 1e12)
