@@ -106,15 +106,12 @@ def test_bug_notes_that_cannot_be_written_fail_the_work() -> None:
 
 def test_only_one_bar_is_drawn_at_a_time() -> None:
     """At each checkpoint of a training run, transformers drew a bar across the run's own."""
-    screen = io.StringIO()
     was_enabled = transformers.logging.is_progress_bar_enabled()
     transformers.logging.enable_progress_bar()
     try:
-        with progress_bar(Console(file=screen, force_terminal=True)) as progress:
+        with progress_bar(Console(file=io.StringIO(), force_terminal=True)):
             assert not transformers.logging.is_progress_bar_enabled()
-            progress("training", 1, 2)
         assert transformers.logging.is_progress_bar_enabled()
-        assert "training" in screen.getvalue()
     finally:
         if not was_enabled:
             transformers.logging.disable_progress_bar()
