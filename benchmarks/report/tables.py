@@ -34,7 +34,8 @@ _BASELINES = {
     "hf-sdpa": "transformers sdpa",
     "hf-compile": "transformers sdpa, torch.compile",
 }
-_VERSIONS = ("torch", "triton", "transformers", *CPU_PEERS)
+_LIBRARIES = ("torch", "triton", "transformers")
+_VERSIONS = (*_LIBRARIES, *CPU_PEERS)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,17 +56,18 @@ def speed_tables(results: Sequence[Result]) -> list[str]:
     return [block for heading, group in groups.items() for block in (heading, _speed_table(group))]
 
 
-def _terms(result: Result, content: Mapping[str, Any]) -> str:
+def _terms(result: Result, content: Mapping[str, Any], named: Sequence[str] = _VERSIONS) -> str:
+    """What results in one table have in common. named: the packages whose versions it says."""
     model = content["model"]
     name = Path(model["name"]).name
     weights = "its own weights" if model["weights"] == "loaded" else f"{model['weights']} weights"
-    where = _where(content["machine"], content["versions"])
+    where = _where(content["machine"], content["versions"], named)
     return f"**{result.device.upper()}**: {where}. {content['path'].capitalize()} path, {name} with {weights}."
 
 
-def _where(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+def _where(machine: Mapping[str, Any], versions: Mapping[str, str], named: Sequence[str] = _VERSIONS) -> str:
     place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']})"
-    return f"{place}; " + ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if versions.get(name))
+    return f"{place}; " + ", ".join(f"{name} {versions[name]}" for name in named if versions.get(name))
 
 
 def _speed_table(group: Sequence[tuple[Result, Mapping[str, Any]]]) -> str:
@@ -103,7 +105,7 @@ def headline(results: Sequence[Result]) -> str:
                 if row["contender"] == OURS and ratio:
                     speed = row["tokens_per_s"]["median"]
                     figures = [describe_work(content, row["workload"]), f"{speed:,.{0 if speed >= 100 else 1}f}", ratio]
-                    chosen.setdefault(place, (_terms(result, content), figures))
+                    chosen.setdefault(place, (_terms(result, content, _LIBRARIES), figures))
     if not chosen:
         return "Nothing yet."
     headings = ["workload", "fastgpt, tokens/s", "compared with transformers sdpa"]

@@ -144,6 +144,14 @@ def test_bug_the_last_name_and_not_the_newest_result_stood_in_the_readme() -> No
     assert "1 x 7" not in tables.headline(both)
 
 
+def test_bug_the_engines_beside_it_kept_a_dtype_out_of_the_readme() -> None:
+    folder = ROOT / "benchmarks" / "results" / "cpu"
+    names = ("2026-11-30-gpt2-512-peers.json", "2026-11-30-gpt2-bfloat16-peers.json")
+    text = tables.headline([records.Result(folder / name, json.loads((folder / name).read_text())) for name in names])
+    assert text.count("float32") == 2
+    assert text.count("bfloat16") == 2
+
+
 def test_quantized_weights_have_a_table_of_their_own(checkout: Path) -> None:
     """The tables and plots of exact weights leave out contenders whose weights are rounded."""
     content = json.loads((checkout / FLOAT32).read_text())
