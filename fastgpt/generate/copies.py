@@ -64,7 +64,7 @@ class Copies:
         return copy.prepared
 
     def keep(self) -> None:
-        """Leave the copies of this call to the next, in place of those before it. A call without copies leaves them."""
+        """Keep this call's copies for the next one, in place of earlier ones; if it has none, those stay."""
         if self._model is not None and self._left:
             _kept[self._model] = self._left
 

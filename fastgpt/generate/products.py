@@ -61,9 +61,11 @@ _MIN_GAIN = 1.1
 _TURNS = 5
 # An implementation whose first product took this many times as long as the quickest is not timed further.
 _HOPELESS = 8
-# Of the head this many parts are timed in turn, so that each has left the caches when it is read again, as in a step.
+# The head is timed in parts of this share, one after another: each has left the caches when it is read again, as in a
+# step.
 _PARTS_OF_HEAD = 8
-# What a call counts of the time of making a copy that is kept: what it takes to compare the matrix in every later call.
+# A copy that is kept is made once. Every later call compares its matrix, in about this share of the time that making
+# the copy took, and only this share counts when an implementation is chosen, from the first call on.
 _SHARE_OF_KEPT = 0.25
 
 
