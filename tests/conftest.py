@@ -4,6 +4,9 @@ import os
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several test processes share the cores, and so do the commands that they start: a thread that waits for another, which
+# has no core, takes one until it gets there.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import accuracy_table
 import fuzz  # noqa: F401 - registers the profiles
@@ -18,7 +21,6 @@ if not torch.cuda.is_available():
 if find_spec("triton") is not None:
     import interpreter  # noqa: F401
 
-# Small operations in several test processes gain nothing from more threads.
 torch.set_num_threads(1)
 
 settings.load_profile("quick")

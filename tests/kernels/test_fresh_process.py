@@ -1,6 +1,7 @@
-"""Every test that compiles or exports, with its first parameters, again in a process where nothing has run.
+"""Tests that compile or export, with their first parameters, again in a process where nothing has run.
 
-There the modules of the kernels are imported while torch.compile traces the call that needs them.
+There the modules of the kernels are imported while torch.compile traces the call that needs them. The first such test
+of each file, and all of them if asked for.
 """
 
 import ast
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from interpreter import INTERPRETING
 
 TESTS = Path(__file__).parents[1]
@@ -54,12 +56,23 @@ def compiling_tests() -> list[str]:
     return sorted(f"{file.relative_to(TESTS.parent)}::{name}" for file, name in found | again)
 
 
-def test_in_a_fresh_process() -> None:
-    names = compiling_tests()
-    assert "tests/model/test_model_on_kernels.py::test_compile_fullgraph_forward_and_backward" in names
+def run(names: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"HF_HUB_OFFLINE": "1"} | ({"TRITON_INTERPRET": "1"} if INTERPRETING else {})
     finished = subprocess.run(
         [sys.executable, "-c", FORKS, *names], cwd=TESTS.parent, env=environment, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+
+
+def test_in_a_fresh_process() -> None:
+    first_of_file = {name.partition("::")[0]: name for name in reversed(compiling_tests())}
+    assert "tests/model/test_model_on_kernels.py" in first_of_file
+    run([*first_of_file.values()])
+
+
+@pytest.mark.soak
+def test_every_one_in_a_fresh_process() -> None:
+    names = compiling_tests()
+    assert "tests/model/test_model_on_kernels.py::test_compile_fullgraph_forward_and_backward" in names
+    run(names)
