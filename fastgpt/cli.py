@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import accounting, measured, ops
+from . import __version__, accounting, measured, ops
 from . import bench as benchmark
 from . import doctor as checks
 from .accounting.tables import render
@@ -60,9 +60,18 @@ Int4 = Annotated[bool, typer.Option("--int4", help="Quantize them to int4, in gr
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of text.")]
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"fastgpt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Options of every command; --debug may come anywhere."""
 

@@ -197,6 +197,11 @@ def test_without_a_command_the_help_is_shown(run) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_version(run) -> None:
+    result = run("--version")
+    assert (result.code, result.out) == (0, f"fastgpt {fastgpt.__version__}\n")
+
+
 def test_a_device_that_is_not_here(run) -> None:
     assert_one_line_error(run("generate", "hi", "--device", "cuda"), 2, "CUDA", "--device cpu")
 
