@@ -5,16 +5,17 @@ that: fused optimisers and edits through `.data` leave it as it is. So the matri
 every call compares the two, which takes a third of the time of another copy or less.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from fastgpt_kernels.common.decode_weights import Matrix, RoundedMatrix
 from torch import Tensor, nn
 
 from .implementations import Prepared
+from .memory import available_bytes, total_bytes
 
 
 class _Copy(NamedTuple):
@@ -39,8 +40,18 @@ class Copies:
         self._model = model
         self._found = {} if model is None else _kept.get(model, {})
         self._left: dict[Hashable, _Copy] = {}
-        # Bytes that may be left to the next call.
-        self._room = 0 if model is None else limit_bytes()
+        self.n_made = 0  # bytes of copies that were not found
+
+    @functools.cached_property
+    def _room(self) -> int:
+        """Bytes that may be left to the next call. Not of what is free now, because the choice of what is copied
+        depends on it, and the same call has the same bits each time."""
+        return 0 if self._model is None else limit_bytes()
+
+    @functools.cached_property
+    def _free(self) -> int:
+        """Bytes that may be taken for matrices as they are. A copy without one is not left to the next call."""
+        return available_bytes() // 4
 
     def have_room_for(self, n_bytes: int) -> bool:
         """Whether copies, with the matrices as they were, may be left to the next call."""
@@ -55,8 +66,11 @@ class Copies:
             self._found.pop(key, None)
             del copy  # before another takes its memory
             prepared = implementation(matrix)
-            if not 0 < prepared.n_bytes <= self._room:
+            self.n_made += prepared.n_bytes
+            n_bytes = sum(part.nbytes for part in parts)
+            if not 0 < prepared.n_bytes <= self._room or n_bytes > self._free:
                 return prepared
+            self._free -= n_bytes
             copy = _Copy(prepared, [part.detach().clone() for part in parts])
         if copy.n_bytes <= self._room:
             self._room -= copy.n_bytes
@@ -75,8 +89,8 @@ def forget_copies(model: nn.Module) -> None:
 
 
 def limit_bytes() -> int:
-    """The most that is kept for a model: an eighth of the machine's memory."""
-    return psutil.virtual_memory().total // 8
+    """The most that is kept for a model: an eighth of the memory."""
+    return total_bytes() // 8
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastgpt_kernels.common.decode_weights import Matrix, RoundedMatrix
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
-from fastgpt_kernels.operations.decode_step.reference import multiply
+from fastgpt_kernels.operations.decode_step.reference import finish, multiply
 from torch import Tensor
 
 from ..model import digits
@@ -87,22 +87,41 @@ class OutputSlices:
         return product if bias is None else product.add_(bias)
 
 
-class OneDNN(AsStored):
-    """oneDNN's product, which uses all cores for few rows too."""
+# What oneDNN calls the reference's activations, and their forms. Its relu would make a NaN zero.
+_ONEDNN_ACTIVATIONS = {
+    "gelu_new": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "gelu_fast": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.matrix.t(), bias, "none", [], "")
+
+class OneDNN:
+    """oneDNN's product, which uses all cores for few rows too, and activates or adds before it stores."""
+
+    n_bytes = 0
+
+    def __init__(self, matrix: Tensor):
+        self.weight = matrix.t()
+
+    def __call__(
+        self, x: Tensor, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """residual + activation(x @ matrix + bias). residual: (r, N)."""
+        multiply, name = torch.ops.mkldnn._linear_pointwise, ("none", "")
+        if activation is None and residual is not None:
+            return multiply.binary(x, residual, self.weight, bias, "add")
+        if residual is None and activation in _ONEDNN_ACTIVATIONS:
+            name, activation = _ONEDNN_ACTIVATIONS[activation], None
+        return finish(multiply(x, self.weight, bias, name[0], [], name[1]), activation, residual)
 
 
-class Packed:
-    """oneDNN's product over a copy in its own layout."""
+class Packed(OneDNN):
+    """The same over a copy in oneDNN's own layout."""
 
     def __init__(self, matrix: Tensor, n_rows: int):
         self.n_bytes = matrix.nbytes
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
 
 
 class Int8Values:

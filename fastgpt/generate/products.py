@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-import psutil
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix, RoundedMatrix
 from fastgpt_kernels.common.int4 import Int4Matrix
-from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
+from fastgpt_kernels.operations.decode_step.reference import finish, head_matrix, multiply
 from torch import Tensor
 
 from ..model import digits
 from .copies import Copies
-from .implementations import Prepared, Rows, columns, exactness, implementations_of
+from .implementations import OneDNN, Prepared, Rows, columns, exactness, implementations_of
+from .memory import available_bytes, return_freed
 
 # --- half precision -------------------------------------------------------------------------------------------------
 
@@ -31,10 +31,16 @@ from .implementations import Prepared, Rows, columns, exactness, implementations
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies a half-precision dtype far slower than float32, because it lacks the instructions.
 
-    Timed once a process, in a few milliseconds. Without the instructions the factor is about 50, with them at most 2.
+    Timed once a process, in a few milliseconds. Without the instructions the factor is about 50, with them at most 2
+    besides what a call takes. Another process that takes the core can make any product slow, but not five in a row.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return False
+    return all(_slowness(dtype) > 8 for _ in range(5))
+
+
+def _slowness(dtype: torch.dtype) -> float:
+    """How many times as long as float32 a small product takes."""
     seconds = {}
     for kind in (dtype, torch.float32):
         x, times = torch.ones(16, 256, dtype=kind, device="cpu"), []
@@ -44,12 +50,12 @@ def is_slow(dtype: torch.dtype) -> bool:
             torch.mm(x, matrix)
             times.append(time.perf_counter() - start)
         seconds[kind] = min(times)
-    return seconds[dtype] > 8 * seconds[torch.float32]
+    return seconds[dtype] / seconds[torch.float32]
 
 
 def has_memory_for(n_bytes: int) -> bool:
     """Whether copies of weights of this size leave at least half of the free memory."""
-    return n_bytes <= psutil.virtual_memory().available // 2
+    return n_bytes <= available_bytes() // 2
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def fastest(known: dict[str, Cost], n_steps: int) -> str:
 
 
 class Products:
-    """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
+    """The products of one call of `generate()`: call it as the reference's `multiply`, with a matrix of the model.
 
     n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model, or int8 if
     the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, an
@@ -181,23 +187,36 @@ class Products:
         if precision is None or (precision == torch.int8 and not digits.is_exact(digits.Stored)):
             precision = dtype
         rows, copies = Rows(dtype, precision), copies or Copies()
-        for matrices in _by_shape(weights):
+        for matrices in _by_kind(weights):
             name = _choose(matrices, n_rows, n_steps, rows, copies)
             if name is None:
                 continue
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
+            implementation, n_made = implementations_of(matrices[0], n_rows, rows)[name], copies.n_made
             for matrix in matrices:
-                implementation = implementations_of(matrix, n_rows, rows)[name]
                 prepared = copies.prepared(matrix, (name, n_rows, rows), implementation)
                 self._prepared[_address(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
+            if copies.n_made > n_made:
+                return_freed()
         copies.keep()
 
-    def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-        """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""
+    def __call__(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        bias: Tensor | None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's `Multiply`."""
         prepared = self._prepared.get(_address(matrix))
-        return multiply(x, matrix, bias) if prepared is None else prepared(x, bias)
+        if prepared is None:
+            return multiply(x, matrix, bias, activation, residual)
+        if isinstance(prepared, OneDNN):
+            return prepared(x, bias, activation, residual)
+        return finish(prepared(x, bias), activation, residual)
 
 
 def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows, copies: Copies) -> str | None:
@@ -205,15 +224,16 @@ def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows, c
 
     It does not depend on what is kept, because the same call has the same bits each time.
     """
+    is_long = n_steps >= MIN_STEPS
+    if not (is_long or isinstance(matrices[0], RoundedMatrix)):
+        return None
     n_bytes = sum(matrix.shape.numel() for matrix in matrices) * rows.dtype.itemsize
     fits = has_memory_for(n_bytes)
-    if n_steps >= MIN_STEPS:
+    if is_long:
         known = {name: cost for name, cost in costs(matrices, n_rows, rows).items() if fits or not cost.copies}
         if copies.have_room_for(2 * n_bytes):
             known = {name: cost.if_kept() for name, cost in known.items()}
         return fastest(known, n_steps) if known else None
-    if not isinstance(matrices[0], RoundedMatrix):
-        return None
     # The reference would convert the matrix to floats in every step.
     first = next(iter(implementations_of(matrices[0], n_rows, rows)))
     is_copy = isinstance(matrices[0], Int4Matrix) or first.startswith("copy")
@@ -222,14 +242,24 @@ def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows, c
 
 def _address(matrix: Matrix) -> int:
     """Where the values of a matrix lie, which tells it from the others."""
-    return matrix.values.data_ptr() if isinstance(matrix, RoundedMatrix) else matrix.data_ptr()
+    return _values(matrix).data_ptr()
 
 
-def _by_shape(weights: DecodeWeights) -> Iterator[Sequence[Matrix]]:
-    """The matrices of all blocks by their place in the block, and the head, each (K, N)."""
+def _values(matrix: Matrix) -> Tensor:
+    return matrix.values if isinstance(matrix, RoundedMatrix) else matrix
+
+
+def _by_kind(weights: DecodeWeights) -> Iterator[Sequence[Matrix]]:
+    """The matrices of all blocks by their place in the block and how they are stored, and the head, each (K, N)."""
     layers = weights.layers
-    yield [layer.qkv_weight for layer in layers]
-    yield [layer.proj_weight for layer in layers]
-    yield [layer.fc_weight for layer in layers]
-    yield [layer.mlp_proj_weight for layer in layers]
-    yield [head_matrix(weights)]
+    for matrices in (
+        [layer.qkv_weight for layer in layers],
+        [layer.proj_weight for layer in layers],
+        [layer.fc_weight for layer in layers],
+        [layer.mlp_proj_weight for layer in layers],
+        [head_matrix(weights)],
+    ):
+        by_layout: dict[tuple[int, ...], list[Matrix]] = {}
+        for matrix in matrices:
+            by_layout.setdefault(_values(matrix).stride(), []).append(matrix)
+        yield from by_layout.values()

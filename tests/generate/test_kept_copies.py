@@ -135,12 +135,24 @@ def test_no_more_is_kept_than_the_limit(made: list[Any], monkeypatch: pytest.Mon
     (kept,) = [kept for model, kept in copies._kept.items() if model is ours]
     sizes = [copy.n_bytes for copy in kept.values()]
     weights = decoding.view_weights(ours)
-    matrices = [matrix for same in products._by_shape(weights) for matrix in same]
+    matrices = [matrix for same in products._by_kind(weights) for matrix in same]
     assert sizes == [2 * 4 * matrix.shape.numel() for matrix in matrices]  # type: ignore[union-attr]
     for n_kept in (0, 2, len(sizes)):
         fastgpt.release(ours)
         monkeypatch.setattr(copies, "limit_bytes", lambda n_kept=n_kept: sum(sizes[:n_kept]))
         ours.generate(ids, **GREEDY)
+        assert n_made(made, lambda: ours.generate(ids, **GREEDY)) == len(sizes) - n_kept
+
+
+def test_little_is_kept_where_little_memory_is_free(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices as they were, without which a copy is of no use later, take at most a quarter of it."""
+    _, ours = pair(tiny_config())
+    weights, ids = decoding.view_weights(ours), token_ids(1, 5, 131)
+    sizes = [4 * matrix.shape.numel() for same in products._by_kind(weights) for matrix in same]
+    for n_kept in (0, 2, len(sizes)):
+        fastgpt.release(ours)
+        monkeypatch.setattr(copies, "available_bytes", lambda n_kept=n_kept: 4 * sum(sizes[:n_kept]))
+        assert n_made(made, lambda: ours.generate(ids, **GREEDY)) == len(sizes)
         assert n_made(made, lambda: ours.generate(ids, **GREEDY)) == len(sizes) - n_kept
 
 

@@ -1,11 +1,13 @@
 """The products of decode steps on a CPU: every implementation gives the product, and a call takes the cheapest."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_as_accurate, drawn_again, max_error
 from chosen_products import assert_step_equals_blocks, exact, prefer
+from fastgpt_kernels.common.activations import ACTIVATIONS
 from fastgpt_kernels.operations.decode_step.reference import multiply
 from models import pair, tiny_config, token_ids
 
@@ -52,6 +54,48 @@ def test_every_implementation_gives_the_product(
         )
         for implementation in found.values():
             assert_as_accurate(implementation(matrix)(x, added), eager, true, eager_error=eager_error)
+
+
+def each_way(matrix: torch.Tensor, n_rows: int) -> Iterator[Products]:
+    """Products of one matrix, with every implementation in turn."""
+    for implementation in implementations_of(matrix, n_rows).values():
+        chosen = Products.__new__(Products)
+        chosen._prepared = {matrix.data_ptr(): implementation(matrix)}
+        yield chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_a_product_is_activated_and_added(n_rows: int, by_columns: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n_rows)
+    shapes = (64, 48), (n_rows, 64), (48,), (n_rows, 48)
+    matrix, x, bias, residual = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+    matrix, before = matrix.t().contiguous().t() if by_columns else matrix, residual.clone()
+    asked: list[dict[str, Any]] = [{"activation": name} for name in ACTIVATIONS]
+    for options in [*asked, {"residual": residual}, {"activation": "silu", "residual": residual}]:
+        exactly = options | ({"residual": residual.double()} if "residual" in options else {})
+        errors = [
+            max_error(
+                multiply(row, matrix, bias, **options),
+                multiply(row.double(), matrix.double(), bias.double(), **exactly),
+            )
+            for row in (drawn_again(x, seed) for seed in range(8))
+        ]
+        true = multiply(x.double(), matrix.double(), bias.double(), **exactly)
+        eager = multiply(x, matrix, bias, **options)
+        for chosen in each_way(matrix, n_rows):
+            assert_as_accurate(chosen(x, matrix, bias, **options), eager, true, eager_error=max(errors))
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_activation_hides_a_nan(activation: str) -> None:
+    """oneDNN's own relu makes it zero."""
+    matrix, x, bias = torch.ones(64, 48), torch.ones(1, 64), torch.ones(48)
+    bias[3] = torch.nan
+    for chosen in each_way(matrix, 1):
+        assert chosen(x, matrix, bias, activation).isnan().sum() == 1
 
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -118,11 +162,26 @@ def test_generate_gives_transformers_tokens(name: str, options: dict[str, Any], 
     theirs, ours = pair(tiny_config())
     prefer(name, monkeypatch)
     used, call = set(), Products.__call__
-    monkeypatch.setattr(Products, "__call__", lambda *args: used.update(args[0].chosen.values()) or call(*args))
+    monkeypatch.setattr(
+        Products, "__call__", lambda *args, **others: used.update(args[0].chosen.values()) or call(*args, **others)
+    )
     for n_rows in (1, 3) if not options else (1,):
         ids = token_ids(n_rows, 6, 131)
         assert ours.generate(ids, **LONG, **options).tolist() == theirs.generate(ids, **LONG).tolist()
     assert used == {name}
+
+
+@pytest.mark.parametrize("name", ["transposed", "4 slices", "packed"])
+def test_bug_one_layer_stored_in_another_way_raised_key_error(name: str, monkeypatch) -> None:
+    """What the first layer's matrix could be multiplied by was taken for the others', too."""
+    theirs, ours = pair(tiny_config(n_layer=3))
+    for model in (theirs, ours):
+        first, second, _ = (block.mlp.c_fc.weight for block in model.transformer.h)
+        first.data = first.data.t().contiguous().t()
+        second.data = torch.stack((second.data, second.data), -1)[..., 0]
+    prefer(name, monkeypatch)
+    ids = token_ids(1, 6, 131)
+    assert ours.generate(ids, **LONG).tolist() == theirs.generate(ids, **LONG).tolist()
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -148,7 +207,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
     weights = engine.view_weights(ours)
     prefer("packed", monkeypatch)
     everything = Products(weights, 2, products.MIN_STEPS)
-    matrices = [matrix for same in products._by_shape(weights) for matrix in same]
+    matrices = [matrix for same in products._by_kind(weights) for matrix in same]
     assert everything.n_bytes == sum(4 * matrix.shape.numel() for matrix in matrices)
     for share in (0.25, 0.4, 0.5):
         left = [int(2 * share * everything.n_bytes)]
@@ -162,9 +221,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
                     left[0] -= self.n_bytes
 
         monkeypatch.setattr(implementations, "Packed", Copied)
-        monkeypatch.setattr(
-            products.psutil, "virtual_memory", lambda left=left: type("Memory", (), {"available": left[0]})
-        )
+        monkeypatch.setattr(products, "available_bytes", lambda left=left: left[0])
         some = Products(weights, 2, products.MIN_STEPS)
         assert 0 < some.n_bytes < everything.n_bytes
         assert left[0] > 0

@@ -34,6 +34,13 @@ def test_only_half_precision_is_ever_slow() -> None:
         assert not (is_packed and products.is_slow(dtype))
 
 
+@pytest.mark.parametrize(("times", "expected"), [([700.0, 3.0], False), ([50.0] * 5, True)])
+def test_bug_a_busy_core_was_taken_for_one_without_instructions(times, expected, monkeypatch) -> None:
+    turns = iter(times)
+    monkeypatch.setattr(products, "_slowness", lambda dtype: next(turns))
+    assert products.is_slow.__wrapped__(torch.bfloat16) == expected
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @torch.no_grad()
@@ -76,8 +83,7 @@ def test_without_the_memory_half_precision_stays(slow_halves: None, monkeypatch)
     _, ours = pair(tiny_config())
     n_bytes = 4 * ours.half().num_parameters()
     for available, is_copied in ((2 * n_bytes - 1, False), (2 * n_bytes, True)):
-        free = type("Memory", (), {"available": available})
-        monkeypatch.setattr(products.psutil, "virtual_memory", lambda free=free: free)
+        monkeypatch.setattr(products, "available_bytes", lambda available=available: available)
         assert (decoding.in_fast_dtype(ours) is not ours) == is_copied
 
 
