@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from fastgpt_kernels.common.decode_weights import DecodeLayer, DecodeWeights
+from fastgpt_kernels.common.decode_weights import DecodeLayer, DecodeWeights, Matrix
 from fastgpt_kernels.operations.decode_step import reference
 from torch import Tensor
 from transformers import Cache, DynamicCache, GPT2LMHeadModel
@@ -115,7 +115,7 @@ def decode_one_token(
     cache: KVCache,
     tokens: Tensor,
     positions: Tensor,
-    multiply: reference.Multiply = reference.multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = reference.multiply,
 ) -> Tensor:
     """`decode_tokens` for one token per row. tokens: (B,). positions: (B,) or (1,). Returns logits (B, V)."""
     return decode_tokens(weights, cache, tokens[:, None], positions[:, None], multiply)[:, 0]
@@ -126,11 +126,11 @@ def decode_tokens(
     cache: KVCache,
     tokens: Tensor,
     positions: Tensor,
-    multiply: reference.Multiply = reference.multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = reference.multiply,
 ) -> Tensor:
     """Run N new tokens per row in torch and append their keys and values to the cache.
 
-    tokens: (B, N). positions: (B, N) or (1, N). multiply: computes the products.
+    tokens: (B, N). positions: (B, N) or (1, N). multiply: computes the product of rows and a matrix, with a bias.
     Returns logits (B, N, V): what follows each new token.
     """
     memory, n_past, bias = cache.memory, cache.n_tokens, cache.attention_bias

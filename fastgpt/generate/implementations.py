@@ -1,10 +1,11 @@
 """The implementations of a CPU's product of few rows and a matrix of a model. `products` chooses among them.
 
 torch's own product of few rows may read a matrix with one core of several, at a fraction of the memory's bandwidth.
-Others multiply slices of the matrix at the same time, its transpose, or a copy in oneDNN's layout. An int8 matrix is
-multiplied as it is stored, or from a copy, in the processor's instructions for int8 (`digits`), as a sum of its rows
-(`bags`) or in floats, by any implementation for these; an int4 matrix from a copy in torch's layout, or as int8. An
-implementation that errs far more than torch's own product is not taken, however fast it is.
+Others multiply slices of the matrix at the same time, its transpose, its columns one by one, or a copy in oneDNN's
+layout. An int8 matrix is multiplied as it is stored, or from a copy, in the processor's instructions for int8
+(`digits`), as a sum of its rows (`bags`) or in floats, by any implementation for these; an int4 matrix from a copy in
+torch's layout, or as int8. An implementation that errs far more than torch's own product is not taken, however fast it
+is.
 
 r rows, K inputs, N outputs.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from fastgpt_kernels.common.decode_weights import Matrix, RoundedMatrix
 from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.common.int8 import Int8Matrix
-from fastgpt_kernels.operations.decode_step.reference import finish, multiply
+from fastgpt_kernels.operations.decode_step.reference import multiply
 from torch import Tensor
 
 from ..model import digits
@@ -87,41 +88,39 @@ class OutputSlices:
         return product if bias is None else product.add_(bias)
 
 
-# What oneDNN calls the reference's activations, and their forms. Its relu would make a NaN zero.
-_ONEDNN_ACTIVATIONS = {
-    "gelu_new": ("gelu", "tanh"),
-    "gelu": ("gelu", "none"),
-    "gelu_fast": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-}
+class DotProducts:
+    """torch's product of a matrix stored by columns and a single row in half precision: for each output a dot product.
 
-
-class OneDNN:
-    """oneDNN's product, which uses all cores for few rows too, and activates or adds before it stores."""
-
-    n_bytes = 0
+    It needs less code than oneDNN's, which in a step has left the caches when it is called. Of a matrix stored by rows
+    it holds a copy.
+    """
 
     def __init__(self, matrix: Tensor):
-        self.weight = matrix.t()
+        self.columns = matrix.t().contiguous()  # (N, K)
+        self.n_bytes = 0 if matrix.t().is_contiguous() else matrix.nbytes
 
-    def __call__(
-        self, x: Tensor, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """residual + activation(x @ matrix + bias). residual: (r, N)."""
-        multiply, name = torch.ops.mkldnn._linear_pointwise, ("none", "")
-        if activation is None and residual is not None:
-            return multiply.binary(x, residual, self.weight, bias, "add")
-        if residual is None and activation in _ONEDNN_ACTIVATIONS:
-            name, activation = _ONEDNN_ACTIVATIONS[activation], None
-        return finish(multiply(x, self.weight, bias, name[0], [], name[1]), activation, residual)
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        row = x.squeeze(0)
+        product = torch.mv(self.columns, row) if bias is None else torch.addmv(bias, self.columns, row)
+        return product[None]
 
 
-class Packed(OneDNN):
-    """The same over a copy in oneDNN's own layout."""
+class OneDNN(AsStored):
+    """oneDNN's product, which uses all cores for few rows too."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix.t(), bias, "none", [], "")
+
+
+class Packed:
+    """oneDNN's product over a copy in its own layout."""
 
     def __init__(self, matrix: Tensor, n_rows: int):
         self.n_bytes = matrix.nbytes
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t(), n_rows)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
 class Int8Values:
@@ -223,6 +222,8 @@ def implementations_of(matrix: Matrix, n_rows: int, rows: Rows | None = None) ->
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: InputSlices(matrix, n_slices)
         elif by_columns:
             found[f"{n_slices} slices"] = lambda matrix, n_slices=n_slices: OutputSlices(matrix, n_slices)
+    if n_rows == 1 and matrix.dtype in (torch.float16, torch.bfloat16):
+        found["dot products"] = DotProducts
     if packs(matrix.dtype):
         if matrix.dtype == torch.float32:  # In half precision it is what torch's own product takes.
             found["oneDNN"] = OneDNN

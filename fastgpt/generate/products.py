@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from fastgpt_kernels.common.decode_weights import DecodeWeights, Matrix, RoundedMatrix
 from fastgpt_kernels.common.int4 import Int4Matrix
-from fastgpt_kernels.operations.decode_step.reference import finish, head_matrix, multiply
+from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
 from ..model import digits
 from .copies import Copies
-from .implementations import OneDNN, Prepared, Rows, columns, exactness, implementations_of
+from .implementations import Prepared, Rows, columns, exactness, implementations_of
 from .memory import available_bytes, return_freed
 
 # --- half precision -------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def fastest(known: dict[str, Cost], n_steps: int) -> str:
 
 
 class Products:
-    """The products of one call of `generate()`: call it as the reference's `multiply`, with a matrix of the model.
+    """The products of one call of `generate()`: call it as `torch.addmm` of a matrix of the model.
 
     n_rows: rows of a step. n_steps: the most steps of the call. precision: the dtype of the user's model, or int8 if
     the rows that int8 weights multiply may be rounded to it. Where the weights are on a CPU and the steps many, an
@@ -202,21 +202,10 @@ class Products:
                 return_freed()
         copies.keep()
 
-    def __call__(
-        self,
-        x: Tensor,
-        matrix: Matrix,
-        bias: Tensor | None,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """As the reference's `Multiply`."""
+    def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        """x @ matrix + bias. x: (r, K). matrix: (K, N). bias: (N,). Returns (r, N)."""
         prepared = self._prepared.get(_address(matrix))
-        if prepared is None:
-            return multiply(x, matrix, bias, activation, residual)
-        if isinstance(prepared, OneDNN):
-            return prepared(x, bias, activation, residual)
-        return finish(prepared(x, bias), activation, residual)
+        return multiply(x, matrix, bias) if prepared is None else prepared(x, bias)
 
 
 def _choose(matrices: Sequence[Matrix], n_rows: int, n_steps: int, rows: Rows, copies: Copies) -> str | None:

@@ -3,7 +3,7 @@
 B batch, N new tokens per row, T slots of the cache, H heads, D head size, C channels, V vocabulary.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +13,10 @@ from ...common.activations import ACTIVATIONS
 from ...common.decode_weights import DecodeWeights, Matrix, RoundedMatrix
 
 
-class Multiply(Protocol):
-    """residual + activation(x @ matrix + bias). x: (r, in). matrix: (in, out). bias: (out,).
-
-    activation: a key of ACTIVATIONS, None for none. residual: (r, out). Returns (r, out).
-    """
-
-    def __call__(
-        self,
-        x: Tensor,
-        matrix: Matrix,
-        bias: Tensor | None,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-def multiply(
-    x: Tensor, matrix: Matrix, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """As `Multiply`, by torch's own product."""
+def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """x @ matrix + bias. x: (r, in). matrix: (in, out). bias: (out,). Returns (r, out)."""
     matrix = matrix.to_float(x.dtype) if isinstance(matrix, RoundedMatrix) else matrix
-    product = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
-    return finish(product, activation, residual)
-
-
-def finish(product: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """residual + activation(product), all (r, out)."""
-    product = product if activation is None else ACTIVATIONS[activation](product)
-    return product if residual is None else residual + product
+    return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 
 def head_matrix(weights: DecodeWeights) -> Matrix:
@@ -57,23 +32,24 @@ def decode_tokens(
     tokens: Tensor,
     positions: Tensor,
     attention_bias: Tensor | None = None,
-    multiply: Multiply = multiply,
+    multiply: Callable[[Tensor, Matrix, Tensor | None], Tensor] = multiply,
 ) -> Tensor:
     """The forward of N new tokens per row over the cache, to which their keys and values are appended.
 
     cache: (L, 2, B, H, T, D), keys before values; the first n_past of its T slots are filled. tokens: (B, N) int64.
     positions: (B, N) or (1, N) int64. attention_bias: (B, 1, 1, T), added to the scores; None without padding.
-    multiply: computes the products.
+    multiply: computes the product of rows and a matrix.
     Returns logits (B, N, V): what follows each new token.
     """
     n_rows, n_new = tokens.shape
     new_slots = slice(n_past, n_past + n_new)
     bias = _bias_of_new_tokens(cache, n_past, n_new, attention_bias)
+    activation = ACTIVATIONS[weights.activation]
     head_shape = n_rows, n_new, 3, weights.n_heads, -1
 
     x = (F.embedding(tokens, weights.wte) + F.embedding(positions, weights.wpe)).flatten(0, 1)  # (B*N, C)
     norm_shape, eps = x.shape[1:], weights.eps
-    # Views of all layers at once, because on a CPU the small operations of a step take a tenth of its time.
+    # Views of all layers at once, which takes fewer operations.
     news = cache[..., new_slots, :]  # (L, 2, B, H, N, D)
     keys_and_values = cache[..., : new_slots.stop, :].unbind(1)  # each (L, B, H, T, D)
     for layer, new, keys, values in zip(weights.layers, news, *keys_and_values, strict=True):
@@ -82,11 +58,10 @@ def decode_tokens(
         qkv = qkv.view(head_shape).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         new.copy_(qkv[1:])
         attended = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=bias, scale=layer.scale)
-        attended = attended.transpose(1, 2).reshape(x.shape)
-        x = multiply(attended, layer.proj_weight, layer.proj_bias, residual=x)
+        x += multiply(attended.transpose(1, 2).reshape(x.shape), layer.proj_weight, layer.proj_bias)
         normalised = F.layer_norm(x, norm_shape, layer.ln_2_weight, layer.ln_2_bias, eps)
-        hidden = multiply(normalised, layer.fc_weight, layer.fc_bias, weights.activation)
-        x = multiply(hidden, layer.mlp_proj_weight, layer.mlp_proj_bias, residual=x)
+        hidden = activation(multiply(normalised, layer.fc_weight, layer.fc_bias))
+        x += multiply(hidden, layer.mlp_proj_weight, layer.mlp_proj_bias)
     x = F.layer_norm(x, norm_shape, weights.ln_f_weight, weights.ln_f_bias, eps)
     return multiply(x, head_matrix(weights), None).unflatten(0, (n_rows, n_new))
 
