@@ -58,9 +58,15 @@ class _Group(NamedTuple):
     freed: str
 
     def available(self) -> int:
-        statistics = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
-        used = int((self.folder / self.used).read_text()) - int(statistics[self.freed])
-        return max(0, self.limit - used)
+        used = _number(self.folder / self.used)
+        return self.limit if used is None else min(self.limit, max(0, self.limit - used + self._freed()))
+
+    def _freed(self) -> int:
+        try:
+            lines = (self.folder / "memory.stat").read_text().splitlines()
+        except OSError:
+            return 0
+        return sum(int(value) for name, value in map(str.split, lines) if name == self.freed)
 
 
 def _limiting_groups() -> Iterator[_Group]:

@@ -97,6 +97,18 @@ def test_a_group_without_a_limit_changes_nothing(machine: Path, version: int, li
     assert (memory.total_bytes(), memory.available_bytes()) == (64 * GIB, 32 * GIB)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "available"),
+    [("memory.stat", None, 1), ("memory.stat", "anon 7\n", 1), ("memory.current", None, 4)],
+)
+def test_files_that_a_sandbox_does_not_have(machine: Path, file: str, content: str | None, available: int) -> None:
+    add_group(machine, 2, "", str(4 * GIB), used=3 * GIB, freed=GIB)
+    enter(machine, 2, "/")
+    path = machine / "groups" / file
+    path.unlink() if content is None else path.write_text(content)
+    assert memory.available_bytes() == available * GIB
+
+
 def test_a_group_that_is_over_its_limit_has_nothing(machine: Path) -> None:
     add_group(machine, 2, "", str(GIB), used=GIB + 4096)
     enter(machine, 2, "/")
