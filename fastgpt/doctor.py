@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import measured, ops
+from . import container, measured, ops
 from .bench.machine import cpu_name, versions
 from .generate import products, routing
 from .load import default_device
@@ -86,6 +86,7 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "cores_of_container": container.cores(),
         "backend_setting": ops.backend_setting(),
         "first_kernel": _first_kernel(torch.device(device)),
         "measurements": _measurements(torch.device(device)),
@@ -94,6 +95,14 @@ def diagnose(device: str | None = None) -> dict[str, Any]:
         "generate": generate,
         "parity": check_parity(device),
     }
+
+
+def describe_threads(n_threads: int, cores: float | None) -> str:
+    """torch's threads, and what to do where they are more than the cores of this container."""
+    if cores is None or n_threads <= max(1, cores):
+        return str(n_threads)
+    at_most = f"{cores:g} core{'s' * (cores != 1)}"
+    return f"{n_threads}, but this container has {at_most}: set OMP_NUM_THREADS={max(1, int(cores))}"
 
 
 def _first_kernel(device: torch.device) -> str:
@@ -136,11 +145,11 @@ def render(diagnosis: dict[str, Any], console: Console) -> None:
     table = Table("what", "is", title="This machine", title_justify="left")
     for name, found in diagnosis["versions"].items():
         table.add_row(name, found or "not installed")
+    table.add_row("threads", describe_threads(diagnosis["threads"], diagnosis["cores_of_container"]))
     for name in (
         "platform",
         "device",
         "device_name",
-        "threads",
         "backend_setting",
         "first_kernel",
         "measurements",

@@ -5,17 +5,18 @@ that: fused optimisers and edits through `.data` leave it as it is. So the matri
 every call compares the two, which takes a third of the time of another copy or less.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from fastgpt_kernels.common.decode_weights import Matrix, RoundedMatrix
 from torch import Tensor, nn
 
+from ..container import available_memory, total_memory
 from .implementations import Prepared
-from .memory import available_bytes, total_bytes
 
 
 class _Copy(NamedTuple):
@@ -40,7 +41,7 @@ class Copies:
         self._model = model
         self._found = {} if model is None else _kept.get(model, {})
         self._left: dict[Hashable, _Copy] = {}
-        self.n_made = 0  # bytes of copies that were not found
+        self._has_made = False  # a copy since the gaps were closed
 
     @functools.cached_property
     def _room(self) -> int:
@@ -51,7 +52,7 @@ class Copies:
     @functools.cached_property
     def _free(self) -> int:
         """Bytes that may be taken for matrices as they are. A copy without one is not left to the next call."""
-        return available_bytes() // 4
+        return available_memory() // 4
 
     def have_room_for(self, n_bytes: int) -> bool:
         """Whether copies, with the matrices as they were, may be left to the next call."""
@@ -66,7 +67,7 @@ class Copies:
             self._found.pop(key, None)
             del copy  # before another takes its memory
             prepared = implementation(matrix)
-            self.n_made += prepared.n_bytes
+            self._has_made |= prepared.n_bytes > 0
             n_bytes = sum(part.nbytes for part in parts)
             if not 0 < prepared.n_bytes <= self._room or n_bytes > self._free:
                 return prepared
@@ -76,6 +77,17 @@ class Copies:
             self._room -= copy.n_bytes
             self._left[key] = copy
         return copy.prepared
+
+    def close_gaps(self) -> None:
+        """Give back to the system what making copies has freed.
+
+        glibc keeps it for the next allocation. But between copies of many matrices it finds no use for the gaps that
+        the temporaries of making them leave, which are as large as the copies or larger.
+        """
+        trim = _malloc_trim()
+        if self._has_made and trim is not None:
+            trim(0)
+        self._has_made = False
 
     def keep(self) -> None:
         """Keep this call's copies for the next one, in place of earlier ones; if it has none, those stay."""
@@ -90,7 +102,15 @@ def forget_copies(model: nn.Module) -> None:
 
 def limit_bytes() -> int:
     """The most that is kept for a model: an eighth of the memory."""
-    return total_bytes() // 8
+    return total_memory() // 8
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

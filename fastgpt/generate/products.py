@@ -19,10 +19,10 @@ from fastgpt_kernels.common.int4 import Int4Matrix
 from fastgpt_kernels.operations.decode_step.reference import head_matrix, multiply
 from torch import Tensor
 
+from ..container import available_memory
 from ..model import digits
 from .copies import Copies
 from .implementations import Prepared, Rows, columns, exactness, implementations_of
-from .memory import available_bytes, return_freed
 
 # --- half precision -------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def _slowness(dtype: torch.dtype) -> float:
 
 def has_memory_for(n_bytes: int) -> bool:
     """Whether copies of weights of this size leave at least half of the free memory."""
-    return n_bytes <= available_bytes() // 2
+    return n_bytes <= available_memory() // 2
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -193,13 +193,12 @@ class Products:
                 continue
             n_inputs, n_outputs = matrices[0].shape
             self.chosen[n_inputs, n_outputs] = name
-            implementation, n_made = implementations_of(matrices[0], n_rows, rows)[name], copies.n_made
+            implementation = implementations_of(matrices[0], n_rows, rows)[name]
             for matrix in matrices:
                 prepared = copies.prepared(matrix, (name, n_rows, rows), implementation)
                 self._prepared[_address(matrix)] = prepared
                 self.n_bytes += prepared.n_bytes
-            if copies.n_made > n_made:
-                return_freed()
+            copies.close_gaps()
         copies.keep()
 
     def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:

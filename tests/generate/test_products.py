@@ -183,7 +183,7 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch) -> None:
                     left[0] -= self.n_bytes
 
         monkeypatch.setattr(implementations, "Packed", Copied)
-        monkeypatch.setattr(products, "available_bytes", lambda left=left: left[0])
+        monkeypatch.setattr(products, "available_memory", lambda left=left: left[0])
         some = Products(weights, 2, products.MIN_STEPS)
         assert 0 < some.n_bytes < everything.n_bytes
         assert left[0] > 0

@@ -83,7 +83,7 @@ def test_without_the_memory_half_precision_stays(slow_halves: None, monkeypatch)
     _, ours = pair(tiny_config())
     n_bytes = 4 * ours.half().num_parameters()
     for available, is_copied in ((2 * n_bytes - 1, False), (2 * n_bytes, True)):
-        monkeypatch.setattr(products, "available_bytes", lambda available=available: available)
+        monkeypatch.setattr(products, "available_memory", lambda available=available: available)
         assert (decoding.in_fast_dtype(ours) is not ours) == is_copied
 
 

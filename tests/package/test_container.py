@@ -1,31 +1,14 @@
-"""Memory that a container limits: what its control group says counts where the machine has more."""
+"""What a container limits: its control group's memory and cores count where the machine has more."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from fastgpt.generate import copies, implementations, memory, products
+from fastgpt import container, doctor
+from fastgpt.generate import copies, products
 
 GIB = 2**30
-# Prints by how many times the size of its copies a process grows that packs a model's matrices.
-PACKS = """
-import fastgpt, psutil
-from fastgpt.generate import products, view_weights
-from transformers import GPT2Config
-
-def resident():
-    return psutil.Process().memory_info().rss
-
-weights = view_weights(fastgpt.GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=512, n_head=8, vocab_size=1000)).eval())
-products._choose = lambda *_: "packed"
-before = resident()
-packed = products.Products(weights, n_rows=1, n_steps=99)
-print((resident() - before) / packed.n_bytes)
-"""
 # Of both versions: where the groups lie, and in a group the files of its limit and of what it uses, and the field of
 # memory.stat with what can be freed.
 VERSIONS = {
@@ -39,8 +22,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 GiB, half of it free, whose control groups lie in the folder `groups`."""
     has = type("Memory", (), {"total": 64 * GIB, "available": 32 * GIB})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
-    monkeypatch.setattr(memory, "_GROUPS_OF_PROCESS", tmp_path / "process")
-    monkeypatch.setattr(memory, "_MOUNTED_AT", tmp_path / "groups")
+    monkeypatch.setattr(container, "_GROUPS_OF_PROCESS", tmp_path / "process")
+    monkeypatch.setattr(container, "_MOUNTED_AT", tmp_path / "groups")
     return tmp_path
 
 
@@ -59,7 +42,7 @@ def enter(machine: Path, version: int, group: str) -> None:
 
 
 def test_without_control_groups_it_is_the_machine_s(machine: Path) -> None:
-    assert (memory.total_bytes(), memory.available_bytes()) == (64 * GIB, 32 * GIB)
+    assert (container.total_memory(), container.available_memory()) == (64 * GIB, 32 * GIB)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -67,7 +50,7 @@ def test_a_container_s_limit_counts(machine: Path, version: int) -> None:
     """What it has read from files can be freed, and so is available."""
     add_group(machine, version, "", str(4 * GIB), used=3 * GIB, freed=GIB)
     enter(machine, version, "/")
-    assert (memory.total_bytes(), memory.available_bytes()) == (4 * GIB, 2 * GIB)
+    assert (container.total_memory(), container.available_memory()) == (4 * GIB, 2 * GIB)
     assert copies.limit_bytes() == GIB // 2
     assert products.has_memory_for(GIB)
     assert not products.has_memory_for(GIB + 1)
@@ -79,7 +62,7 @@ def test_the_smallest_limit_around_a_process_counts(machine: Path, version: int,
     add_group(machine, version, "pod", str(outer * GIB), used=GIB)
     add_group(machine, version, "pod/container", str(inner * GIB), used=GIB)
     enter(machine, version, "/pod/container")
-    assert (memory.total_bytes(), memory.available_bytes()) == (8 * GIB, 7 * GIB)
+    assert (container.total_memory(), container.available_memory()) == (8 * GIB, 7 * GIB)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -87,14 +70,14 @@ def test_a_group_that_is_not_there_leaves_those_around_it(machine: Path, version
     """As in a container that sees its own group as the root, and is told the path which it has outside."""
     add_group(machine, version, "", str(4 * GIB))
     enter(machine, version, "/docker/3f2a")
-    assert memory.total_bytes() == 4 * GIB
+    assert container.total_memory() == 4 * GIB
 
 
 @pytest.mark.parametrize(("version", "limit"), [(2, "max"), (1, str(2**63 - 4096)), (2, str(128 * GIB))])
 def test_a_group_without_a_limit_changes_nothing(machine: Path, version: int, limit: str) -> None:
     add_group(machine, version, "", limit, used=60 * GIB)
     enter(machine, version, "/")
-    assert (memory.total_bytes(), memory.available_bytes()) == (64 * GIB, 32 * GIB)
+    assert (container.total_memory(), container.available_memory()) == (64 * GIB, 32 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -106,18 +89,51 @@ def test_files_that_a_sandbox_does_not_have(machine: Path, file: str, content: s
     enter(machine, 2, "/")
     path = machine / "groups" / file
     path.unlink() if content is None else path.write_text(content)
-    assert memory.available_bytes() == available * GIB
+    assert container.available_memory() == available * GIB
 
 
 def test_a_group_that_is_over_its_limit_has_nothing(machine: Path) -> None:
     add_group(machine, 2, "", str(GIB), used=GIB + 4096)
     enter(machine, 2, "/")
-    assert memory.available_bytes() == 0
+    assert container.available_memory() == 0
 
 
-@pytest.mark.skipif(memory._malloc_trim() is None, reason="not glibc")
-@pytest.mark.skipif(not implementations.packs(torch.float32), reason="this torch has no oneDNN")
-def test_bug_making_copies_took_their_memory_twice() -> None:
-    """Each left a gap of its size. In a new process, because the memory of this one has gaps already."""
-    finished = subprocess.run([sys.executable, "-c", PACKS], capture_output=True, text=True, check=True)
-    assert float(finished.stdout) < 1.3
+# --- cores ----------------------------------------------------------------------------------------------------------
+
+
+def limit_cores(machine: Path, version: int, group: str, quota: str, period: str) -> None:
+    folder = machine / "groups" / ("cpu" if version == 1 else "") / group
+    folder.mkdir(parents=True, exist_ok=True)
+    if version == 2:
+        (folder / "cpu.max").write_text(f"{quota} {period}\n")
+    else:
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text(f"{period}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "quota", "expected"), [(2, "150000", 1.5), (1, "150000", 1.5), (2, "max", None), (1, "-1", None)]
+)
+def test_cores_of_a_container(machine: Path, version: int, quota: str, expected: float | None) -> None:
+    limit_cores(machine, version, "pod", quota, "100000")
+    limit_cores(machine, version, "", "800000" if expected else quota, "100000")
+    enter(machine, version, "/pod")
+    assert container.cores() == expected
+
+
+def test_without_control_groups_no_core_is_limited(machine: Path) -> None:
+    assert container.cores() is None
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "cores", "expected"),
+    [
+        (4, None, "4"),
+        (4, 8.0, "4"),
+        (1, 0.5, "1"),
+        (4, 1.0, "4, but this container has 1 core: set OMP_NUM_THREADS=1"),
+        (64, 2.5, "64, but this container has 2.5 cores: set OMP_NUM_THREADS=2"),
+    ],
+)
+def test_doctor_says_when_threads_wait_for_cores(n_threads: int, cores: float | None, expected: str) -> None:
+    assert doctor.describe_threads(n_threads, cores) == expected
