@@ -79,6 +79,10 @@ def assert_same_answers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert answer == expected, way
 
 
+def has_layer_0(model: Any) -> bool:
+    return any(getattr(part, "layer_idx", None) == 0 for part in model.transformer.h.modules())
+
+
 def compare(before: list[str], after: list[str], used_first: bool = True) -> list[str]:
     """The same changes to both: some before ours is patched, and some to a model that has generated already.
 
@@ -96,7 +100,8 @@ def compare(before: list[str], after: list[str], used_first: bool = True) -> lis
             impossible[-1] += changed(model, after, stack)
             found.append(answers(model))
     assert impossible[1] == impossible[0]
-    assert_same_answers(found[1], found[0])
+    if has_layer_0(model):  # Without one, transformers' answers mean nothing: docs/differences.md.
+        assert_same_answers(found[1], found[0])
     return impossible[0]
 
 
@@ -118,6 +123,21 @@ def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str)
     assert compare(*names, used_first=when != "before patch") == []
 
 
+def test_masks_without_a_layer_0() -> None:
+    """transformers makes the masks of later tokens for the cache of layer 0, which stays empty."""
+    model = stock()
+    with ExitStack() as stack:
+        assert changed(model, ["blocks reordered", "a block replaced"], stack) == []
+        assert not has_layer_0(model)
+        expected = answers(model)
+        ours = answers(fastgpt.patch(model))
+    assert ours["greedy"] == expected["greedy"]  # of one row, in which nothing is hidden
+    with pytest.raises(ValueError, match=r"key_padding_mask must be bool of shape \(2, 8\), not .* of shape \(2, 1\)"):
+        raise ours["padded greedy"]
+    assert ours["lookup"] != expected["lookup"]
+    assert ours["lookup"] == [row[: len(ours["lookup"][0])] for row in ours["greedy"][:1]]
+
+
 @given(
     before=st.lists(st.sampled_from(sorted(CHANGES)), max_size=2),
     after=st.lists(st.sampled_from(sorted(CHANGES)), max_size=3),
@@ -125,6 +145,7 @@ def test_a_changed_model_gives_the_answers_of_transformers(name: str, when: str)
 @example(before=[], after=["_update_model_kwargs_for_generation"] * 3)  # a position of -1
 @example(before=[], after=["a layer removed", "ln_2.eps"])
 @example(before=[], after=["GPT2Attention.forward", "attn.is_causal = False"])
+@example(before=[], after=["blocks reordered", "a block replaced"])  # no layer 0
 @cases(25)  # each runs two models in eight ways
 def test_random_chains_of_changes(before: list[str], after: list[str]) -> None:
     compare(before, after, used_first=False)
