@@ -141,6 +141,8 @@ def test_bug_one_layer_stored_in_another_way_raised_key_error(name: str, monkeyp
         first, second, _ = (block.mlp.c_fc.weight for block in model.transformer.h)
         first.data = first.data.t().contiguous().t()
         second.data = torch.stack((second.data, second.data), -1)[..., 0]
+    for matrices in products._by_kind(engine.view_weights(ours)):  # each is timed for how it is stored
+        assert len({matrix.stride() for matrix in matrices}) == 1  # type: ignore[union-attr]
     prefer(name, monkeypatch)
     ids = token_ids(1, 6, 131)
     assert ours.generate(ids, **LONG).tolist() == theirs.generate(ids, **LONG).tolist()
