@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -183,8 +184,13 @@ def _loaded_problems(
                 f"but the configuration asks for {tuple(expected)}"
             )
     if check_finite:
-        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if found := not_finite(tensor):
+        tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+        # In a thread of its own, because torch's operations on several cores do not return in a process that is forked
+        # from a thread that ran one: a server may load a model and then fork its workers.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            all_found = thread.map(not_finite, tensors.values())
+        for (name, tensor), found in zip(tensors.items(), all_found, strict=True):
+            if found:
                 yield CheckpointError(
                     f"{origin(name)}: tensor {name!r} holds {found} as {tensor.dtype}; "
                     "check_finite=False loads it all the same"

@@ -1,7 +1,10 @@
 """Loading: what must load loads bit for bit, and configurations and values that cannot be are refused in one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -60,6 +63,28 @@ def test_language_model_loads_into_every_head(head, pristine, language_model):
     assert all(not name.startswith("transformer.") for name in info["missing_keys"])
     body = model if head == "GPT2Model" else model.transformer
     assert same_tensors(body.state_dict(), language_model.transformer.state_dict())
+
+
+LOADS_AND_FORKS = """
+import os, signal
+import torch
+import fastgpt
+
+model, tokenizer = fastgpt.load_demo()
+worker = os.fork()
+if not worker:
+    signal.alarm(30)
+    model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=20)
+    os._exit(0 if torch.get_num_threads() == 2 else 1)
+_, status = os.waitpid(worker, 0)
+raise SystemExit(status)
+"""
+
+
+def test_bug_a_process_forked_after_loading_never_answered():
+    """A server loads a model and forks its workers, which torch allows until operations ran on several cores."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", LOADS_AND_FORKS], env=environment, check=True)
 
 
 class OfAUser(fastgpt.GPT2LMHeadModel):
