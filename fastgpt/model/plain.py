@@ -5,18 +5,15 @@ its class's code and nothing else, so everything that a call depends on is compa
 that differs in any way is called instead of read.
 """
 
-import os
-import sysconfig
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from types import FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -30,16 +27,8 @@ HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 hooks = attrgetter(*HOOKS)
 # transformers marks modules whose weights it has initialised; no forward reads the mark.
 MARKS = {"_is_hf_initialized"}
-# Folders with the code of torch, transformers, fastgpt and Python. A function from elsewhere was put into a class.
-_HOMES = tuple(
-    f"{Path(folder).resolve()}{os.sep}"
-    for folder in (
-        *(Path(package.__file__).parent for package in (torch, transformers) if package.__file__),
-        Path(__file__).parents[1],
-        sysconfig.get_path("stdlib"),
-    )
-)
-_INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "dist-packages"))
+# The packages whose functions belong in these classes. A function from elsewhere was put into a class.
+_HOMES = {"torch", "transformers", "fastgpt", *sys.stdlib_module_names}
 
 # --- classes --------------------------------------------------------------------------------------------------------
 
@@ -47,15 +36,20 @@ _INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "
 def _is_from_elsewhere(value: Any) -> bool:
     """Whether a function, property or method of a class was defined outside of torch, transformers and fastgpt."""
     parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
-    functions = (getattr(part, "__func__", part) for part in parts)
-    codes = [function.__code__.co_filename for function in functions if isinstance(function, FunctionType)]
-    return any(not _is_at_home(str(Path(file).resolve())) for file in codes if not file.startswith("<"))
+    return any(module.partition(".")[0] not in _HOMES for part in parts for module in _modules_of(part))
 
 
-def _is_at_home(file: str) -> bool:
-    home = max((home for home in _HOMES if file.startswith(home)), key=len, default=None)
-    # Installed packages lie below the standard library but do not belong to it.
-    return home is not None and not any(folder in file[len(home) - 1 :] for folder in _INSTALLED)
+def _modules_of(value: Any) -> Iterator[str]:
+    """The modules with the code of a function and of the functions that it wraps.
+
+    Not what `__module__` says, which a wrapper copies from what it wraps. Nor the file, which code that was typed into
+    Python or came without its source does not have.
+    """
+    while value is not None and (callable(value) or hasattr(value, "__get__")):
+        value = getattr(value, "__func__", value)  # of a classmethod or a staticmethod
+        # Not isinstance, because an object that stands for a function says that it is one.
+        yield value.__globals__.get("__name__", "") if type(value) is FunctionType else type(value).__module__
+        value = getattr(value, "__wrapped__", getattr(value, "func", None))
 
 
 @dataclass(frozen=True)

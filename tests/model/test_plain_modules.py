@@ -1,14 +1,19 @@
 """What may be read directly, clause by clause: of modules, and of the functions of their classes."""
 
-import sysconfig
+import compileall
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial, partialmethod, wraps
 from pathlib import Path
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 from unittest import mock
 
+import fastgpt_kernels
 import pytest
 import torch
 from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
@@ -221,16 +226,96 @@ def test_functions_that_were_foreign_when_a_class_was_first_seen() -> None:
     assert not plain.is_as_imported(Foreign)
 
 
+def defined_in(module: str) -> Callable:
+    return FunctionType(some_hook.__code__, {"__name__": module})
+
+
+class StandsForAFunction:
+    """Like the wrappers of the package wrapt, with which tools that observe programs replace functions."""
+
+    __class__ = FunctionType  # type: ignore[assignment]
+
+    def __init__(self, wrapped: Callable):
+        self.__wrapped__ = wrapped
+        self.__globals__, self.__code__ = wrapped.__globals__, wrapped.__code__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self
+
+
+THEIRS, FOREIGN = defined_in("torch.nn.modules.linear"), defined_in("instrument")
+
+
 @pytest.mark.parametrize(
-    ("file", "is_at_home"),
+    ("value", "is_foreign"),
     [
-        ("{torch}/nn/modules/linear.py", True),
-        ("{stdlib}/functools.py", True),
-        ("{torch}_geometric/nn.py", False),
-        ("{stdlib}/site-packages/instrument.py", False),
-        ("{stdlib}/../instrument.py", False),
+        (THEIRS, False),
+        (contextmanager(THEIRS), False),
+        (lru_cache(THEIRS), False),
+        (classmethod(THEIRS), False),
+        (property(THEIRS), False),
+        (FOREIGN, True),
+        (wraps(THEIRS)(FOREIGN), True),
+        (contextmanager(FOREIGN), True),
+        (lru_cache(FOREIGN), True),
+        (partialmethod(FOREIGN, 1), True),
+        (staticmethod(FOREIGN), True),
+        (property(THEIRS, FOREIGN), True),
+        (StandsForAFunction(THEIRS), True),
+        (defined_in("torch_geometric.nn"), True),
+        (defined_in("__main__"), True),
+        (FunctionType(some_hook.__code__, {}), True),
+        (5, False),
+        (nn.Linear, False),
     ],
 )
-def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(file: str, is_at_home: bool) -> None:
-    places = {"torch": Path(torch.__file__).parent, "stdlib": sysconfig.get_path("stdlib")}
-    assert plain._is_at_home(str(Path(file.format(**places)).resolve())) is is_at_home
+def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(value: Any, is_foreign: bool) -> None:
+    assert plain._is_from_elsewhere(value) is is_foreign
+
+
+REPLACES_AND_IMPORTS = """
+import torch, transformers
+from transformers.pytorch_utils import Conv1D
+
+original = Conv1D.forward
+Conv1D.forward = lambda self, x: 1.1 * original(self, x)
+
+import fastgpt
+
+ours, _ = fastgpt.load_demo()
+theirs = transformers.GPT2LMHeadModel(ours.config).eval()
+theirs.load_state_dict(ours.state_dict())
+tokens = torch.arange(9)[None]
+torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits)
+assert "Conv1D.forward was replaced" in fastgpt.explain(ours)
+"""
+
+
+def run_in_a_new_process(code: str, path: str | None = None) -> None:
+    environment = os.environ | {"PYTHONPATH": path or os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True)
+
+
+def test_bug_a_function_replaced_in_the_interpreter_before_the_import_was_not_called() -> None:
+    """Its code has no file."""
+    run_in_a_new_process(REPLACES_AND_IMPORTS)
+
+
+LOADS_WITHOUT_SOURCE = """
+import fastgpt
+
+assert fastgpt.__file__.endswith(".pyc")
+assert fastgpt.explain(fastgpt.load_demo()[0]).startswith("the engine")
+"""
+
+
+def test_bug_without_source_files_every_function_counted_as_replaced(tmp_path: Path) -> None:
+    """As in programs that are packed into one file: the code names files that are not there."""
+    for package in (fastgpt, fastgpt_kernels):
+        source = Path(package.__path__[0])
+        copy = shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(copy, legacy=True, quiet=1, stripdir=tmp_path)
+        for file in copy.rglob("*.py"):
+            file.unlink()
+    path = os.pathsep.join([str(tmp_path), *(folder for folder in sys.path if Path(folder, "torch").is_dir())])
+    run_in_a_new_process(LOADS_WITHOUT_SOURCE, path)
