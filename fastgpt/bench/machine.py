@@ -172,7 +172,8 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int, str
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch allocations"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Else it says on standard error when it starts and stops.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    # Without acc_events torch 2.12 warns.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
         with record_function(_SECOND_CALL):
             call()

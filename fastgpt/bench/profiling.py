@@ -47,7 +47,7 @@ def profile(
     machine.synchronize(device)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=activities) as trace:
+    with torch.profiler.profile(activities=activities, acc_events=True) as trace:
         for workload, work in works.items():
             with record_function(f"{workloads.OURS} {workload}"):
                 work.run()
