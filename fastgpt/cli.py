@@ -178,7 +178,7 @@ def bench(
     if profile_file is not None and len(series) > 1:
         raise typer.BadParameter("--profile takes one dtype and one batch size")
     if plot_file is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("--plot needs matplotlib: pip install 'fastgpt[bench]'")
+        raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib")
     check_outputs({"--json": json_file, "--plot": plot_file, "--profile": profile_file})
     with progress_bar(notes) as progress:
         results = benchmark.run_series(series, progress)
@@ -275,7 +275,7 @@ def train(
 ) -> None:
     """Fine-tune a model on text with transformers' Trainer. Ctrl-C saves a checkpoint to --resume from."""
     if find_spec("accelerate") is None:
-        raise typer.BadParameter("training needs accelerate: pip install 'fastgpt[train]'")
+        raise typer.BadParameter("training needs accelerate: pip install accelerate")
     from . import train as training  # It imports accelerate.
 
     with wrong_usage():

@@ -129,7 +129,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError('plots need matplotlib: pip install "fastgpt[bench]"') from error
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
     groups = [by_workload(result) for result in results]
     heights = [1.5 + 0.55 * max(map(len, group.values())) for group in groups]
     figure = Figure(figsize=(4.6 * len(groups[0]), sum(heights)), layout="constrained", facecolor="white")

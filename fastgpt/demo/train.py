@@ -177,7 +177,7 @@ def run(
 ) -> None:
     """Train a small GPT-2 and its tokenizer on a text file, and compare it with a bigram model."""
     if find_spec("accelerate") is None:
-        raise ValueError("training needs accelerate: pip install 'fastgpt[train]'")
+        raise ValueError("training needs accelerate: pip install accelerate")
     text = read_text(text_file)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")

@@ -317,11 +317,11 @@ def test_plot_is_a_png_with_something_on_it(result: dict[str, Any], tmp_path: Pa
     assert (pixels.min(-1) < 0.7).mean() > 0.02
 
 
-def test_plot_without_matplotlib_names_the_extra(
+def test_plot_without_matplotlib_says_what_to_install(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install .*fastgpt\[bench\]"):
+    with pytest.raises(ValueError, match="pip install matplotlib"):
         benchmark.plot([result], tmp_path / "speed.png")
 
 
