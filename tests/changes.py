@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -274,6 +275,24 @@ CHANGES: dict[str, Change] = {
 
 def some_hook(*_: Any) -> None:
     """Do nothing."""
+
+
+class StandsForAFunction:
+    """Like the wrappers of the package wrapt, with which tools that observe programs replace functions."""
+
+    __class__ = FunctionType  # type: ignore[assignment]
+
+    def __init__(self, wrapped: Callable):
+        self.__wrapped__ = wrapped
+        self.__globals__, self.__code__ = wrapped.__globals__, wrapped.__code__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self.__wrapped__ == other
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class OtherParameter(nn.Parameter):

@@ -83,9 +83,9 @@ def named(theirs: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> dict[
     return dict(zip([*_signature_of(theirs.forward).parameters][2:], args, strict=False)) | kwargs if args else kwargs
 
 
-def replacement(theirs: type[nn.Module]) -> type[Any]:
-    """fastgpt's class for one of transformers'."""
-    return _TO_FASTGPT[theirs]
+def replacement(theirs: type[nn.Module]) -> type[Any] | None:
+    """fastgpt's class for one of transformers'; None for one that a reload of transformers' file has made since."""
+    return _TO_FASTGPT.get(theirs)
 
 
 def swap_classes(model: nn.Module, *, to_fastgpt: bool) -> int:

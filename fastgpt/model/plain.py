@@ -6,10 +6,10 @@ that differs in any way is called instead of read.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import FunctionType, MethodType, NoneType
 from typing import Any
 
@@ -61,8 +61,11 @@ class _Seen:
 
 
 _seen: dict[type, _Seen] = {}
-_called_at_import: dict[type, tuple[Any, ...] | None] = {}
+_called_at_import: dict[type, tuple[Any, ...]] = {}
 _forward_at_import: dict[type, Any] = {}
+
+
+_UNKNOWN = (None,)  # no function is this one
 
 
 def watch(kind: type[nn.Module]) -> None:
@@ -73,22 +76,31 @@ def watch(kind: type[nn.Module]) -> None:
             foreign = tuple(name for name, value in attributes.items() if _is_from_elsewhere(value))
             _seen[base] = _Seen(attributes, foreign)
     is_foreign = any(name in CALLED for base in kind.__mro__[:-1] for name in _seen[base].foreign)
-    _called_at_import[kind] = None if is_foreign else _called(kind)
+    _called_at_import[kind] = _UNKNOWN if is_foreign else _called(kind)
     _forward_at_import[kind] = None if is_foreign else kind.forward
 
 
 def is_as_imported(kind: type[nn.Module]) -> bool:
-    """Whether calling a module of this class runs the functions that it ran when fastgpt was imported."""
+    """Whether calling a module of this class runs the functions that it ran when fastgpt was imported.
+
+    A class that a reload of transformers' file has made since is not known, and is not as imported.
+    """
     if torch.compiler.is_compiling():
-        return kind.forward is _forward_at_import[kind]  # Dynamo can follow this, and traces the rest itself
-    return _called(kind) == _called_at_import[kind]
+        return kind.forward is _forward_at_import.get(kind)  # Dynamo can follow this, and traces the rest itself
+    # Not `==`: a wrapper, such as wrapt's, says that it is equal to the function that it wraps.
+    return all(map(is_, _called(kind), _called_at_import.get(kind, _UNKNOWN)))
+
+
+def have_same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether classes' attributes have the same names and are the same objects, in one order; not `==`, as above."""
+    return [*one] == [*other] and all(map(is_, one.values(), other.values()))
 
 
 def changes_of_class(kind: type) -> Iterator[str]:
     """Functions of a class or its bases that were replaced since import, or that others had replaced before."""
     for base in kind.__mro__[:-1]:
         seen, now = _seen[base], vars(base)
-        if now == seen.attributes and not seen.foreign:
+        if have_same_values(now, seen.attributes) and not seen.foreign:
             continue
         for name in (*seen.foreign, *sorted(now.keys() | seen.attributes.keys())):
             before, after = seen.attributes.get(name), now.get(name)
@@ -146,7 +158,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or any(hooks(module)) or _has_any_global_hook():
         return False
     # The code of its class reads no other name that a module may hold.
-    if not _hides_nothing(module.__dict__) or _called(kind) != _called_at_import[kind]:
+    if not _hides_nothing(module.__dict__) or not is_as_imported(kind):
         return False
     rule, parameters = _kinds[kind], module._parameters
     fixed = rule.read_fixed(module)

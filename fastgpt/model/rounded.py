@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import fastgpt.ops as ops
@@ -157,7 +157,6 @@ def head_weight(head: Any, dtype: torch.dtype) -> Tensor:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@register_quantization_config(INT8)
 class Int8Config(QuantizationConfigMixin):
     """The mark of such a model in config.json: with it transformers' from_pretrained, too, loads int8 weights.
 
@@ -171,7 +170,6 @@ class Int8Config(QuantizationConfigMixin):
         self.head, self.activations = head, activations
 
 
-@register_quantization_config(INT4)
 class Int4Config(QuantizationConfigMixin):
     """The same for int4 weights."""
 
@@ -181,8 +179,6 @@ class Int4Config(QuantizationConfigMixin):
         self.group_size, self.head = group_size, head
 
 
-@register_quantizer(INT8)
-@register_quantizer(INT4)
 class RoundedQuantizer(HfQuantizer):
     """What transformers calls around the loading of weights; it only loads what `quantize` made."""
 
@@ -196,6 +192,11 @@ class RoundedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+# transformers' functions for this refuse a known name, such as one of an earlier import of fastgpt in this process.
+AUTO_QUANTIZATION_CONFIG_MAPPING.update({INT8: Int8Config, INT4: Int4Config})
+AUTO_QUANTIZER_MAPPING.update({INT8: RoundedQuantizer, INT4: RoundedQuantizer})
 
 
 def quantize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn.modules.module import _has_any_global_hook
-from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
 from ..checkpoint.fit import rounding_of
@@ -89,18 +89,18 @@ def _twin_of(model: hf.GPT2LMHeadModel) -> hf.GPT2LMHeadModel:
     settings = dict(vars(model.config))
     held = _twins.get(model)
     if held is None or held[0] != settings:
-        held = _twins[model] = settings, _twin(model.config)
+        held = _twins[model] = settings, _twin(model)
     return held[1]
 
 
 _twins: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], hf.GPT2LMHeadModel]] = WeakKeyDictionary()
 
 
-def _twin(config: GPT2Config) -> hf.GPT2LMHeadModel:
+def _twin(model: hf.GPT2LMHeadModel) -> hf.GPT2LMHeadModel:
     # Not under transformers' `no_init_weights`, which exchanges functions of torch in all threads.
     with torch.device("meta"):
-        twin = replacement(hf.GPT2LMHeadModel)(copy.deepcopy(config)).eval()
-    rounding = rounding_of(config)
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+    rounding = rounding_of(model.config)
     if rounding is not None:
         replace_products(twin, rounding)
     return twin
@@ -111,7 +111,7 @@ def converted(model: hf.GPT2LMHeadModel, dtype: torch.dtype) -> hf.GPT2LMHeadMod
 
     Tied weights stay tied, and rounded weights are those of the model itself.
     """
-    twin = _twin(model.config)
+    twin = _twin(model)
     kept = _rounded_tensors(model)
     copies = {
         parameter: parameter if parameter in kept else nn.Parameter(parameter.to(dtype), requires_grad=False)
@@ -210,7 +210,7 @@ class _Proof:
                 and not _has_any_global_hook()
                 and list(chain.from_iterable(self.parameters)) == self.names
                 and self.tensors.hold(_referents(*self.parameters))
-                and self.classes == self.functions
+                and all(map(plain.have_same_values, self.classes, self.functions))
                 and self.config == self.settings
             )
         except (RuntimeError, ValueError):  # a tensor or array stands where none stood: its == is no truth value

@@ -16,7 +16,15 @@ from unittest import mock
 import fastgpt_kernels
 import pytest
 import torch
-from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
+from changes import (
+    HOOKED,
+    Change,
+    OtherParameter,
+    StandsForAFunction,
+    hook_everywhere,
+    of_subclass,
+    some_hook,
+)
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -230,19 +238,6 @@ def defined_in(module: str) -> Callable:
     return FunctionType(some_hook.__code__, {"__name__": module})
 
 
-class StandsForAFunction:
-    """Like the wrappers of the package wrapt, with which tools that observe programs replace functions."""
-
-    __class__ = FunctionType  # type: ignore[assignment]
-
-    def __init__(self, wrapped: Callable):
-        self.__wrapped__ = wrapped
-        self.__globals__, self.__code__ = wrapped.__globals__, wrapped.__code__
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        return self
-
-
 THEIRS, FOREIGN = defined_in("torch.nn.modules.linear"), defined_in("instrument")
 
 
@@ -271,6 +266,17 @@ THEIRS, FOREIGN = defined_in("torch.nn.modules.linear"), defined_in("instrument"
 )
 def test_only_code_of_torch_transformers_and_python_belongs_to_a_class(value: Any, is_foreign: bool) -> None:
     assert plain._is_from_elsewhere(value) is is_foreign
+
+
+def test_bug_a_wrapper_that_is_equal_to_what_it_wraps_was_not_called() -> None:
+    module = Conv1D(3, 2)
+    with mock.patch.object(Conv1D, "forward", StandsForAFunction(Conv1D.forward)):
+        assert not plain.is_as_imported(Conv1D)
+        assert not plain.is_plain(module, Conv1D)
+        assert list(plain.changes_of_class(Conv1D)) == ["Conv1D.forward was replaced"]
+    assert plain.is_as_imported(Conv1D)
+    assert plain.is_plain(module, Conv1D)
+    assert list(plain.changes_of_class(Conv1D)) == []
 
 
 REPLACES_AND_IMPORTS = """

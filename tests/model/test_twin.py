@@ -11,7 +11,15 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from changes import HOOKED, Change, OtherParameter, hook_everywhere, of_subclass, some_hook
+from changes import (
+    HOOKED,
+    Change,
+    OtherParameter,
+    StandsForAFunction,
+    hook_everywhere,
+    of_subclass,
+    some_hook,
+)
 from models import tiny_config
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -80,6 +88,11 @@ def replaced_in(owner: Any, name: str) -> Change:
     return lambda model, stack: stack.enter_context(mock.patch.object(owner, name, some_hook))
 
 
+def wrapped_in(owner: Any, name: str) -> Change:
+    wrapper = StandsForAFunction(getattr(owner, name))
+    return lambda model, stack: stack.enter_context(mock.patch.object(owner, name, wrapper))
+
+
 def attribute(path: str, name: str, value: Any) -> Change:
     return lambda model, stack: setattr(model.get_submodule(path), name, value)
 
@@ -114,6 +127,7 @@ REASONS: dict[str, tuple[Change, str]] = {
     "another device": (lambda model, _: model.transformer.ln_f.to("meta"), "the parameters differ in device or dtype"),
     "a function": (replaced_in(GenerationMixin, "_prefill"), "GenerationMixin._prefill was replaced"),
     "a function of a part": (replaced_in(nn.Dropout, "forward"), "Dropout.forward was replaced"),
+    "a wrapper equal to a function": (wrapped_in(GenerationMixin, "_sample"), "GenerationMixin._sample was replaced"),
     "a subclass of the model": (of_subclass, "the model is not a plain module: Special"),
     "a subclass": (
         lambda model, stack: of_subclass(model.transformer.drop, stack),

@@ -257,6 +257,58 @@ def test_everything_but_the_kernels_works_without_triton() -> None:
         assert lines[0] == "kernels package: False"
 
 
+IMPORTS_AGAIN = """
+import sys
+import fastgpt
+
+before, tokenizer = fastgpt.load_demo()
+ids = tokenizer("The", return_tensors="pt").input_ids
+for name in [name for name in sys.modules if name.partition(".")[0] in ("fastgpt", "fastgpt_kernels")]:
+    del sys.modules[name]
+
+import fastgpt
+
+after, _ = fastgpt.load_demo()
+fastgpt.quantize(after).save_pretrained("int8")
+assert type(after) is not type(before)
+assert fastgpt.explain(after).startswith("the engine")
+assert fastgpt.explain(fastgpt.GPT2LMHeadModel.from_pretrained("int8")).startswith("the engine")
+print(*(model.generate(ids, max_new_tokens=4).shape[1] - ids.shape[1] for model in (before, after)))
+"""
+
+
+def test_bug_a_second_import_in_a_process_raised(tmp_path: Path) -> None:
+    """As in a notebook that forgets all modules to read their files again."""
+    assert run_python(IMPORTS_AGAIN, tmp_path, PYTHONPATH=os.pathsep.join(sys.path)).split() == ["4", "4"]
+
+
+RELOADS_TRANSFORMERS = """
+import importlib
+import fastgpt, torch, transformers
+from transformers.models.gpt2 import modeling_gpt2
+
+demo, _ = fastgpt.load_demo()
+ids = torch.arange(9)[None]
+importlib.reload(modeling_gpt2)
+stock = modeling_gpt2.GPT2LMHeadModel(demo.config).train()
+stock.load_state_dict(demo.state_dict())
+for model in (demo, fastgpt.GPT2LMHeadModel(demo.config)):
+    model.load_state_dict(stock.state_dict())
+    losses = [one.eval()(ids, labels=ids).loss for one in (model, stock)]
+    torch.testing.assert_close(*losses)
+    model.train()(ids, labels=ids).loss.backward()
+    assert torch.equal(*(one.eval().generate(ids, max_new_tokens=4, do_sample=False) for one in (model, stock)))
+    print(fastgpt.explain(model).splitlines()[0])
+"""
+
+
+def test_bug_models_raised_once_the_file_of_transformers_gpt2_was_reloaded() -> None:
+    """As notebooks do that reload what was edited. The model that was made before has the functions from before."""
+    lines = run_python(RELOADS_TRANSFORMERS, ROOT, PYTHONPATH=os.pathsep.join(sys.path)).splitlines()
+    assert all(line.startswith("transformers' loop: the model is not a plain module") for line in lines)
+    assert len(lines) == 2
+
+
 # --- the wheel ------------------------------------------------------------------------------------------------------
 
 
