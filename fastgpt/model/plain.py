@@ -63,8 +63,6 @@ class _Seen:
 _seen: dict[type, _Seen] = {}
 _called_at_import: dict[type, tuple[Any, ...]] = {}
 _forward_at_import: dict[type, Any] = {}
-
-
 _UNKNOWN = (None,)  # no function is this one
 
 
@@ -91,7 +89,7 @@ def is_as_imported(kind: type[nn.Module]) -> bool:
     return all(map(is_, _called(kind), _called_at_import.get(kind, _UNKNOWN)))
 
 
-def have_same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _have_same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether classes' attributes have the same names and are the same objects, in one order; not `==`, as above."""
     return [*one] == [*other] and all(map(is_, one.values(), other.values()))
 
@@ -100,7 +98,7 @@ def changes_of_class(kind: type) -> Iterator[str]:
     """Functions of a class or its bases that were replaced since import, or that others had replaced before."""
     for base in kind.__mro__[:-1]:
         seen, now = _seen[base], vars(base)
-        if have_same_values(now, seen.attributes) and not seen.foreign:
+        if _have_same_values(now, seen.attributes) and not seen.foreign:
             continue
         for name in (*seen.foreign, *sorted(now.keys() | seen.attributes.keys())):
             before, after = seen.attributes.get(name), now.get(name)
@@ -158,7 +156,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or any(hooks(module)) or _has_any_global_hook():
         return False
     # The code of its class reads no other name that a module may hold.
-    if not _hides_nothing(module.__dict__) or not is_as_imported(kind):
+    if not _hides_nothing(module.__dict__) or not all(map(is_, _called(kind), _called_at_import[kind])):
         return False
     rule, parameters = _kinds[kind], module._parameters
     fixed = rule.read_fixed(module)

@@ -6,9 +6,9 @@ remembered, and later calls only check whether anything has changed since.
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter, methodcaller
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -199,7 +199,8 @@ class _Proof:
         self.places, self.states = _referents(model, *body), list(map(dict, self.namespaces))
         self.names = list(chain.from_iterable(self.parameters))
         self.tensors = _Tensors(_referents(*self.parameters))
-        self.functions, self.settings = list(map(dict, self.classes)), dict(self.config)
+        self.attributes, self.functions = list(chain.from_iterable(self.classes)), list(_values_of(self.classes))
+        self.settings = dict(self.config)
 
     def holds(self, model: nn.Module) -> bool:
         try:
@@ -210,11 +211,16 @@ class _Proof:
                 and not _has_any_global_hook()
                 and list(chain.from_iterable(self.parameters)) == self.names
                 and self.tensors.hold(_referents(*self.parameters))
-                and all(map(plain.have_same_values, self.classes, self.functions))
+                and list(chain.from_iterable(self.classes)) == self.attributes
+                and all(map(is_, _values_of(self.classes), self.functions))
                 and self.config == self.settings
             )
         except (RuntimeError, ValueError):  # a tensor or array stands where none stood: its == is no truth value
             return False
+
+
+def _values_of(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(methodcaller("values"), tables))
 
 
 class _Tensors:
