@@ -146,7 +146,7 @@ class GPT2LMHeadModel(GenerationMethods, _DropIn, hf.GPT2LMHeadModel, Generation
             given = named(hf.GPT2LMHeadModel, args, kwargs)
             targets = given.get("shift_labels")
             if targets is None and isinstance(given.get("labels"), Tensor):
-                targets = given["labels"][..., 1:]
+                targets = shifted(given["labels"], given.get("ignore_index", -100))
             if targets is not None and fusable(self.loss_function):
                 check_labels(targets, self.config.vocab_size, given.get("ignore_index", -100))
             return hf.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]

@@ -49,6 +49,15 @@ def exported_for_any_length(model: Any) -> Tensor:
     return torch.export.export(LogitsOnly(model), (IDS,), dynamic_shapes=shapes).module()(IDS[:, :7])
 
 
+def step_exported_for_any_length(model: Any) -> Tensor:
+    """A slice of the labels is of T - 1 tokens, which may be one where T may be 2."""
+    lengths = {1: torch.export.Dim("T", min=2, max=40)}
+    shapes = {"input_ids": lengths, "labels": lengths, "use_cache": None}
+    step = torch.export.export(model, (), {"input_ids": IDS, "labels": IDS, "use_cache": False}, dynamic_shapes=shapes)
+    few = IDS[:, :2]
+    return step.module()(input_ids=few, labels=few, use_cache=False).loss
+
+
 def exported_with_a_static_cache(model: Any) -> Tensor:
     cache = {"batch_size": 1, "max_cache_len": 32, "device": "cpu"}
     model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=cache)
@@ -173,7 +182,7 @@ def gradients_of_each_example(model: Any) -> list[Tensor]:
 
 
 TOOLS = [
-    *(traced, exported_for_any_length, exported_with_a_static_cache),
+    *(traced, exported_for_any_length, step_exported_for_any_length, exported_with_a_static_cache),
     *(pruned, parametrized, averaged, edited, ablated, assigned),
     *(offloaded, dispatched, shared),
     *(flops_of_a_step, modules_seen, read_by_every_layer, called_part_by_part, mapped, gradients_of_each_example),
