@@ -16,15 +16,7 @@ from unittest import mock
 import fastgpt_kernels
 import pytest
 import torch
-from changes import (
-    HOOKED,
-    Change,
-    OtherParameter,
-    StandsForAFunction,
-    hook_everywhere,
-    of_subclass,
-    some_hook,
-)
+from changes import HOOKED, Change, OtherParameter, StandsForAFunction, hook_everywhere, of_subclass, some_hook
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D

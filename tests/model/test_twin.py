@@ -11,15 +11,7 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from changes import (
-    HOOKED,
-    Change,
-    OtherParameter,
-    StandsForAFunction,
-    hook_everywhere,
-    of_subclass,
-    some_hook,
-)
+from changes import HOOKED, Change, OtherParameter, StandsForAFunction, hook_everywhere, of_subclass, some_hook
 from models import tiny_config
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
